@@ -1,0 +1,322 @@
+"""``adapt(model, config)``: put DoRAN into a plain nn.Module; the handle trains, saves, merges and removes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from doran_core.adapter import (
+    CompiledAdapter,
+    TrainableAdapter,
+    read_adapter,
+    write_compiled,
+    write_trainable,
+)
+from doran_core.adapter.compiled import compile_module
+from doran_core.config import DoranConfig
+from doran_core.errors import AdapterFormatError, BaseMismatchError, ConfigError, TargetError
+from doran_core.factors import FactorBuilder
+from doran_core.fingerprint import fingerprint_weights
+from doran_core.layers.base import BaseView
+from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
+from doran_core.targets import find_targets, matches
+
+__all__ = ["DoranHandle", "adapt", "load"]
+
+
+def adapt(model: nn.Module, config: DoranConfig, *, factor_builder: FactorBuilder | None = None) -> DoranHandle:
+    """Adapt a model in place: freeze it, and wrap the target modules.
+
+    Args:
+        model: any nn.Module. Its parameters are frozen, but for ``config.modules_to_save``.
+        config: the options; ``target_modules`` must be given.
+        factor_builder: makes the factors of each layer, for a generator of your own
+            (:class:`~doran_core.factors.FactorGenerator`); by default what the config says.
+
+    Returns:
+        The handle.
+
+    Raises:
+        TargetError: if the targets match nothing, or a module that cannot be adapted, or the model is adapted already.
+    """
+    if any(isinstance(module, DoranLayer) for module in model.modules()):
+        raise TargetError(f"this {type(model).__name__} is adapted already; call remove() on its handle first")
+    names = find_targets(model, config)
+    saved = _modules_to_save(model, config)
+    builder = factor_builder or make_factor_builder(config)
+    layers = {}
+    for name in names:
+        layers[name] = wrap(model.get_submodule(name), config, name=name, factor_builder=builder)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        layer.train(layer.base_layer.training)
+        model.set_submodule(name, layer)
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    return DoranHandle(model, config, layers, saved)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    factor_builder: FactorBuilder | None = None,
+    allow_base_mismatch: bool = False,
+) -> DoranHandle:
+    """Adapt a model with a saved trainable adapter.
+
+    Args:
+        model: the base model that the adapter was made for.
+        path: the adapter's directory.
+        factor_builder: as in :func:`adapt`; needed if the adapter was trained with one.
+        allow_base_mismatch: load even if the base weights are not those of the adapter.
+
+    Raises:
+        AdapterFormatError: if the directory is not a trainable adapter, or does not fit the model.
+        BaseMismatchError: if the fingerprints of the base weights differ.
+    """
+    saved = _read_trainable(path)
+    handle = adapt(model, saved.config, factor_builder=factor_builder)
+    try:
+        handle._load(saved, path, allow_base_mismatch)
+    except Exception:
+        handle.remove()
+        raise
+    return handle
+
+
+def _read_trainable(path: str | os.PathLike[str]) -> TrainableAdapter:
+    saved = read_adapter(path)
+    if not isinstance(saved, TrainableAdapter):
+        raise AdapterFormatError(
+            f"{Path(path)}: expected a trainable DoRAN adapter (peft_type DORAN), got {type(saved).__name__}"
+        )
+    return saved
+
+
+def _modules_to_save(model: nn.Module, config: DoranConfig) -> list[str]:
+    names = [name for name, _ in model.named_modules() if matches(name, config.modules_to_save)]
+    for entry in config.modules_to_save or []:
+        if not any(matches(name, [entry]) for name in names):
+            raise TargetError(f"modules_to_save: {entry!r} matches no module of this {type(model).__name__}")
+    return names
+
+
+class DoranHandle:
+    """What :func:`adapt` returns.
+
+    Attributes:
+        model: the adapted model, changed in place.
+        config: the options.
+        layers: the adapted layers by their names, in the model's order.
+        modules_to_save: names of the modules that are trained in full.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: DoranConfig, layers: dict[str, DoranLayer], modules_to_save: list[str]
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.layers = layers
+        self.modules_to_save = modules_to_save
+        self._removed = False
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable parameters: those of the adapters and of ``modules_to_save``, each once."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters, for an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def penalty(self) -> Tensor:
+        """The generators' penalty, summed over the layers: add it to the loss. 0 if ``factor_penalty`` is 0."""
+        if self.config.factor_penalty == 0.0:
+            return torch.zeros(())
+        return torch.stack([layer.doran_adapter.penalty() for layer in self.layers.values()]).sum()
+
+    def tau(self) -> dict[str, Tensor]:
+        """tau of each layer as inference uses it, detached: ``[1]``, or ``[d_out]`` per head or row."""
+        return {name: layer.doran_adapter.tau.value().detach() for name, layer in self.layers.items()}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """A context in which the model is the base model (an unmerged adapter is skipped)."""
+        before = {name: layer.enabled for name, layer in self.layers.items()}
+        try:
+            for layer in self.layers.values():
+                layer.enabled = False
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.enabled = before[name]
+
+    def merge(self, *, check_finite: bool = False) -> None:
+        """Put every W' in place of its W0. Memory: a copy of each W0 is kept for :meth:`unmerge`.
+
+        Raises:
+            DoranError: if a merged weight is not finite and ``check_finite``; nothing stays merged then.
+            TargetError: if a base layer gives no access to its weight.
+        """
+        try:
+            for layer in self.layers.values():
+                layer.merge(check_finite=check_finite)
+        except Exception:
+            self.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Put every W0 back, bit for bit."""
+        for layer in self.layers.values():
+            layer.unmerge()
+
+    def remove(self, *, merged: bool = False) -> nn.Module:
+        """Take the adapters out; the handle is of no use afterwards.
+
+        Args:
+            merged: leave W' in the layers instead of W0.
+
+        Returns:
+            The model, with its own layers again, frozen as the adapters left it.
+        """
+        if not self._removed:
+            (self.merge if merged else self.unmerge)()
+            for name, layer in self.layers.items():
+                self.model.set_submodule(name, layer.base_layer)
+            self._removed = True
+        return self.model
+
+    def base_fingerprint(self) -> str | None:
+        """Fingerprint of the weights that are adapted; None if one is quantized or float16 and so not exact."""
+        weights = []
+        for name, layer in self.layers.items():
+            original = layer._unmerged if layer.merged else layer.view.weight()
+            if original is None or original.dtype == torch.float16:
+                return None
+            weights.append((name, original.detach()))
+        return fingerprint_weights(weights)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        form: Literal["trainable", "compiled"] = "trainable",
+        base_model: str | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the adapter directory, atomically.
+
+        Args:
+            path: the directory.
+            form: "trainable" to train on; "compiled" (A, B and c, a valid PEFT DoRA adapter) to serve and share.
+            base_model: name or path of the base model, a hint for readers.
+            overwrite: replace what is there.
+
+        Raises:
+            ConfigError: for another form.
+            AdapterFormatError: if a parameter is not finite; nothing is written then.
+        """
+        if form == "trainable":
+            write_trainable(self._trainable(base_model), path, overwrite=overwrite)
+        elif form == "compiled":
+            write_compiled(self.compiled(base_model), path, overwrite=overwrite)
+        else:
+            raise ConfigError(f"form: expected 'trainable' or 'compiled', got {form!r}")
+        return Path(path)
+
+    def load(self, path: str | os.PathLike[str], *, allow_base_mismatch: bool = False) -> None:
+        """Take over the values of a saved trainable adapter of the same layers and options.
+
+        Raises:
+            AdapterFormatError: if it does not fit; nothing is changed then.
+            BaseMismatchError: if the fingerprints of the base weights differ.
+        """
+        self._load(_read_trainable(path), path, allow_base_mismatch)
+
+    @torch.no_grad()
+    def compiled(self, base_model: str | None = None) -> CompiledAdapter:
+        """The compiled form, in memory: the networks run once, g and experts baked into B."""
+        modules = {}
+        for name, layer in self.layers.items():
+            view = layer.view
+            weight = layer._unmerged if layer.merged else view.weight()
+            if weight is None:
+                raise TargetError(f"{name}: compiling needs the base weight, which {type(view.layer).__name__} hides")
+            modules[name] = compile_module(
+                name, layer.doran_adapter, weight, kind=_file_kind(view), kernel=_kernel(view)
+            )
+        return CompiledAdapter(
+            modules,
+            extra=self._extra(),
+            base_fingerprint=self.base_fingerprint(),
+            base_model=base_model,
+            modules_to_save=self.config.modules_to_save,
+        )
+
+    def _trainable(self, base_model: str | None) -> TrainableAdapter:
+        return TrainableAdapter(
+            config=self.config,
+            modules={
+                name: {key: value.detach().cpu() for key, value in layer.doran_adapter.state_dict().items()}
+                for name, layer in self.layers.items()
+            },
+            extra=self._extra(),
+            base_fingerprint=self.base_fingerprint(),
+            base_model=base_model,
+            module_kinds={
+                name: kind for name, layer in self.layers.items() if (kind := _file_kind(layer.view)) != "linear"
+            },
+        )
+
+    def _extra(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value.detach().cpu().clone()
+            for name in self.modules_to_save
+            for key, value in self.model.get_submodule(name).state_dict().items()
+        }
+
+    @torch.no_grad()
+    def _load(self, saved: TrainableAdapter, path: str | os.PathLike[str], allow_base_mismatch: bool) -> None:
+        if set(saved.modules) != set(self.layers):
+            missing, extra = sorted(set(self.layers) - set(saved.modules)), sorted(set(saved.modules) - set(self.layers))
+            raise AdapterFormatError(f"{Path(path)}: adapts other modules: missing {missing[:5]}, unknown {extra[:5]}")
+        here = self.base_fingerprint()
+        if saved.base_fingerprint and here and saved.base_fingerprint != here and not allow_base_mismatch:
+            raise BaseMismatchError(
+                f"{Path(path)}: made for base weights {saved.base_fingerprint}, this model has {here}"
+            )
+        states: list[tuple[nn.Module, dict[str, Any]]] = []
+        for name, layer in self.layers.items():
+            states.append((layer.doran_adapter, dict(saved.modules[name])))
+        for name in self.modules_to_save:
+            prefix = f"{name}."
+            values = {key.removeprefix(prefix): v for key, v in saved.extra.items() if key.startswith(prefix)}
+            states.append((self.model.get_submodule(name), values))
+        for module, values in states:
+            _check_fits(module, values, path)
+        for module, values in states:
+            module.load_state_dict(values)
+
+
+def _check_fits(module: nn.Module, values: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    where = module.spec.name if hasattr(module, "spec") else type(module).__name__
+    expected = {key: list(value.shape) for key, value in module.state_dict().items()}
+    given = {key: list(value.shape) for key, value in values.items()}
+    if expected != given:
+        wrong = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
+        detail = ", ".join(f"{key}: file {given.get(key)}, model {expected.get(key)}" for key in wrong[:5])
+        raise AdapterFormatError(f"{Path(path)}: does not fit module {where!r} ({detail})")
+
+
+def _file_kind(view: BaseView) -> Any:
+    return "linear" if view.kind == "opaque" else view.kind
+
+
+def _kernel(view: BaseView) -> tuple[int, ...] | None:
+    return tuple(view.layer.weight.shape[1:]) if isinstance(view.layer, nn.Conv2d) else None

@@ -1,0 +1,196 @@
+"""The options of the method: one frozen, self-validating record, the same fields in memory and on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from doran_core.errors import ConfigError
+
+__all__ = ["ALL_LINEAR", "Activation", "DoranConfig"]
+
+ALL_LINEAR = "all-linear"
+"""Value of ``target_modules`` that stands for every linear layer."""
+
+Activation = Literal["leaky_relu", "relu", "gelu", "silu", "tanh", "identity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoranConfig:
+    """Every option of DoRAN. The paper (arXiv 2510.04331) gives no initial values or widths: the defaults are ours.
+
+    Attributes:
+        rank: r, rows of A.
+        alpha: the low-rank update is scaled by ``g = alpha / rank``.
+        use_rslora: ``g = alpha / sqrt(rank)`` instead (arXiv 2312.03732).
+        rank_pattern: other ranks for the modules whose name a key matches (a full regex, or one after a dot).
+        alpha_pattern: likewise for alpha.
+        target_modules: names or name endings, one regex for the whole name, or "all-linear".
+        exclude_modules: names or name endings, or one regex, that are not adapted after all.
+        modules_to_save: other modules trained in full and saved with the adapter, such as a classifier.
+        dropout: dropout on the low-rank branch's input.
+        norm_grad: "full" differentiates through the norm; "detached" does not, as DoRA.
+        norm_method: "factored" never forms B A; "direct" does; "auto" is factored, and direct for the rows
+            in which W0 + g B A nearly cancels (outside of torch.compile).
+        tau_kind: "learned", "fixed", "zero" (DoRA's denominator) or "gaussian" (``|N(0, sigma^2)|`` in training,
+            its mean at inference).
+        tau_granularity: one tau per layer (paper), per head (needs ``head_dim``) or per output row.
+        tau_init: first value of tau, or of sigma for "gaussian".
+        tau_init_relative: ``tau_init`` is in units of the mean row norm of W0.
+        tau_learn_sigma: for "gaussian", learn sigma too.
+        head_dim: output rows per head, for ``tau_granularity="head"``.
+        factors: A and B "generated" by small networks (paper) or "static" parameters (LoRA's).
+        sharing: embeddings and first layers shared by the adapted layers of a "block" (paper), by the whole
+            "model" (then a learned embedding tells the blocks apart), or by none.
+        share_output: share the last layer, W2, too, between layers of equal size.
+        embedding_dim: e, width of the embeddings.
+        hidden_dim: h, width of the hidden layers; None means the rank, the least that can express any A and B.
+        depth: linear layers in a generator, the last included (paper: 2).
+        activation: between the generator's layers (paper: leaky_relu).
+        block_pattern: a regex that finds the block in a module's name (its group 1, or the whole match); by default
+            the name up to its last number, "model.layers.3" of "model.layers.3.self_attn.q_proj".
+        factor_penalty: weight of the mean square of the generated factors, for the loss.
+        experts: read B A as r rank-one experts with learned coefficients (MLAE, arXiv 2405.18897).
+        expert_mask: in training, drop whole experts, or single elements of them, or nothing.
+        expert_dropout: probability of the mask.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    dropout: float = 0.0
+    norm_grad: Literal["full", "detached"] = "full"
+    norm_method: Literal["auto", "factored", "direct"] = "auto"
+    tau_kind: Literal["learned", "fixed", "zero", "gaussian"] = "learned"
+    tau_granularity: Literal["layer", "head", "row"] = "layer"
+    tau_init: float = 0.1
+    tau_init_relative: bool = True
+    tau_learn_sigma: bool = False
+    head_dim: int | None = None
+    factors: Literal["generated", "static"] = "generated"
+    sharing: Literal["block", "model", "none"] = "block"
+    share_output: bool = False
+    embedding_dim: int = 64
+    hidden_dim: int | None = None
+    depth: int = 2
+    activation: Activation = "leaky_relu"
+    block_pattern: str | None = None
+    factor_penalty: float = 0.0
+    experts: bool = False
+    expert_mask: Literal["none", "element", "expert"] = "none"
+    expert_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for entry in dataclasses.fields(self):
+            if get_origin(hints[entry.name]) is Literal:
+                self._require(entry.name, "one of", get_args(hints[entry.name]))
+        for name in ("rank", "embedding_dim", "depth"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                raise ConfigError(f"DoranConfig.{name}: expected a positive integer, got {value!r}")
+        for name in ("hidden_dim", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ConfigError(f"DoranConfig.{name}: expected a positive integer or None, got {value!r}")
+        for name in ("dropout", "expert_dropout"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0.0 <= value < 1.0:
+                raise ConfigError(f"DoranConfig.{name}: expected a probability in [0, 1), got {value!r}")
+        for name in ("tau_init", "factor_penalty"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0.0:
+                raise ConfigError(f"DoranConfig.{name}: expected a number not below 0, got {value!r}")
+        if not _is_number(self.alpha):
+            raise ConfigError(f"DoranConfig.alpha: expected a finite number, got {self.alpha!r}")
+        for name, check in (("rank_pattern", _is_positive_int), ("alpha_pattern", _is_number)):
+            self._require_pattern(name, check)
+        if self.block_pattern is not None:
+            _compile(self.block_pattern, "block_pattern")
+        if self.expert_mask != "none" and not self.experts:
+            raise ConfigError(f"DoranConfig.expert_mask={self.expert_mask!r} needs experts=True")
+        if self.share_output and (self.factors == "static" or self.sharing == "none"):
+            raise ConfigError(
+                "DoranConfig.share_output=True needs generated factors and sharing 'block' or 'model', "
+                f"got factors={self.factors!r}, sharing={self.sharing!r}"
+            )
+
+    def _require(self, name: str, what: str, choices: tuple[object, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ConfigError(f"DoranConfig.{name}: expected {what} {list(choices)}, got {value!r}")
+
+    def _require_pattern(self, name: str, check: Any) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"DoranConfig.{name}: expected a mapping of name pattern to number, got {value!r}")
+        for pattern, number in value.items():
+            _compile(pattern, name)
+            if not check(number):
+                raise ConfigError(f"DoranConfig.{name}[{pattern!r}]: expected a positive number, got {number!r}")
+
+    def rank_for(self, module: str) -> int:
+        """The rank of the module of this name."""
+        return int(_pattern_value(self.rank_pattern, module, self.rank))
+
+    def scaling_for(self, module: str) -> float:
+        """g of the module of this name."""
+        rank = self.rank_for(module)
+        alpha = _pattern_value(self.alpha_pattern, module, self.alpha)
+        return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready data."""
+        return {
+            entry.name: dict(value) if isinstance(value := getattr(self, entry.name), Mapping) else value
+            for entry in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DoranConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: on an unknown field, naming it, or a bad value, naming field and value.
+        """
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ConfigError(f"DoranConfig: unknown field(s) {unknown}; known fields are {sorted(known)}")
+        return cls(**data)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _compile(pattern: object, name: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)  # type: ignore[call-overload, no-any-return]
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"DoranConfig.{name}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The first pattern that matches the name, in full or from a dot on, as in PEFT."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,277 @@
+"""The formulas of DoRAN as pure functions on tensors; the one place where each of them lives.
+
+Symbols (arXiv 2510.04331; DoRA is arXiv 2402.09353), in PyTorch's layout:
+
+    V  = W0 + g * B @ A        W0 [d_out, d_in] frozen, A [r, d_in], B [d_out, r], g the scaling
+    n  = ||V|| per output row  [d_out]
+    c  = m / (n + tau)         m [d_out] the magnitude, tau >= 0: [1] or [d_out]
+    W' = c[:, None] * V
+    y  = c * (W0 x + g B A x) + bias
+
+Nothing here imports anything but torch. Sums over a row are accumulated in float32, or in float64 where an
+operand is float64; never in half precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "CANCELLATION_THRESHOLD",
+    "adapted_linear",
+    "adapted_output",
+    "base_product",
+    "base_squared_norm",
+    "factored_row_norm",
+    "merged_weight",
+    "output_scale",
+    "row_norm",
+    "scaled_factor",
+]
+
+CANCELLATION_THRESHOLD = 1e-2
+"""Below this ratio of ``||V||`` to ``||W0||`` the factored norm cancels: its relative error grows as
+eps / ratio^2, that of the direct norm as eps / ratio."""
+
+_UPCAST_BYTES = 64 * 2**20
+"""Most memory that the wider copy of a half-precision weight takes at a time, in bytes."""
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which sums over these tensors are taken: float64 if any of them is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Slices of rows whose copy in ``dtype`` stays under the memory bound; one slice if no copy is needed."""
+    rows = weight.shape[0]
+    if weight.dtype == dtype:
+        return [slice(0, rows)]
+    step = max(1, _UPCAST_BYTES // max(1, weight.shape[1] * dtype.itemsize))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _safe_sqrt(square: Tensor) -> Tensor:
+    """sqrt with value and gradient 0 where ``square`` is not positive (a plain sqrt's gradient is inf or NaN)."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def base_squared_norm(weight: Tensor) -> Tensor:
+    """``||W0||^2`` per output row.
+
+    Args:
+        weight: ``[d_out, d_in]``, any floating dtype.
+
+    Returns:
+        ``[d_out]`` in float32, or float64 for a float64 weight.
+    """
+    dtype = accumulation_dtype(weight)
+    return torch.cat([weight[rows].to(dtype).square().sum(1) for rows in _row_chunks(weight, dtype)])
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``W0 @ A.T`` in a wider dtype than W0's, with gradients for A alone and no wide copy of W0 kept."""
+
+    @staticmethod
+    def forward(weight: Tensor, A: Tensor) -> Tensor:
+        return torch.cat([weight[rows].to(A.dtype) @ A.T for rows in _row_chunks(weight, A.dtype)])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, Tensor]:
+        (weight,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        total = grad.new_zeros(grad.shape[1], weight.shape[1])
+        for rows in _row_chunks(weight, ctx.dtype):
+            total.addmm_(grad[rows].T, weight[rows].to(ctx.dtype))
+        return None, total
+
+
+def base_product(weight: Tensor, A: Tensor) -> Tensor:
+    """``U = W0 @ A.T``, the only product with W0 that the factored norm needs.
+
+    Args:
+        weight: ``[d_out, d_in]``, frozen: it gets no gradient when its dtype is narrower than the result's.
+        A: ``[r, d_in]``.
+
+    Returns:
+        ``[d_out, r]`` in float32, or float64 if either operand is float64.
+    """
+    dtype = accumulation_dtype(weight, A)
+    if weight.dtype == dtype:
+        return weight @ A.to(dtype).T
+    product: Tensor = _FrozenProduct.apply(weight, A.to(dtype))  # type: ignore[no-untyped-call]
+    return product
+
+
+def factored_row_norm(squared_norm: Tensor, product: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``||W0 + g B A||`` per row without forming ``B A``.
+
+    ``n^2 = ||W0||^2 + 2 g sum(B * U, 1) + g^2 sum((B @ (A @ A.T)) * B, 1)``.
+
+    Args:
+        squared_norm: ``[d_out]``, from :func:`base_squared_norm`.
+        product: ``U``, ``[d_out, r]``, from :func:`base_product`.
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        scaling: ``g``.
+
+    Returns:
+        ``[d_out]``. Where V nearly cancels (``n < CANCELLATION_THRESHOLD * ||W0||``) its error is large:
+        use :func:`row_norm` for those rows.
+    """
+    dtype = accumulation_dtype(squared_norm, product, A, B)
+    A, B = A.to(dtype), B.to(dtype)
+    inner = (B * (2.0 * scaling * product + scaling**2 * (B @ (A @ A.T)))).sum(1)
+    return _safe_sqrt(squared_norm + inner)
+
+
+def _direction(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``V = W0 + g B A`` in the accumulation dtype."""
+    dtype = accumulation_dtype(weight, A, B)
+    return torch.addmm(weight.to(dtype), B.to(dtype), A.to(dtype), alpha=scaling)
+
+
+def row_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``||W0 + g B A||`` per row, directly: forms V, so for merging, tests and rows that cancel.
+
+    Args:
+        weight: ``[d_out, d_in]``.
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        scaling: ``g``.
+
+    Returns:
+        ``[d_out]`` in float32, or float64 if any operand is float64.
+    """
+    return _safe_sqrt(_direction(weight, A, B, scaling).square().sum(1))
+
+
+def output_scale(magnitude: Tensor, norm: Tensor, tau: Tensor | float) -> Tensor:
+    """``c = m / (n + tau)``.
+
+    Args:
+        magnitude: ``m``, ``[d_out]``.
+        norm: ``n``, ``[d_out]``; pass ``norm.detach()`` for DoRA's detached gradient (2402.09353, section 4.3).
+        tau: a number, ``[1]`` or ``[d_out]``, not negative.
+
+    Returns:
+        ``[d_out]``; 0 where ``n + tau`` is 0, that is for a row of zeros without tau.
+    """
+    denominator = norm + tau
+    positive = denominator > 0
+    return torch.where(positive, magnitude / torch.where(positive, denominator, 1.0), 0.0)
+
+
+def scaled_factor(B: Tensor, scale: Tensor, scaling: float) -> Tensor:
+    """``B' = c[:, None] * g * B``: with it, ``y = c * (W0 x) + B' A x + bias``.
+
+    Args:
+        B: ``[d_out, r]``.
+        scale: ``c``, ``[d_out]``.
+        scaling: ``g``.
+
+    Returns:
+        ``[d_out, r]``.
+    """
+    return (scale * scaling)[:, None] * B
+
+
+def adapted_output(
+    base_output: Tensor, delta: Tensor, scale: Tensor, bias: Tensor | None = None, *, channel_dim: int = -1
+) -> Tensor:
+    """``y = c * (z - bias) + bias + delta``, from the base layer's own output.
+
+    Written as ``c * z + (1 - c) * bias + delta``, which returns ``z`` to the last bit at ``c = 1, delta = 0``
+    in every dtype. The arithmetic is float32 or wider; the result has the dtype of ``base_output``.
+
+    Args:
+        base_output: ``z = W0 x + bias``, ``[..., d_out]``, or with ``d_out`` at ``channel_dim``.
+        delta: ``B' A x`` with B' from :func:`scaled_factor`, shaped as ``base_output``.
+        scale: ``c``, ``[d_out]``.
+        bias: ``[d_out]`` or None; the bias is never scaled.
+        channel_dim: the dimension of ``d_out``.
+
+    Returns:
+        Shape and dtype of ``base_output``.
+    """
+    shape = [1] * base_output.dim()
+    shape[channel_dim] = -1
+    dtype = accumulation_dtype(base_output)
+    scale = scale.to(dtype)
+    if bias is not None:
+        delta = delta + ((1.0 - scale) * bias).view(shape)
+    result = torch.addcmul(delta.to(dtype), base_output.to(dtype), scale.view(shape))
+    return result.to(base_output.dtype)
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    tau: Tensor | float,
+    bias: Tensor | None = None,
+    *,
+    detach_norm: bool = False,
+) -> Tensor:
+    """A whole DoRAN linear layer in one call, with the factored norm.
+
+    Args:
+        x: ``[..., d_in]``.
+        weight: ``[d_out, d_in]``, frozen.
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        scaling: ``g``.
+        magnitude: ``m``, ``[d_out]``.
+        tau: a number, ``[1]`` or ``[d_out]``.
+        bias: ``[d_out]`` or None.
+        detach_norm: no gradient through the norm, as DoRA's paper.
+
+    Returns:
+        ``[..., d_out]`` in the dtype of ``x``.
+    """
+    norm = factored_row_norm(base_squared_norm(weight), base_product(weight, A), A, B, scaling)
+    scale = output_scale(magnitude, norm.detach() if detach_norm else norm, tau)
+    delta = F.linear(F.linear(x, A.to(x.dtype)), scaled_factor(B, scale, scaling).to(x.dtype))
+    return adapted_output(F.linear(x, weight, bias), delta, scale, bias)
+
+
+def merged_weight(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    tau: Tensor | float,
+) -> Tensor:
+    """``W' = m / (||V|| + tau) * V`` in float64, with the direct norm.
+
+    Rows are independent: a caller short of memory passes slices of rows of weight, B, magnitude and tau.
+
+    Args:
+        weight: ``[d_out, d_in]``.
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        scaling: ``g``.
+        magnitude: ``m``, ``[d_out]``.
+        tau: a number, ``[1]`` or ``[d_out]``.
+
+    Returns:
+        ``[d_out, d_in]`` in float64, so that there is one rounding, the caller's.
+    """
+    direction = _direction(weight.double(), A.double(), B.double(), scaling)
+    norm = _safe_sqrt(direction.square().sum(1))
+    scale = output_scale(magnitude.double(), norm, tau.double() if isinstance(tau, Tensor) else tau)
+    return direction.mul_(scale[:, None])

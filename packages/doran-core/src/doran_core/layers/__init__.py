@@ -1,0 +1,20 @@
+"""Adapted layers: views of base layers, the trainable adapter of one layer, and the modules that join the two."""
+
+from doran_core.layers.adapter import DoranAdapter
+from doran_core.layers.base import BaseView, base_view, is_adaptable, is_linear
+from doran_core.layers.modules import DoranConv2d, DoranEmbedding, DoranLayer, DoranLinear, wrap
+from doran_core.layers.rebuild import build_adapters
+
+__all__ = [
+    "BaseView",
+    "DoranAdapter",
+    "DoranConv2d",
+    "DoranEmbedding",
+    "DoranLayer",
+    "DoranLinear",
+    "base_view",
+    "build_adapters",
+    "is_adaptable",
+    "is_linear",
+    "wrap",
+]

@@ -1,0 +1,191 @@
+"""The trainable part of one adapted layer: magnitude, tau, factors and experts, and their join with a base view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from doran_core import functional
+from doran_core.config import DoranConfig
+from doran_core.errors import TargetError
+from doran_core.experts import RankOneExperts
+from doran_core.factors import LayerSpec, factor_penalty
+from doran_core.layers.base import BaseView
+from doran_core.tau import Tau
+
+__all__ = ["DoranAdapter"]
+
+
+class DoranAdapter(nn.Module):
+    """One layer's DoRAN: ``y = c * (W0 x + g B A x) + bias`` with ``c = m / (||W0 + g B A|| + tau)``.
+
+    It does not hold the base layer: each call gets a :class:`~doran_core.layers.base.BaseView` of it, so the same
+    object serves plain modules, PEFT layers and files. Its parameters are float32, and stay so when the model around
+    it is cast to half precision: a rounded magnitude would move the model away from the pretrained one.
+
+    Args:
+        config: the method's options.
+        spec: the layer's name, sizes, rank and scaling.
+        factors: the module whose call gives ``(A, B)``.
+    """
+
+    base_squared_norm: Tensor | None
+
+    def __init__(self, config: DoranConfig, spec: LayerSpec, factors: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec
+        self.scaling = spec.scaling
+        self.factors = factors
+        self.experts = RankOneExperts(spec.rank, config) if config.experts else None
+        self.tau = Tau(config, spec.d_out, spec.name)
+        self.magnitude = nn.Parameter(torch.ones(spec.d_out, dtype=torch.float32))
+        self.register_buffer("base_squared_norm", None, persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, view: BaseView) -> None:
+        """Set tau and then ``m = n + tau``, so that the layer computes what its base computes, to the last bit.
+
+        The adapter moves to the base layer's device, and to float64 for a float64 base.
+        """
+        weight = view.weight()
+        self.to(device=view.device, dtype=torch.float64 if _is_double(weight) else None)
+        self.reset_base(view)
+        A, B = self.factor_pair()
+        norm = self.norm(view, A, B)
+        self.tau.initialise(norm)
+        self.magnitude.copy_(norm + self.tau.value())
+
+    @torch.no_grad()
+    def reset_base(self, view: BaseView) -> None:
+        """Take ``||W0||^2`` anew; call it if the base weight was changed in place."""
+        self.base_squared_norm = view.squared_norm().to(self.magnitude.device)
+
+    def factor_pair(self) -> tuple[Tensor, Tensor]:
+        """``(A [r, d_in], B [d_out, r])`` of this pass, experts and their mask included, the scaling g not."""
+        A, B = self.factors()
+        return (A if self.experts is None else self.experts(A)), B
+
+    def norm(self, view: BaseView, A: Tensor, B: Tensor) -> Tensor:
+        """``n = ||W0 + g B A||`` per row, ``[d_out]``, by the configured method, with the gradient it asks for."""
+        if self.config.norm_grad == "detached":
+            with torch.no_grad():
+                return self._norm(view, A, B)
+        return self._norm(view, A, B)
+
+    def _norm(self, view: BaseView, A: Tensor, B: Tensor) -> Tensor:
+        weight = view.weight()
+        if self.config.norm_method == "direct":
+            if weight is None:
+                raise TargetError(
+                    f"{self.spec.name}: norm_method='direct' needs the weight of {type(view.layer).__name__}, "
+                    "which gives no access to it; use 'factored'"
+                )
+            return functional.row_norm(weight, A, B, self.scaling)
+        if self.base_squared_norm is None or self.base_squared_norm.is_meta:
+            self.reset_base(view)
+        squared_norm = self.base_squared_norm
+        assert squared_norm is not None
+        norm = functional.factored_row_norm(squared_norm, view.product(A), A, B, self.scaling)
+        if self.config.norm_method == "auto" and weight is not None and not torch.compiler.is_compiling():
+            norm = self._repair_cancelled(norm, squared_norm, weight, A, B)
+        return norm
+
+    def _repair_cancelled(self, norm: Tensor, squared_norm: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The direct norm for the rows in which V nearly cancels."""
+        bound = functional.CANCELLATION_THRESHOLD**2 * squared_norm
+        rows = (norm.detach().square() < bound).nonzero()[:, 0]
+        if rows.numel() == 0:
+            return norm
+        return norm.index_put((rows,), functional.row_norm(weight[rows], A, B[rows], self.scaling).to(norm.dtype))
+
+    def output_scale(self, norm: Tensor) -> Tensor:
+        """``c = m / (n + tau)``, ``[d_out]``."""
+        return functional.output_scale(self.magnitude, norm, self.tau())
+
+    def scale_and_factors(self, view: BaseView) -> tuple[Tensor, Tensor, Tensor]:
+        """``(c [d_out], A [r, d_in], B' [d_out, r])`` of this pass: ``y = c * W0 x + B' A x + bias``.
+
+        Autocast is off here: it would take the norm's products in half precision.
+        """
+        with torch.autocast(self.magnitude.device.type, enabled=False):
+            A, B = self.factor_pair()
+            scale = self.output_scale(self.norm(view, A, B))
+            return scale, A, functional.scaled_factor(B, scale, self.scaling)
+
+    def forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
+        """The adapted output.
+
+        Args:
+            view: of the base layer.
+            x: the base layer's input.
+            base_output: what the base layer made of it, bias included.
+
+        Returns:
+            Shape and dtype of ``base_output``.
+        """
+        scale, A, scaled_B = self.scale_and_factors(view)
+        dtype = base_output.dtype
+        if x.is_floating_point():
+            x = F.dropout(x.to(dtype), self.config.dropout, self.training)
+        delta = view.low_rank(x, A.to(dtype), scaled_B.to(dtype))
+        return functional.adapted_output(base_output, delta, scale, view.bias, channel_dim=view.channel_dim)
+
+    @torch.no_grad()
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W' ``[d_out, d_in]`` in float64, from W0 of the same shape; masks and noise as at inference."""
+        with self.inference_mode_of_method():
+            A, B = self.factor_pair()
+        return functional.merged_weight(weight, A, B, self.scaling, self.magnitude, self.tau.value())
+
+    def penalty(self) -> Tensor:
+        """``factor_penalty`` times the mean squares of A and B, a scalar for the loss."""
+        A, B = self.factor_pair()
+        return self.config.factor_penalty * factor_penalty(A, B)
+
+    def inference_mode_of_method(self) -> _Evaluating:
+        """A context in which masks and noise are off, whatever the mode of the module."""
+        return _Evaluating(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoranAdapter:
+        super()._apply(_KeepPrecision(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"d_in={spec.d_in}, d_out={spec.d_out}, rank={spec.rank}, scaling={spec.scaling:g}"
+
+
+def _is_double(weight: Tensor | None) -> bool:
+    return weight is not None and weight.dtype == torch.float64
+
+
+class _KeepPrecision:
+    """Lets ``module.to(...)`` move tensors, but not round them to half precision."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.fn = fn
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        moved = self.fn(tensor)
+        if moved.dtype in (torch.bfloat16, torch.float16) and tensor.dtype in (torch.float32, torch.float64):
+            return tensor.to(moved.device)
+        return moved
+
+
+class _Evaluating:
+    """Puts a module in eval mode and each of its parts back afterwards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        self._modes = [(part, part.training) for part in self._module.modules()]
+        self._module.eval()
+
+    def __exit__(self, *exc_info: object) -> None:
+        for part, training in self._modes:
+            part.training = training

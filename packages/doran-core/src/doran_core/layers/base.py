@@ -1,0 +1,252 @@
+"""Views that show any supported base layer as one matrix ``[d_out, d_in]``, which is all that DoRAN needs of it.
+
+A view holds a reference and no state, so it can be made at any time and never goes stale.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from doran_core import functional
+from doran_core.errors import TargetError
+
+__all__ = ["BaseView", "ModuleKind", "base_view", "is_adaptable", "is_linear"]
+
+ModuleKind = Literal["linear", "conv1d", "conv2d", "embedding", "opaque"]
+
+
+class BaseView(ABC):
+    """A base layer as the matrix W0 ``[d_out, d_in]`` and the products with it.
+
+    Attributes:
+        layer: the base layer.
+        kind: what sort of layer it is.
+        d_out: rows of the matrix.
+        d_in: columns of it.
+        channel_dim: the output's dimension of size ``d_out``.
+    """
+
+    kind: ModuleKind = "linear"
+    channel_dim: int = -1
+
+    def __init__(self, layer: nn.Module, d_out: int, d_in: int) -> None:
+        self.layer = layer
+        self.d_out = d_out
+        self.d_in = d_in
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias ``[d_out]`` that the base layer's output contains, or None."""
+        bias = getattr(self.layer, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base layer lives."""
+        tensors = [*self.layer.parameters(), *self.layer.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    @abstractmethod
+    def weight(self) -> Tensor | None:
+        """W0 as a view ``[d_out, d_in]``; None where the layer gives no access to it."""
+
+    @abstractmethod
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``B A`` applied to the layer's input x in x's place: the shape of the base output."""
+
+    @torch.no_grad()
+    def copy_weight_(self, matrix: Tensor) -> None:
+        """Overwrite W0 in place with ``[d_out, d_in]``, rounded to the layer's dtype."""
+        weight = self.weight()
+        if weight is None:
+            raise TargetError(
+                f"{type(self.layer).__name__} gives no access to its weight: it cannot be merged in place"
+            )
+        weight.copy_(matrix)
+
+    def product(self, A: Tensor) -> Tensor:
+        """``U = W0 @ A.T``, ``[d_out, r]``, differentiable in A ``[r, d_in]``."""
+        return functional.base_product(self._reachable_weight(), A)
+
+    def squared_norm(self) -> Tensor:
+        """``||W0||^2`` per row, ``[d_out]``."""
+        with torch.no_grad():
+            return functional.base_squared_norm(self._reachable_weight())
+
+    def _reachable_weight(self) -> Tensor:
+        weight = self.weight()
+        if weight is None:
+            raise TargetError(f"{type(self.layer).__name__} gives no access to its weight")
+        return weight
+
+
+class _LinearView(BaseView):
+    """nn.Linear and its like: weight ``[d_out, d_in]``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        weight = cast(Tensor, layer.weight)
+        super().__init__(layer, weight.shape[0], weight.shape[1])
+
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.layer.weight)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A), B)
+
+
+class _TransposedLinearView(_LinearView):
+    """A linear layer that keeps its weight as ``[d_in, d_out]``, such as GPT-2's Conv1D."""
+
+    kind = "conv1d"
+
+    def __init__(self, layer: nn.Module) -> None:
+        weight = cast(Tensor, layer.weight)
+        BaseView.__init__(self, layer, weight.shape[1], weight.shape[0])
+
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.layer.weight).T
+
+
+class _OpaqueLinearView(BaseView):
+    """A linear layer whose weight is packed (quantized): only its forward is used, never its storage."""
+
+    kind = "opaque"
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer, cast(int, layer.out_features), cast(int, layer.in_features))
+
+    def weight(self) -> None:
+        return None
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A), B)
+
+    def _apply_base(self, rows: Tensor) -> Tensor:
+        """``rows @ W0.T`` through the layer's own forward, in its own precision."""
+        output: Tensor = self.layer(rows)
+        return output if self.bias is None else output - self.bias
+
+    def product(self, A: Tensor) -> Tensor:
+        return self._apply_base(A.to(self._compute_dtype())).to(functional.accumulation_dtype(A)).T
+
+    @torch.no_grad()
+    def squared_norm(self) -> Tensor:
+        dtype = self._compute_dtype()
+        total = torch.zeros(self.d_out, dtype=torch.float32, device=self.device)
+        for start in range(0, self.d_in, 256):
+            stop = min(start + 256, self.d_in)
+            rows = torch.zeros(stop - start, self.d_in, dtype=dtype, device=self.device)
+            rows[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            total += self._apply_base(rows).float().square().sum(0)
+        return total
+
+    def _compute_dtype(self) -> torch.dtype:
+        declared = getattr(self.layer, "compute_dtype", None)
+        if isinstance(declared, torch.dtype):
+            return declared
+        floating = [t.dtype for t in [self.bias, *self.layer.parameters()] if t is not None and t.is_floating_point()]
+        return floating[0] if floating and floating[0].itemsize > 1 else torch.float32
+
+
+class _EmbeddingView(BaseView):
+    """nn.Embedding as the matrix that maps one-hot tokens to vectors: ``[dim, num_embeddings]``, as PEFT's DoRA."""
+
+    kind = "embedding"
+
+    def __init__(self, layer: nn.Embedding) -> None:
+        super().__init__(layer, layer.embedding_dim, layer.num_embeddings)
+
+    def weight(self) -> Tensor:
+        return cast(nn.Embedding, self.layer).weight.T
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.embedding(x, A.T), B)
+
+
+class _Conv2dView(BaseView):
+    """nn.Conv2d as the matrix ``[out_channels, in_channels * kh * kw]``."""
+
+    kind = "conv2d"
+    channel_dim = -3
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(layer, layer.out_channels, layer.weight[0].numel())
+
+    def weight(self) -> Tensor:
+        return cast(nn.Conv2d, self.layer).weight.flatten(1)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        conv = cast(nn.Conv2d, self.layer)
+        hidden = conv._conv_forward(x, A.view(A.shape[0], *conv.weight.shape[1:]), None)
+        return F.conv2d(hidden, B[:, :, None, None])
+
+
+def _has_matrix(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether ``target_modules="all-linear"`` means this layer: dense, transposed or quantized linear."""
+    if isinstance(layer, nn.Embedding | nn.modules.conv._ConvNd | NonDynamicallyQuantizableLinear):
+        return False
+    if isinstance(layer, nn.Linear) or (_is_transposed(layer) and _has_matrix(layer)):
+        return True
+    return (
+        isinstance(getattr(layer, "in_features", None), int)
+        and isinstance(getattr(layer, "out_features", None), int)
+        and not isinstance(layer, nn.Bilinear)
+        and not list(layer.children())
+    )
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether DoRAN can adapt this layer."""
+    return isinstance(layer, nn.Conv2d | nn.Embedding) or is_linear(layer)
+
+
+def base_view(layer: nn.Module, name: str = "layer") -> BaseView:
+    """The view that fits a base layer.
+
+    Args:
+        layer: nn.Linear, a Conv1D with transposed weight, nn.Embedding, nn.Conv2d, or any linear layer with
+            ``in_features`` and ``out_features``, such as a quantized one.
+        name: the layer's name, for error messages.
+
+    Raises:
+        TargetError: if the layer is none of these.
+    """
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1:
+            raise TargetError(f"{name}: DoRAN adapts Conv2d with groups=1, got groups={layer.groups}")
+        return _Conv2dView(layer)
+    if isinstance(layer, nn.Embedding):
+        if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
+            raise TargetError(
+                f"{name}: DoRAN adapts nn.Embedding without max_norm, scale_grad_by_freq and sparse, got {layer}"
+            )
+        if type(layer).forward is not nn.Embedding.forward:
+            raise TargetError(
+                f"{name}: DoRAN adapts nn.Embedding, got {type(layer).__name__} with a forward of its own"
+            )
+        return _EmbeddingView(layer)
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise TargetError(
+            f"{name}: the output projection of nn.MultiheadAttention is read, not called, so an adapter around it "
+            "would do nothing; write the attention with nn.Linear layers to adapt it"
+        )
+    if is_linear(layer):
+        if not _has_matrix(layer):
+            return _OpaqueLinearView(layer)
+        return _TransposedLinearView(layer) if _is_transposed(layer) else _LinearView(layer)
+    raise TargetError(f"{name}: DoRAN adapts linear layers, Conv1D, Embedding and Conv2d, got {type(layer).__name__}")

@@ -1,0 +1,94 @@
+"""Adapters from saved tensors alone, without the model: what merging and compiling on files need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from doran_core.blocks import block_of
+from doran_core.config import DoranConfig
+from doran_core.errors import MissingKeyError, TensorShapeError, UnexpectedKeyError
+from doran_core.factors import LayerSpec
+from doran_core.layers.adapter import DoranAdapter
+from doran_core.layers.modules import make_factor_builder
+
+__all__ = ["build_adapters"]
+
+
+def _sizes(tensors: Mapping[str, Tensor], module: str) -> tuple[int, int | None]:
+    """``(d_out, d_in)`` of a module by its tensors; d_in is None where all of W2 is shared."""
+    if "magnitude" not in tensors:
+        raise MissingKeyError(f"module {module!r}: no tensor 'magnitude' among {sorted(tensors)}")
+    for key in ("factors.A", "factors.w2_A"):
+        if key in tensors:
+            return tensors["magnitude"].shape[0], tensors[key].shape[1 if key == "factors.A" else 0]
+    return tensors["magnitude"].shape[0], None
+
+
+def build_adapters(
+    config: DoranConfig,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    d_in: Mapping[str, int] | None = None,
+) -> dict[str, DoranAdapter]:
+    """Adapters with the saved values, in eval mode.
+
+    Args:
+        config: the options that they were made with.
+        tensors: for each module name, in the model's order, its tensors by their names in :class:`DoranAdapter`.
+        d_in: columns of each module's weight; needed where ``share_output`` leaves them out of the file.
+
+    Returns:
+        One adapter per module.
+
+    Raises:
+        MissingKeyError, UnexpectedKeyError, TensorShapeError: naming the module and the tensor.
+    """
+    builder = make_factor_builder(config)
+    adapters = {}
+    for module in _owners_first(tensors):
+        d_out, columns = _sizes(tensors[module], module)
+        columns = columns or (d_in or {}).get(module)
+        if columns is None:
+            raise MissingKeyError(f"module {module!r}: its input size is not in the file; pass d_in")
+        spec = LayerSpec(
+            module,
+            block_of(module, config.block_pattern),
+            columns,
+            d_out,
+            config.rank_for(module),
+            config.scaling_for(module),
+        )
+        with torch.random.fork_rng(devices=[]):
+            adapters[module] = DoranAdapter(config, spec, builder(spec)).eval()
+    # Only now does each trunk hold every shared output of its group.
+    for module, adapter in adapters.items():
+        _load(adapter, tensors[module], module)
+    return {module: adapters[module] for module in tensors}
+
+
+def _owners_first(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Modules whose saved tensors include a trunk or a block's embedding before the others, else in order."""
+    return sorted(
+        tensors,
+        key=lambda module: (
+            not any(key.startswith("factors.trunk.") for key in tensors[module]),
+            "factors.block_embedding.vector" not in tensors[module],
+        ),
+    )
+
+
+def _load(adapter: DoranAdapter, tensors: Mapping[str, Tensor], module: str) -> None:
+    expected = adapter.state_dict()
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing:
+        raise MissingKeyError(f"module {module!r}: missing tensor(s) {missing}")
+    if extra:
+        raise UnexpectedKeyError(f"module {module!r}: unexpected tensor(s) {extra}; expected {sorted(expected)}")
+    for key, value in expected.items():
+        if value.shape != tensors[key].shape:
+            raise TensorShapeError(
+                f"module {module!r}, tensor {key!r}: expected shape {list(value.shape)}, got {list(tensors[key].shape)}"
+            )
+    adapter.load_state_dict({key: tensors[key] for key in expected})

@@ -1,0 +1,99 @@
+"""Which modules of a model are adapted: names, endings, a regex, or all linear layers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from doran_core.config import ALL_LINEAR, DoranConfig
+from doran_core.errors import TargetError
+from doran_core.layers.base import is_adaptable, is_linear
+
+__all__ = ["find_targets", "matches", "nearest_names"]
+
+
+def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
+    """Whether a module's name is meant: by a regex for all of it (a string), or a list of names and name endings."""
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in patterns)
+
+
+def find_targets(model: nn.Module, config: DoranConfig) -> list[str]:
+    """Names of the modules to adapt, in the model's order.
+
+    Raises:
+        TargetError: if no ``target_modules`` are given, one of them matches nothing (with the nearest names), or one
+            matches a module that DoRAN cannot adapt.
+    """
+    candidates = {name: module for name, module in model.named_modules() if name and is_adaptable(module)}
+    targets = config.target_modules
+    if not targets:
+        raise TargetError(
+            f"DoranConfig.target_modules is {targets!r}; expected name endings, a regex or {ALL_LINEAR!r}. "
+            f"This model has {_summary(candidates)}"
+        )
+    if targets == ALL_LINEAR:
+        found = [name for name, module in candidates.items() if is_linear(module)]
+    else:
+        found = _named_targets(model, candidates, targets)
+    kept = [
+        name
+        for name in found
+        if not matches(name, config.exclude_modules) and not _is_inside(name, config.modules_to_save)
+    ]
+    if not kept:
+        raise TargetError(
+            f"target_modules={targets!r} without exclude_modules={config.exclude_modules!r} and "
+            f"modules_to_save={config.modules_to_save!r} leaves no module"
+        )
+    return kept
+
+
+def _named_targets(model: nn.Module, candidates: dict[str, nn.Module], targets: str | list[str]) -> list[str]:
+    entries: list[str | list[str]] = [targets] if isinstance(targets, str) else [[entry] for entry in targets]
+    found: set[str] = set()
+    for entry in entries:
+        named = [name for name, _ in model.named_modules() if name and matches(name, entry)]
+        fitting = [name for name in named if name in candidates]
+        shown = entry if isinstance(entry, str) else entry[0]
+        if not named:
+            raise TargetError(f"target_modules: {shown!r} matches no module; {nearest_names(shown, candidates)}")
+        if not fitting:
+            kinds = sorted({type(model.get_submodule(name)).__name__ for name in named})
+            raise TargetError(
+                f"target_modules: {shown!r} matches only modules that DoRAN cannot adapt ({', '.join(kinds)}); "
+                "it adapts linear layers, Conv1D, Embedding and Conv2d"
+            )
+        found.update(fitting)
+    return [name for name in candidates if name in found]
+
+
+def _is_inside(name: str, modules: list[str] | None) -> bool:
+    """Whether the module is one of these or a part of one."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[:end]), modules) for end in range(1, len(parts) + 1))
+
+
+def nearest_names(unknown: str, modules: Iterable[str]) -> str:
+    """What to say after "X matches no module": the nearest name endings, or all of them if none is near.
+
+    Args:
+        unknown: what was asked for.
+        modules: full names of the modules that could be adapted.
+    """
+    names = list(modules)
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    near = difflib.get_close_matches(unknown.rsplit(".", 1)[-1], endings, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"this model has {_summary(names)}"
+
+
+def _summary(candidates: Iterable[str]) -> str:
+    endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+    shown = ", ".join(endings[:12]) + (", ..." if len(endings) > 12 else "")
+    return f"adaptable modules ending in: {shown}" if endings else "no adaptable modules"
