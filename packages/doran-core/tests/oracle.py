@@ -46,8 +46,9 @@ def leaky_relu(x):
 
 
 def generated(embedding, w1, w2):
-    """leaky_relu(E W1^T) W2^T."""
-    return leaky_relu(embedding.double() @ w1.double().T) @ w2.double().T
+    """leaky_relu(E W1^T / sqrt(e)) / h W2^T, with e and h the widths of the embedding and of the hidden layer."""
+    hidden = leaky_relu(embedding.double() @ w1.double().T / math.sqrt(w1.shape[1]))
+    return hidden / w1.shape[0] @ w2.double().T
 
 
 def softplus(x):

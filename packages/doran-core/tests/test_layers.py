@@ -138,8 +138,8 @@ def test_gradients_of_generator_tau_and_magnitude_against_a_naive_graph():
     ours = {name: p.grad.clone() for name, p in adapter.named_parameters()}
     adapter.zero_grad()
     trunk, factors = adapter.factors.trunk, adapter.factors
-    A = oracle.leaky_relu(trunk.A.embedding @ trunk.A.weights[0].T) @ factors.w2_A.T
-    B = (oracle.leaky_relu(trunk.B.embedding @ trunk.B.weights[0].T) @ factors.w2_B.T).T
+    A = oracle.generated(trunk.A.embedding, trunk.A.weights[0], factors.w2_A)
+    B = oracle.generated(trunk.B.embedding, trunk.B.weights[0], factors.w2_B).T
     V = base.weight + adapter.scaling * B @ A
     scale = adapter.magnitude / (V.norm(dim=1) + torch.log1p(torch.exp(adapter.tau.raw)))
     (x @ (scale[:, None] * V).T + base.bias).square().sum().backward()

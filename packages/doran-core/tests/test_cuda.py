@@ -1,0 +1,64 @@
+"""The same layers on a GPU: the start to the bit, the oracle's function and gradients, saving and loading."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from doran_core import DoranConfig, adapt, load
+from doran_core.layers import wrap
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: not tested on this machine")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 37, 512])
+def test_step_zero_is_the_base_layer_to_the_bit(dtype, tokens):
+    base = nn.Linear(123, 77).to("cuda", dtype)
+    x = torch.randn(tokens, 123, device="cuda", dtype=dtype)
+    assert torch.equal(wrap(base, DoranConfig(rank=5))(x), base(x))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_function_and_gradients_are_the_float64_references(dtype, bound):
+    base = nn.Linear(256, 192).to("cuda", dtype)
+    layer = wrap(base, DoranConfig(rank=8))
+    with torch.no_grad():
+        for parameter in layer.doran_adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    x = torch.randn(64, 256, device="cuda", dtype=dtype)
+    reference = copy.deepcopy(layer).double().cpu()
+    y = layer(x)
+    y.float().square().sum().backward()
+    expected = reference(x.double().cpu())
+    expected.square().sum().backward()
+    adapter = reference.doran_adapter
+    A, B = adapter.factor_pair()
+    tau = adapter.tau.value().detach()
+    exact = oracle.linear(
+        x.cpu(), reference.base_layer.weight, A.detach(), B.detach(), 2.0, adapter.magnitude.detach(), tau,
+        reference.base_layer.bias,
+    )  # fmt: skip
+    assert torch.allclose(expected, exact, atol=1e-9)
+    assert (y.double().cpu() - exact).norm() / exact.norm() < bound
+    for (name, ours), theirs in zip(layer.doran_adapter.named_parameters(), adapter.parameters(), strict=True):
+        error = (ours.grad.double().cpu() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 5 * bound, name
+
+
+def test_adapter_trained_on_the_gpu_loads_on_the_cpu(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    base = copy.deepcopy(model)
+    handle = adapt(model.cuda(), DoranConfig(rank=2, target_modules="all-linear"))
+    optimizer = torch.optim.Adam(handle.parameters(), lr=0.05)
+    x = torch.randn(8, 16)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x.cuda()).square().sum().backward()
+        optimizer.step()
+    handle.save(tmp_path / "a")
+    load(base, tmp_path / "a")
+    assert torch.allclose(base(x), model(x.cuda()).cpu(), atol=1e-4)
