@@ -247,7 +247,8 @@ def fine_tune(
     tau_before = doran_hf.tau_by_layer(model)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=LEARNING_RATE, warmup_steps=steps // 10,
+            folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=LEARNING_RATE,
+            warmup_steps=steps // 10,
             lr_scheduler_type="linear", logging_steps=max(1, steps // 50), save_strategy="no", report_to=[], seed=0,
             train_sampling_strategy="group_by_length", use_cpu=device == "cpu", dataloader_pin_memory=device != "cpu",
         )  # fmt: skip

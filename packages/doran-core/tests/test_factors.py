@@ -52,7 +52,7 @@ def test_generated_factors_are_the_papers_formula():
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "relu", "gelu", "silu", "tanh", "identity"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_every_network_starts_with_the_spread_of_loras_A_and_with_B_zero(activation, depth):
+def test_every_network_starts_with_the_spread_of_loras_factor_and_a_zero(activation, depth):
     wide = LayerSpec("layers.0.q_proj", "layers.0", 4096, 64, 16, 2.0)
     generated, B = SharedTrunks(DoranConfig(rank=16, activation=activation, depth=depth)).build(wide)()
     static, _ = StaticFactors(wide)()

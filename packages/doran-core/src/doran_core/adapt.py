@@ -136,10 +136,10 @@ class DoranHandle:
         return (parameter for _, parameter in self.named_parameters())
 
     def penalty(self) -> Tensor:
-        """The generators' penalty, summed over the layers: add it to the loss. 0 if ``factor_penalty`` is 0."""
+        """The factors' penalty, the mean over the layers: add it to the loss. 0 if ``factor_penalty`` is 0."""
         if self.config.factor_penalty == 0.0:
             return torch.zeros(())
-        return torch.stack([layer.doran_adapter.penalty() for layer in self.layers.values()]).sum()
+        return torch.stack([layer.doran_adapter.penalty() for layer in self.layers.values()]).mean()
 
     def tau(self) -> dict[str, Tensor]:
         """tau of each layer as inference uses it, detached: ``[1]``, or ``[d_out]`` per head or row."""
@@ -284,7 +284,10 @@ class DoranHandle:
     @torch.no_grad()
     def _load(self, saved: TrainableAdapter, path: str | os.PathLike[str], allow_base_mismatch: bool) -> None:
         if set(saved.modules) != set(self.layers):
-            missing, extra = sorted(set(self.layers) - set(saved.modules)), sorted(set(saved.modules) - set(self.layers))
+            missing, extra = (
+                sorted(set(self.layers) - set(saved.modules)),
+                sorted(set(saved.modules) - set(self.layers)),
+            )
             raise AdapterFormatError(f"{Path(path)}: adapts other modules: missing {missing[:5]}, unknown {extra[:5]}")
         here = self.base_fingerprint()
         if saved.base_fingerprint and here and saved.base_fingerprint != here and not allow_base_mismatch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -105,8 +106,7 @@ class _HiddenLayers(nn.Module):
         widths = [config.embedding_dim] + [hidden] * (config.depth - 1)
         self.embedding = nn.Parameter(torch.randn(rank, config.embedding_dim, dtype=torch.float32))
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(wide, narrow, dtype=torch.float32))
-            for narrow, wide in zip(widths, widths[1:], strict=False)
+            nn.Parameter(torch.randn(wide, narrow, dtype=torch.float32)) for narrow, wide in pairwise(widths)
         )
         self.activation = _ACTIVATIONS[config.activation]
 

@@ -26,6 +26,7 @@ __all__ = [
     "adapted_output",
     "base_product",
     "base_squared_norm",
+    "direction",
     "factored_row_norm",
     "merged_weight",
     "output_scale",
@@ -135,8 +136,18 @@ def factored_row_norm(squared_norm: Tensor, product: Tensor, A: Tensor, B: Tenso
     return _safe_sqrt(squared_norm + inner)
 
 
-def _direction(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """``V = W0 + g B A`` in the accumulation dtype."""
+def direction(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``V = W0 + g B A``, formed in full.
+
+    Args:
+        weight: ``[d_out, d_in]``.
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        scaling: ``g``.
+
+    Returns:
+        ``[d_out, d_in]`` in float32, or float64 if any operand is float64.
+    """
     dtype = accumulation_dtype(weight, A, B)
     return torch.addmm(weight.to(dtype), B.to(dtype), A.to(dtype), alpha=scaling)
 
@@ -153,7 +164,7 @@ def row_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     Returns:
         ``[d_out]`` in float32, or float64 if any operand is float64.
     """
-    return _safe_sqrt(_direction(weight, A, B, scaling).square().sum(1))
+    return _safe_sqrt(direction(weight, A, B, scaling).square().sum(1))
 
 
 def output_scale(magnitude: Tensor, norm: Tensor, tau: Tensor | float) -> Tensor:
@@ -271,7 +282,7 @@ def merged_weight(
     Returns:
         ``[d_out, d_in]`` in float64, so that there is one rounding, the caller's.
     """
-    direction = _direction(weight.double(), A.double(), B.double(), scaling)
-    norm = _safe_sqrt(direction.square().sum(1))
+    V = direction(weight.double(), A.double(), B.double(), scaling)
+    norm = _safe_sqrt(V.square().sum(1))
     scale = output_scale(magnitude.double(), norm, tau.double() if isinstance(tau, Tensor) else tau)
-    return direction.mul_(scale[:, None])
+    return V.mul_(scale[:, None])
