@@ -59,7 +59,9 @@ def train(handle, steps=5):
     return loss.item()
 
 
-@pytest.mark.parametrize("options", [{}, {"factors": "static"}, {"sharing": "model", "share_output": True}, {"factor_penalty": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"factors": "static"}, {"sharing": "model", "share_output": True}, {"factor_penalty": 0.1}], ids=str
+)
 def test_life_of_an_adapter(options, tmp_path):
     net = Net()
     base = copy.deepcopy(net)

@@ -23,6 +23,7 @@ from doran_core.config import DoranConfig
 from doran_core.errors import AdapterFormatError, BaseMismatchError, ConfigError, TargetError
 from doran_core.factors import FactorBuilder
 from doran_core.fingerprint import fingerprint_weights
+from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView
 from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
 from doran_core.targets import find_targets, matches
@@ -308,7 +309,7 @@ class DoranHandle:
 
 
 def _check_fits(module: nn.Module, values: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    where = module.spec.name if hasattr(module, "spec") else type(module).__name__
+    where = module.spec.name if isinstance(module, DoranAdapter) else type(module).__name__
     expected = {key: list(value.shape) for key, value in module.state_dict().items()}
     given = {key: list(value.shape) for key, value in values.items()}
     if expected != given:

@@ -1,0 +1,93 @@
+"""Any adapter form as plain factors: networks run, experts joined, one record per layer. Needs no base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from doran_core.adapter.schema import AnyAdapter, CompiledAdapter, Kind, TrainableAdapter
+from doran_core.layers.rebuild import build_adapters
+
+__all__ = ["LayerFactors", "evaluate"]
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """One layer: ``W' = c (W0 + g B A)`` with ``c = m / (||W0 + g B A|| + tau)``, or c as given.
+
+    Attributes:
+        name: the module's name in the adapter.
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        scaling: g.
+        magnitude: m ``[d_out]``, or None where `scale` is given.
+        tau: ``[1]``, ``[d_out]`` or a number.
+        scale: c ``[d_out]`` where it is known without the base (compiled; LoRA, whose c is 1), else None.
+        kind: how the base keeps the weight, if the adapter says so.
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scaling: float
+    magnitude: Tensor | None
+    tau: Tensor | float
+    scale: Tensor | None
+    kind: Kind | None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
+        return self.B.shape[0], self.A.shape[1]
+
+
+@torch.no_grad()
+def evaluate(adapter: AnyAdapter, d_in: Mapping[str, int] | None = None) -> list[LayerFactors]:
+    """The factors of every layer.
+
+    Args:
+        adapter: of any form.
+        d_in: columns of each module's weight; needed for a trainable adapter whose output layers are shared.
+
+    Raises:
+        AdapterFormatError: a trainable adapter whose shared parts are missing or do not fit.
+    """
+    if isinstance(adapter, CompiledAdapter):
+        return [LayerFactors(m.name, m.A, m.B, 1.0, None, 0.0, m.scale, m.kind) for m in adapter.modules.values()]
+    if isinstance(adapter, TrainableAdapter):
+        return _evaluate_trainable(adapter, d_in)
+    return [
+        LayerFactors(
+            p.name,
+            p.A,
+            p.B,
+            p.scaling,
+            p.magnitude,
+            0.0,
+            torch.ones(p.B.shape[0]) if p.magnitude is None else None,
+            p.kind,
+        )
+        for p in adapter.modules.values()
+    ]
+
+
+def _evaluate_trainable(adapter: TrainableAdapter, d_in: Mapping[str, int] | None) -> list[LayerFactors]:
+    layers = []
+    for name, module in build_adapters(adapter.config, adapter.modules, d_in).items():
+        A, B = module.factor_pair()
+        layers.append(
+            LayerFactors(
+                name,
+                A.detach(),
+                B.detach(),
+                module.scaling,
+                module.magnitude.detach(),
+                module.tau.value().detach(),
+                None,
+                adapter.module_kinds.get(name),
+            )
+        )
+    return layers

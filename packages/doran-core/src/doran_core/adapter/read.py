@@ -1,0 +1,264 @@
+"""Read an adapter directory of any form. Everything is checked before anything is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from torch import Tensor
+
+from doran_core.adapter.keys import TRAINABLE_MARK, split_keys, strip_prefix
+from doran_core.adapter.peft_files import check_peft_options, parse_peft_modules
+from doran_core.adapter.schema import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    SCALE_FILE,
+    TENSOR_FILE,
+    AnyAdapter,
+    CompiledAdapter,
+    CompiledModule,
+    Kind,
+    PeftAdapter,
+    TrainableAdapter,
+)
+from doran_core.adapter.validate import check_compiled_parts, check_tensors, check_trainable_module
+from doran_core.config import DoranConfig
+from doran_core.errors import (
+    AdapterFormatError,
+    ConfigError,
+    CorruptFileError,
+    FormatVersionError,
+    MissingKeyError,
+    UnexpectedKeyError,
+)
+from doran_core.files import StrPath
+from doran_core.files.jsonfile import read_json
+from doran_core.files.tensors import LoadedFile, load_safetensors
+
+__all__ = ["read_adapter", "read_compiled"]
+
+_CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(DoranConfig))
+_OWN_FIELDS = frozenset({"peft_type", "format_version", "base_fingerprint", "created_by", "module_kinds"})
+_RECORD_FIELDS = frozenset({"base_model_name_or_path", "task_type"})
+_T = TypeVar("_T")
+
+
+def read_adapter(directory: StrPath) -> AnyAdapter:
+    """Read an adapter directory.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors, and doran_scale.safetensors if compiled.
+
+    Returns:
+        A TrainableAdapter (``peft_type`` DORAN), a CompiledAdapter (LORA with a scale file beside it), or a
+        PeftAdapter (any other LORA).
+
+    Raises:
+        AdapterFormatError: one of its subclasses, naming file and key, for everything that can be wrong.
+    """
+    folder = Path(directory)
+    config = _read_config(folder)
+    method = config.get("peft_type")
+    if method == "DORAN":
+        return _read_trainable(folder, config)
+    if method == "LORA":
+        peft = _read_peft(folder, config)
+        return _compiled(folder, *peft) if (folder / SCALE_FILE).exists() else peft[0]
+    raise AdapterFormatError(f"{folder / CONFIG_FILE}: peft_type {method!r}, expected 'DORAN' or 'LORA'")
+
+
+def read_compiled(directory: StrPath) -> CompiledAdapter:
+    """Read an adapter directory that must be in the compiled form.
+
+    Raises:
+        AdapterFormatError: as :func:`read_adapter`; also if the adapter is of another form.
+    """
+    adapter = read_adapter(directory)
+    if not isinstance(adapter, CompiledAdapter):
+        form = "trainable" if isinstance(adapter, TrainableAdapter) else "a PEFT adapter without scales"
+        raise AdapterFormatError(
+            f"{directory}: is {form}, expected the compiled form; make it with "
+            f"`doran convert {directory} --to compiled --base DIR --out DIR`"
+        )
+    return adapter
+
+
+def _open(path: Path, read: Callable[[Path], _T]) -> _T:
+    try:
+        return read(path)
+    except FileNotFoundError as error:
+        raise MissingKeyError(_missing_message(path)) from error
+    except IsADirectoryError as error:
+        raise CorruptFileError(f"{path}: is a directory, expected a file") from error
+    except OSError as error:
+        raise AdapterFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _missing_message(path: Path) -> str:
+    if not path.parent.exists():
+        return f"{path.parent}: no such adapter directory"
+    pickled = path.with_suffix(".bin")
+    if path.name == TENSOR_FILE and pickled.exists():
+        return f"{path} is missing; {pickled.name} is a pickle, which doran never opens: save it as safetensors"
+    return f"{path} is missing: not an adapter directory, or not a complete one"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = _open(folder / CONFIG_FILE, read_json)
+    if "peft_type" not in config:
+        raise MissingKeyError(f"{folder / CONFIG_FILE}: no field 'peft_type'")
+    return config
+
+
+def _read_tensors(path: Path) -> LoadedFile:
+    return _open(path, load_safetensors)
+
+
+def _check_version(path: Path, version: object) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise FormatVersionError(f"{path}: format_version {version!r}, expected an integer up to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: format_version {version} is newer than {FORMAT_VERSION}, the last one that this doran-core "
+            "reads; upgrade doran-core"
+        )
+
+
+def _optional_text(path: Path, fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise CorruptFileError(f"{path}: {name}={value!r}, expected a string or null")
+    return value
+
+
+def _module_kinds(path: Path, value: object) -> dict[str, Kind]:
+    kinds = get_args(Kind)
+    if not isinstance(value, dict) or not all(kind in kinds for kind in value.values()):
+        raise CorruptFileError(f"{path}: module_kinds={value!r}, expected module names with one of {list(kinds)} each")
+    return value
+
+
+def _read_trainable(folder: Path, fields: dict[str, Any]) -> TrainableAdapter:
+    path = folder / CONFIG_FILE
+    if "format_version" not in fields:
+        raise MissingKeyError(f"{path}: no field 'format_version'")
+    _check_version(path, fields["format_version"])
+    try:
+        config = DoranConfig.from_dict({name: fields[name] for name in _CONFIG_FIELDS if name in fields})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    file = folder / TENSOR_FILE
+    modules, extra = split_keys(file, _read_tensors(file).tensors, TRAINABLE_MARK, None)
+    if not modules:
+        raise MissingKeyError(f"{file}: holds no tensor of any adapted module (no key with '.{TRAINABLE_MARK}')")
+    for name, tensors in modules.items():
+        check_tensors(str(file), {f"{name}.{TRAINABLE_MARK}{part}": tensor for part, tensor in tensors.items()})
+        check_trainable_module(str(file), config, name, tensors)
+    _check_extra(file, extra, fields)
+    known = _CONFIG_FIELDS | _OWN_FIELDS | _RECORD_FIELDS
+    return TrainableAdapter(
+        config=config,
+        modules=modules,
+        extra=extra,
+        base_fingerprint=_optional_text(path, fields, "base_fingerprint"),
+        base_model=_optional_text(path, fields, "base_model_name_or_path"),
+        task_type=_optional_text(path, fields, "task_type"),
+        module_kinds=_module_kinds(path, fields.get("module_kinds") or {}),
+        peft_fields={name: value for name, value in fields.items() if name not in known},
+        created_by=_optional_text(path, fields, "created_by") or "unknown",
+    )
+
+
+def _check_extra(file: Path, extra: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
+    """Extra tensors must be explained: by modules_to_save, by trained biases, or as saved embeddings."""
+    saved = fields.get("modules_to_save") or []
+    biases = fields.get("bias") not in (None, "none")
+    check_tensors(str(file), extra, integers=True)
+    for key in extra:
+        explained = any(f".{name}." in f".{key}" for name in saved) or (biases and key.endswith(".bias"))
+        embedding = key.rpartition(".")[0].rpartition(".")[2] in _EMBEDDING_NAMES
+        if not explained and not embedding:
+            raise UnexpectedKeyError(f"{file}: {key}: belongs to no adapted module and is not in modules_to_save")
+
+
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings")
+"""PEFT saves these in full by itself when they were resized or are targets."""
+
+
+def _read_peft(folder: Path, config: dict[str, Any]) -> tuple[PeftAdapter, LoadedFile]:
+    path, file = folder / CONFIG_FILE, folder / TENSOR_FILE
+    check_peft_options(path, config)
+    loaded = _read_tensors(file)
+    modules, extra = parse_peft_modules(file, config, loaded.tensors)
+    check_tensors(str(file), {key: value for key, value in loaded.tensors.items() if strip_prefix(key) not in extra})
+    _check_extra(file, extra, config)
+    adapter = PeftAdapter(
+        modules=modules,
+        config=config,
+        extra=extra,
+        base_model=_optional_text(path, config, "base_model_name_or_path"),
+        task_type=_optional_text(path, config, "task_type"),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+    )
+    return adapter, loaded
+
+
+def _compiled(folder: Path, peft: PeftAdapter, tensor_file: LoadedFile) -> CompiledAdapter:
+    path = folder / SCALE_FILE
+    scales = _read_tensors(path)
+    check_tensors(str(path), scales.tensors)
+    kinds = _scale_metadata(path, scales.metadata, tensor_file)
+    missing, left = (
+        sorted(peft.modules.keys() - scales.tensors.keys()),
+        sorted(scales.tensors.keys() - peft.modules.keys()),
+    )
+    if missing:
+        raise MissingKeyError(f"{path}: no scale for module(s) {missing}")
+    if left:
+        raise UnexpectedKeyError(f"{path}: scale for {left}, which {TENSOR_FILE} does not adapt")
+    modules = {}
+    for name, module in peft.modules.items():
+        if module.magnitude is None or module.scaling != 1.0:
+            raise AdapterFormatError(
+                f"{folder / CONFIG_FILE}: {name}: the compiled form has use_dora=true and lora_alpha equal to r, "
+                f"got use_dora={module.magnitude is not None} and a scaling of {module.scaling}"
+            )
+        check_compiled_parts(str(path), name, module.B, scales.tensors[name], module.magnitude)
+        kind = module.kind or kinds.get(name, "linear")
+        modules[name] = CompiledModule(
+            name, module.A, module.B, scales.tensors[name], module.magnitude, kind, module.kernel
+        )
+    saved = peft.config.get("modules_to_save")
+    return CompiledAdapter(
+        modules=modules,
+        extra=peft.extra,
+        base_fingerprint=scales.metadata.get("base_fingerprint"),
+        base_model=peft.base_model,
+        task_type=peft.task_type,
+        modules_to_save=list(saved) if saved else None,
+        created_by=scales.metadata.get("created_by", "unknown"),
+    )
+
+
+def _scale_metadata(path: Path, metadata: Mapping[str, str], tensor_file: LoadedFile) -> dict[str, Kind]:
+    """Check the scale file's header and return the kinds of the modules that are not linear."""
+    for name in ("format_version", "form", "adapter_model_sha256"):
+        if name not in metadata:
+            raise MissingKeyError(f"{path}: no {name!r} in its metadata")
+    version = metadata["format_version"]
+    _check_version(path, int(version) if version.isdecimal() else version)
+    if metadata["form"] != "compiled":
+        raise CorruptFileError(f"{path}: form {metadata['form']!r}, expected 'compiled'")
+    if metadata["adapter_model_sha256"] != tensor_file.sha256:
+        raise CorruptFileError(
+            f"{path}: belongs to another {TENSOR_FILE} (sha256 {metadata['adapter_model_sha256']}, "
+            f"the one beside it has {tensor_file.sha256})"
+        )
+    try:
+        kinds = json.loads(metadata.get("module_kinds", "{}"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path}: module_kinds in its metadata is not JSON: {error}") from error
+    return _module_kinds(path, kinds)

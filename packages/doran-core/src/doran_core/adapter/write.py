@@ -1,0 +1,162 @@
+"""Write adapter directories: checked first, then whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from doran_core.adapter.keys import trainable_key
+from doran_core.adapter.peft_files import peft_parts
+from doran_core.adapter.schema import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    KEY_PREFIX,
+    SCALE_FILE,
+    TENSOR_FILE,
+    CompiledAdapter,
+    TrainableAdapter,
+)
+from doran_core.adapter.validate import check_compiled_parts, check_pair, check_tensors, check_trainable_module
+from doran_core.errors import MissingKeyError
+from doran_core.files import StrPath
+from doran_core.files.atomic import new_directory
+from doran_core.files.jsonfile import write_json
+from doran_core.files.tensors import save_safetensors
+
+__all__ = ["write_compiled", "write_peft_dora", "write_trainable"]
+
+_SAFETENSORS_METADATA = {"format": "pt"}
+
+
+def write_trainable(adapter: TrainableAdapter, directory: StrPath, *, overwrite: bool = False) -> Path:
+    """Write the trainable form.
+
+    Args:
+        adapter: what to write.
+        directory: made if it is not there. Files in it that belong to no adapter stay.
+        overwrite: replace an adapter that is there already.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AdapterFormatError: the record is not a valid adapter; nothing is written.
+        CheckpointError: the directory holds an adapter and may not be replaced, or cannot be written.
+    """
+    where = "adapter to write"
+    if not adapter.modules:
+        raise MissingKeyError(f"{where}: no adapted module")
+    for name, tensors in adapter.modules.items():
+        check_trainable_module(where, adapter.config, name, tensors)
+    flat = {
+        trainable_key(name, part): tensor
+        for name, tensors in adapter.modules.items()
+        for part, tensor in tensors.items()
+    }
+    check_tensors(where, flat)
+    flat |= _extra_keys(where, adapter.extra)
+    fields: dict[str, Any] = {
+        "peft_type": "DORAN",
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": adapter.base_model,
+        "base_fingerprint": adapter.base_fingerprint,
+        "created_by": adapter.created_by,
+        "task_type": adapter.task_type,
+        "inference_mode": True,
+        "bias": "none",
+        **adapter.config.to_dict(),
+        **adapter.peft_fields,
+    }
+    if adapter.module_kinds:
+        fields["module_kinds"] = dict(adapter.module_kinds)
+    with new_directory(Path(directory), overwrite=overwrite, owned=ADAPTER_FILES) as staging:
+        write_json(staging / CONFIG_FILE, fields)
+        save_safetensors(staging / TENSOR_FILE, flat, _SAFETENSORS_METADATA)
+    return Path(directory)
+
+
+def write_compiled(adapter: CompiledAdapter, directory: StrPath, *, overwrite: bool = False) -> Path:
+    """Write the compiled form: a valid PEFT DoRA adapter with the output scales beside it.
+
+    Args, Returns, Raises: as :func:`write_trainable`.
+    """
+    return _write(adapter, directory, overwrite, with_scales=True)
+
+
+def write_peft_dora(adapter: CompiledAdapter, directory: StrPath, *, overwrite: bool = False) -> Path:
+    """Write a plain PEFT DoRA adapter: the compiled form without its scales and its base fingerprint.
+
+    Args, Returns, Raises: as :func:`write_trainable`.
+    """
+    return _write(adapter, directory, overwrite, with_scales=False)
+
+
+def _write(adapter: CompiledAdapter, directory: StrPath, overwrite: bool, *, with_scales: bool) -> Path:
+    flat, scales = _compiled_tensors(adapter)
+    metadata = {
+        "format_version": str(FORMAT_VERSION),
+        "form": "compiled",
+        "created_by": adapter.created_by,
+        "module_kinds": json.dumps({name: m.kind for name, m in adapter.modules.items() if m.kind != "linear"}),
+    }
+    if adapter.base_fingerprint is not None:
+        metadata["base_fingerprint"] = adapter.base_fingerprint
+    with new_directory(Path(directory), overwrite=overwrite, owned=ADAPTER_FILES) as staging:
+        write_json(staging / CONFIG_FILE, _dora_config(adapter))
+        metadata["adapter_model_sha256"] = save_safetensors(staging / TENSOR_FILE, flat, _SAFETENSORS_METADATA)
+        if with_scales:
+            save_safetensors(staging / SCALE_FILE, scales, metadata)
+    return Path(directory)
+
+
+def _compiled_tensors(adapter: CompiledAdapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of the two files by key, checked."""
+    where = "adapter to write"
+    if not adapter.modules:
+        raise MissingKeyError(f"{where}: no adapted module")
+    flat: dict[str, Tensor] = {}
+    for name, module in adapter.modules.items():
+        check_pair(where, name, module.A, module.B, module.rank)
+        check_compiled_parts(where, name, module.B, module.scale, module.magnitude)
+        parts = peft_parts(module.kind, module.kernel, module.A, module.B, module.magnitude)
+        flat |= {f"{KEY_PREFIX}{name}.{part}": tensor for part, tensor in parts.items()}
+    scales = {name: module.scale for name, module in adapter.modules.items()}
+    check_tensors(where, flat)
+    check_tensors(where, scales)
+    return flat | _extra_keys(where, adapter.extra), scales
+
+
+def _extra_keys(where: str, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    check_tensors(where, extra, integers=True)
+    return {f"{KEY_PREFIX}{name}": tensor for name, tensor in extra.items()}
+
+
+def _dora_config(adapter: CompiledAdapter) -> dict[str, Any]:
+    """A LoraConfig under which PEFT's scaling is exactly 1 for every module."""
+    ranks = {name: module.rank for name, module in adapter.modules.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": adapter.task_type,
+        "base_model_name_or_path": adapter.base_model,
+        "inference_mode": True,
+        "use_dora": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(adapter.modules),
+        "modules_to_save": adapter.modules_to_save,
+        "fan_in_fan_out": any(module.kind == "conv1d" for module in adapter.modules.values()),
+        "lora_dropout": 0.0,
+        "bias": "all" if any(name.endswith(".bias") for name in adapter.extra) else "none",
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }

@@ -1,0 +1,195 @@
+"""A Hugging Face checkpoint directory as keys and tensors, read in place: nothing is loaded before it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from doran_core.errors import CheckpointError, CorruptFileError
+from doran_core.files import StrPath
+from doran_core.files.jsonfile import read_json
+from doran_core.files.layout import DTYPES, Layout, TensorEntry, read_layout
+from doran_core.files.tensors import read_rows
+
+__all__ = ["INDEX_FILE", "Checkpoint", "WeightFile"]
+
+INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One tensor's place: the shard's layout and the entry in it."""
+
+    layout: Layout
+    entry: TensorEntry
+
+    @property
+    def path(self) -> Path:
+        """The shard."""
+        return self.layout.path
+
+    def rows(self, step: int) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of `step` rows along the first stored dimension with their values, in the file's dtype."""
+        with open_for_reading(self.path) as fd:
+            for start in range(0, self.entry.shape[0], step):
+                part = slice(start, min(start + step, self.entry.shape[0]))
+                yield part, read_rows(fd, self.entry, part)
+
+    def read(self) -> Tensor:
+        """The whole tensor in the file's dtype."""
+        with open_for_reading(self.path) as fd:
+            return read_rows(fd, self.entry)
+
+
+@contextmanager
+def open_for_reading(path: Path) -> Iterator[int]:
+    """A file descriptor; errors of reading become CheckpointError."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        yield fd
+    except CorruptFileError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    finally:
+        os.close(fd)
+
+
+class Checkpoint:
+    """A directory with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
+
+    Args:
+        directory: the checkpoint.
+
+    Raises:
+        CheckpointError: no such directory, no safetensors weights in it, or broken files.
+    """
+
+    def __init__(self, directory: StrPath) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{directory}: no such checkpoint directory")
+        self.index = self._read_index()
+        names = [_SINGLE_FILE] if self.index is None else sorted(set(self.index["weight_map"].values()))
+        self.shards: list[Layout] = [self._read_shard(name) for name in names]
+        self._files: dict[str, WeightFile] = {}
+        for shard in self.shards:
+            for key, entry in shard.entries.items():
+                if key in self._files:
+                    raise CheckpointError(f"{shard.path}: {key} is also in {self._files[key].path.name}")
+                self._files[key] = WeightFile(shard, entry)
+        self._check_index()
+
+    def _read_index(self) -> dict[str, Any] | None:
+        if (self.directory / _SINGLE_FILE).exists():
+            return None
+        path = self.directory / INDEX_FILE
+        if not path.exists():
+            hint = ""
+            if any((self.directory / name).exists() for name in _PICKLES):
+                hint = "; it has pickled weights only, which doran never opens: save it as safetensors"
+            raise CheckpointError(f"{self.directory}: no {_SINGLE_FILE} and no {INDEX_FILE} in it{hint}")
+        try:
+            index = read_json(path)
+        except CorruptFileError as error:
+            raise CheckpointError(str(error)) from error
+        files = index.get("weight_map")
+        if not isinstance(files, dict) or not all(
+            isinstance(name, str) and Path(name).name == name for name in files.values()
+        ):
+            raise CheckpointError(f"{path}: no weight_map from tensor names to files beside it")
+        return index
+
+    def _read_shard(self, name: str) -> Layout:
+        path = self.directory / name
+        try:
+            return read_layout(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing, but {INDEX_FILE} names it") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except CorruptFileError as error:
+            raise CheckpointError(str(error)) from error
+
+    def _check_index(self) -> None:
+        for key, name in (self.index or {"weight_map": {}})["weight_map"].items():
+            if key not in self._files or self._files[key].path.name != name:
+                raise CheckpointError(f"{self.directory / name}: {key} is not in it, but {INDEX_FILE} says so")
+
+    def keys(self) -> list[str]:
+        """All tensor names."""
+        return list(self._files)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._files
+
+    def file(self, key: str) -> WeightFile:
+        """Where a tensor lies.
+
+        Raises:
+            CheckpointError: no such tensor; the message names the nearest ones.
+        """
+        if key not in self._files:
+            near = difflib.get_close_matches(key, self._files, n=3)
+            raise CheckpointError(f"{self.directory}: no tensor {key!r}" + (f"; nearest are {near}" if near else ""))
+        return self._files[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.file(key).entry.shape
+
+    def tensor(self, key: str) -> Tensor:
+        """Read a tensor, in the dtype of the file."""
+        file = self.file(key)
+        if file.entry.dtype not in DTYPES:
+            raise CheckpointError(f"{file.path}: {key}: dtype {file.entry.dtype} cannot be read")
+        return file.read()
+
+    def weight_key(self, module: str) -> str:
+        """Name of a module's weight in this checkpoint.
+
+        The model that was adapted may carry a prefix that the checkpoint lacks, or the other way round
+        (``bert.encoder...`` and ``encoder...``): then the one name that differs by a prefix only is meant.
+
+        Raises:
+            CheckpointError: none, or more than one.
+        """
+        return self.parameter_key(f"{module}.weight")
+
+    def parameter_key(self, name: str) -> str:
+        """As :meth:`weight_key` for a parameter's full name."""
+        if name in self._files:
+            return name
+        candidates = self._prefixed(name) or self._unprefixed(name)
+        if len(candidates) > 1:
+            raise CheckpointError(f"{self.directory}: {name!r} could be any of {candidates}")
+        return candidates[0] if candidates else self.file(name).entry.key  # which raises, naming the nearest
+
+    def _prefixed(self, name: str) -> list[str]:
+        return [key for key in self._files if key.endswith(f".{name}")]
+
+    def _unprefixed(self, name: str) -> list[str]:
+        parts = name.split(".")
+        shorter = (".".join(parts[cut:]) for cut in range(1, len(parts) - 1))
+        return [key for key in shorter if key in self._files][:1]
+
+    def config(self) -> Mapping[str, Any]:
+        """config.json, or nothing if there is none."""
+        path = self.directory / "config.json"
+        try:
+            return read_json(path) if path.exists() else {}
+        except CorruptFileError as error:
+            raise CheckpointError(str(error)) from error

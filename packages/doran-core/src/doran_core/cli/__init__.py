@@ -1,0 +1,1 @@
+"""The `doran` command. One file per subcommand; other packages add theirs by entry point."""

@@ -1,0 +1,100 @@
+"""`doran inspect`: what is in an adapter directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from doran_core.diagnostics.inspect import AdapterReport, LayerReport, Spread, inspect_adapter
+
+__all__ = ["format_table", "register"]
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what is in an adapter",
+        description="Check an adapter of any form and show its layers: sizes, tau, output scale, effective rank. "
+        "With --base also what depends on the base weights, and whether it is the right base.",
+    )
+    parser.add_argument("adapter", metavar="DIR", help="adapter directory")
+    parser.add_argument("--base", metavar="DIR", help="its base checkpoint")
+    parser.add_argument("--plot", metavar="FILE", help="draw it, e.g. out.png (needs matplotlib)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--allow-base-mismatch", action="store_true", help="accept an adapter made for other base weights"
+    )
+    parser.set_defaults(func=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    report = inspect_adapter(arguments.adapter, arguments.base, allow_base_mismatch=arguments.allow_base_mismatch)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(_summary(report))
+        print(format_table(*_layer_table(report.layers)))
+    if arguments.plot:
+        from doran_core.diagnostics.plot import plot_report
+
+        plot_report(report, arguments.plot)
+    return 0
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return "  ".join([cells[0].ljust(widths[0]), *aligned]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def _summary(report: AdapterReport) -> str:
+    ranks = sorted({layer.rank for layer in report.layers})
+    facts = {
+        "adapter": report.directory,
+        "form": report.form,
+        "made by": report.created_by,
+        "base model": report.base_model,
+        "base weights": report.base_fingerprint,
+        "task": report.task_type,
+        "layers": f"{len(report.layers)}, rank {', '.join(map(str, ranks))}",
+        "parameters": f"{report.parameters:,}",
+        "full tensors": ", ".join(report.extra) or None,
+    }
+    width = max(map(len, facts))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items() if value is not None) + "\n"
+
+
+def _layer_table(layers: Sequence[LayerReport]) -> tuple[list[str], list[list[str]]]:
+    columns = {
+        "d_out x d_in": [f"{layer.d_out} x {layer.d_in}" for layer in layers],
+        "rank": [str(layer.rank) for layer in layers],
+        "eff. rank": [f"{layer.effective_rank:.2f}" for layer in layers],
+        "largest sv": [f"{layer.singular_values[0]:.3g}" for layer in layers],
+        "tau": [_spread(layer.tau) for layer in layers],
+        "scale c": [_spread(layer.scale) for layer in layers],
+        "norm n": [_spread(layer.norm) for layer in layers],
+        "tau/(n+tau)": [_number(layer.tau_share) for layer in layers],
+        "change": [_number(layer.change) for layer in layers],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    rows = [[layer.name, *(cells[index] for cells in shown.values())] for index, layer in enumerate(layers)]
+    return ["layer", *shown], rows
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return ""
+    if spread.least == spread.largest:
+        return f"{spread.mean:.4g}"
+    return f"{spread.mean:.4g} ({spread.least:.3g} to {spread.largest:.3g})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

@@ -1,0 +1,111 @@
+"""Any adapter form to the compiled one, with the base weights streamed from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from doran_core.adapter import AnyAdapter, CompiledAdapter, CompiledModule, PeftAdapter, TrainableAdapter, read_adapter
+from doran_core.adapter.compiled import compile_factors
+from doran_core.binding import BoundModule, bind, checkpoint_fingerprint
+from doran_core.checkpoint import Checkpoint
+from doran_core.errors import AdapterFormatError
+from doran_core.files import StrPath
+from doran_core.functional import output_scale, row_norm
+
+__all__ = ["compile_adapter", "compile_bound", "from_peft"]
+
+Progress = Callable[[int, int], None]
+
+
+def compile_adapter(
+    adapter_dir: StrPath,
+    base_dir: StrPath,
+    *,
+    allow_base_mismatch: bool = False,
+    progress: Progress | None = None,
+) -> CompiledAdapter:
+    """Compile an adapter directory of any form against its base checkpoint.
+
+    An adapter that is compiled already is returned as it is, once its base is checked. The result computes the same
+    function: ``c = m / (||W0 + g B A|| + tau)`` in float64, rounded to float32 once.
+
+    Args:
+        adapter_dir: trainable, compiled, or a PEFT LoRA or DoRA adapter.
+        base_dir: the checkpoint that it adapts.
+        allow_base_mismatch: accept base weights with another fingerprint.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        AdapterFormatError: the adapter is not valid.
+        CheckpointError: the base cannot be read, or does not have the adapter's modules.
+        BaseMismatchError: the base is another one.
+    """
+    adapter = read_adapter(adapter_dir)
+    checkpoint = Checkpoint(base_dir)
+    bound = bind(adapter, checkpoint, adapter_dir, allow_base_mismatch=allow_base_mismatch)
+    if isinstance(adapter, CompiledAdapter):
+        return adapter
+    modules = {}
+    for done, module in enumerate(bound.modules, 1):
+        modules[module.name] = compile_bound(module)
+        if progress is not None:
+            progress(done, len(bound.modules))
+    return CompiledAdapter(
+        modules=modules,
+        extra=adapter.extra,
+        base_fingerprint=bound.fingerprint or _fingerprint(bound.modules),
+        base_model=adapter.base_model,
+        task_type=adapter.task_type,
+        modules_to_save=_modules_to_save(adapter),
+    )
+
+
+def from_peft(peft_dir: StrPath, base_dir: StrPath, *, progress: Progress | None = None) -> CompiledAdapter:
+    """Compile a PEFT LoRA or DoRA adapter; rank_pattern, alpha_pattern and rslora go into B.
+
+    Raises:
+        AdapterFormatError: not a PEFT LoRA or DoRA adapter, or one with an option that cannot be represented.
+        CheckpointError: the base cannot be read, or does not have the adapter's modules.
+    """
+    adapter = read_adapter(peft_dir)
+    if not isinstance(adapter, PeftAdapter):
+        raise AdapterFormatError(f"{peft_dir}: is a DoRAN adapter, expected a PEFT LoRA or DoRA adapter")
+    return compile_adapter(peft_dir, base_dir, progress=progress)
+
+
+def _fingerprint(modules: list[BoundModule]) -> str | None:
+    """Of the base at hand; None for float16, whose values may be a rounded copy's."""
+    return None if any(m.file.entry.dtype == "F16" for m in modules) else checkpoint_fingerprint(modules)
+
+
+def _modules_to_save(adapter: AnyAdapter) -> list[str] | None:
+    saved = (
+        adapter.config.modules_to_save
+        if isinstance(adapter, TrainableAdapter)
+        else adapter.config.get("modules_to_save")
+        if isinstance(adapter, PeftAdapter)
+        else adapter.modules_to_save
+    )
+    return list(saved) if saved else None
+
+
+def compile_bound(module: BoundModule) -> CompiledModule:
+    """The compiled form of one module, its weight read from the checkpoint."""
+    # The norm belongs to the factors as they are stored: scaling joins B, and both are rounded, before it is taken.
+    layer = module.factors
+    A = layer.A.float().contiguous()
+    B = (layer.B.double() * layer.scaling).float().contiguous()
+    norms: list[Tensor] = [
+        row_norm(weight.double(), A.double(), B[rows].double(), 1.0) for rows, weight in module.weight_rows()
+    ]
+    norm = torch.cat(norms)
+    if layer.scale is not None:
+        scale = layer.scale.double()
+    else:
+        assert layer.magnitude is not None
+        tau = layer.tau.double() if isinstance(layer.tau, Tensor) else layer.tau
+        scale = output_scale(layer.magnitude.double(), norm, tau)
+    return compile_factors(layer.name, A, B, norm, scale, module.kind, module.kernel)

@@ -1,0 +1,17 @@
+"""What an adapter has learned, as plain data: spectra, effective ranks, tau and norms per layer, similarities."""
+
+from doran_core.diagnostics.factors import delta_similarity, effective_rank, singular_values
+from doran_core.diagnostics.gradient import GradientProbe, GradientSplit, gradient_split
+from doran_core.diagnostics.inspect import AdapterReport, LayerReport, inspect_adapter
+
+__all__ = [
+    "AdapterReport",
+    "GradientProbe",
+    "GradientSplit",
+    "LayerReport",
+    "delta_similarity",
+    "effective_rank",
+    "gradient_split",
+    "inspect_adapter",
+    "singular_values",
+]

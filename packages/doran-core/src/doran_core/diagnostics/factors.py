@@ -1,0 +1,56 @@
+"""Numbers about a low-rank update ``B A`` that never form it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["delta_similarity", "effective_rank", "singular_values"]
+
+
+@torch.no_grad()
+def singular_values(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
+    """Singular values of ``g B A``, ``[min(r, d_out, d_in)]``, float64, from the largest to the smallest.
+
+    Args:
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        scaling: g.
+    """
+    inner = torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.double().T).R.T
+    values: Tensor = torch.linalg.svdvals(inner)
+    return values * abs(scaling)
+
+
+@torch.no_grad()
+def effective_rank(values: Tensor) -> float:
+    """``exp`` of the entropy of the normalised singular values (Roy and Vetterli, 2007): from 1 to their number.
+
+    Args:
+        values: singular values ``[k]``. Returns 0 if all are 0.
+    """
+    total = values.sum()
+    if total <= 0:
+        return 0.0
+    shares = (values / total).clamp_min(torch.finfo(values.dtype).tiny)
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+@torch.no_grad()
+def delta_similarity(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Cosine similarities between the updates ``B A`` of layers of equal size, ``[layers, layers]``, float64.
+
+    Args:
+        pairs: ``(A [r, d_in], B [d_out, r])`` of each layer; r may differ. A layer with B = 0 has similarity 0.
+    """
+    doubles = [(A.double(), B.double()) for A, B in pairs]
+    inner = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
+    for i, (A_i, B_i) in enumerate(doubles):
+        for j, (A_j, B_j) in enumerate(doubles[: i + 1]):
+            # <B_i A_i, B_j A_j> = sum of (B_i' B_j) * (A_i A_j')
+            inner[i, j] = inner[j, i] = ((B_i.T @ B_j) * (A_i @ A_j.T)).sum()
+    lengths = inner.diagonal().clamp_min(0).sqrt()
+    scale = torch.outer(lengths, lengths)
+    return torch.where(scale > 0, inner / torch.where(scale > 0, scale, 1.0), 0.0)

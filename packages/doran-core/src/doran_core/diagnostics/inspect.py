@@ -1,0 +1,190 @@
+"""An adapter directory as a report of plain data: one record per layer, with or without the base weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from doran_core.adapter import AnyAdapter, CompiledAdapter, TrainableAdapter, read_adapter
+from doran_core.adapter.evaluate import LayerFactors, evaluate
+from doran_core.binding import BoundModule, bind
+from doran_core.checkpoint import Checkpoint
+from doran_core.diagnostics.factors import effective_rank, singular_values
+from doran_core.errors import ConfigError
+from doran_core.files import StrPath
+from doran_core.functional import output_scale, row_norm
+
+__all__ = ["AdapterReport", "LayerReport", "Spread", "inspect_adapter"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, least and largest of some values."""
+
+    mean: float
+    least: float
+    largest: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Spread:
+        """Of a tensor of any shape."""
+        return cls(float(values.double().mean()), float(values.min()), float(values.max()))
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer.
+
+    Attributes:
+        name: the module.
+        rank, d_out, d_in: sizes.
+        singular_values: of ``g B A``.
+        effective_rank: see :func:`~doran_core.diagnostics.effective_rank`.
+        tau: of the trainable form; None elsewhere.
+        scale: c; None where it takes the base to know it and none is given.
+        norm: ``n = ||W0 + g B A||`` per row; needs the base.
+        tau_share: mean of ``tau / (n + tau)``, the part of the parallel gradient that the norm lets pass.
+        change: ``||W' - W0|| / ||W0||``; needs the base.
+    """
+
+    name: str
+    rank: int
+    d_out: int
+    d_in: int
+    singular_values: list[float]
+    effective_rank: float
+    tau: Spread | None = None
+    scale: Spread | None = None
+    norm: Spread | None = None
+    tau_share: float | None = None
+    change: float | None = None
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """A whole adapter.
+
+    Attributes:
+        directory: where it is.
+        form: "trainable", "compiled", "peft-dora" or "peft-lora".
+        created_by, base_model, base_fingerprint, task_type: as recorded in it.
+        parameters: numbers stored for the adapted layers.
+        extra: names of the tensors that replace base parameters in full.
+        layers: in natural order of their names.
+    """
+
+    directory: str
+    form: str
+    created_by: str | None
+    base_model: str | None
+    base_fingerprint: str | None
+    task_type: str | None
+    parameters: int
+    extra: list[str]
+    layers: list[LayerReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return dataclasses.asdict(self)
+
+
+@torch.no_grad()
+def inspect_adapter(
+    directory: StrPath, base_dir: StrPath | None = None, *, allow_base_mismatch: bool = False
+) -> AdapterReport:
+    """Read an adapter of any form and measure its layers.
+
+    Args:
+        directory: the adapter.
+        base_dir: its base checkpoint, for what depends on the base weights.
+        allow_base_mismatch: accept base weights with another fingerprint.
+
+    Raises:
+        AdapterFormatError: the adapter is not valid.
+        BaseMismatchError, CheckpointError: the base is another one or cannot be read.
+        ConfigError: a trainable adapter with shared output layers, whose sizes only the base tells, without a base.
+    """
+    adapter = read_adapter(directory)
+    if base_dir is not None:
+        bound = bind(adapter, Checkpoint(base_dir), directory, allow_base_mismatch=allow_base_mismatch)
+        layers = [_bound_report(module) for module in bound.modules]
+    else:
+        if isinstance(adapter, TrainableAdapter) and adapter.config.share_output:
+            raise ConfigError(f"{directory}: its output layers are shared, so that sizes are in the base only: give it")
+        layers = [_report(factors) for factors in evaluate(adapter)]
+    peft = not isinstance(adapter, TrainableAdapter | CompiledAdapter)
+    return AdapterReport(
+        directory=str(directory),
+        form=_form(adapter),
+        created_by="PEFT" if peft else adapter.created_by,  # type: ignore[union-attr]
+        base_model=adapter.base_model,
+        base_fingerprint=None if peft else adapter.base_fingerprint,  # type: ignore[union-attr]
+        task_type=adapter.task_type,
+        parameters=_parameters(adapter),
+        extra=sorted(adapter.extra),
+        layers=sorted(layers, key=lambda layer: _natural(layer.name)),
+    )
+
+
+def _form(adapter: AnyAdapter) -> str:
+    if isinstance(adapter, TrainableAdapter):
+        return "trainable"
+    if isinstance(adapter, CompiledAdapter):
+        return "compiled"
+    return "peft-dora" if any(module.magnitude is not None for module in adapter.modules.values()) else "peft-lora"
+
+
+def _parameters(adapter: AnyAdapter) -> int:
+    if isinstance(adapter, TrainableAdapter):
+        return sum(tensor.numel() for parts in adapter.modules.values() for tensor in parts.values())
+    return sum(
+        m.A.numel() + m.B.numel() + (0 if m.magnitude is None else m.magnitude.numel())
+        for m in adapter.modules.values()
+    )
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+
+
+def _report(layer: LayerFactors) -> LayerReport:
+    values = singular_values(layer.A, layer.B, layer.scaling)
+    known_tau = isinstance(layer.tau, Tensor) and layer.magnitude is not None
+    return LayerReport(
+        name=layer.name,
+        rank=layer.A.shape[0],
+        d_out=layer.sizes[0],
+        d_in=layer.sizes[1],
+        singular_values=values.tolist(),
+        effective_rank=effective_rank(values),
+        tau=Spread.of(layer.tau) if known_tau and isinstance(layer.tau, Tensor) else None,
+        scale=None if layer.scale is None else Spread.of(layer.scale),
+    )
+
+
+def _bound_report(module: BoundModule) -> LayerReport:
+    layer = module.factors
+    norms, changed, total = [], 0.0, 0.0
+    for rows, stored in module.weight_rows():
+        weight = stored.double()
+        norms.append(row_norm(weight, layer.A.double(), layer.B[rows].double(), layer.scaling))
+        changed += float((module.merged_rows(weight, rows) - weight).square().sum())
+        total += float(weight.square().sum())
+    norm = torch.cat(norms)
+    tau = layer.tau.double() if isinstance(layer.tau, Tensor) else torch.tensor(layer.tau, dtype=torch.float64)
+    scale = layer.scale
+    if scale is None:
+        assert layer.magnitude is not None
+        scale = output_scale(layer.magnitude.double(), norm, tau)
+    return dataclasses.replace(
+        _report(layer),
+        scale=Spread.of(scale),
+        norm=Spread.of(norm),
+        tau_share=float((tau / (norm + tau).clamp_min(1e-300)).mean()) if layer.scale is None else None,
+        change=(changed / total) ** 0.5 if total else None,
+    )

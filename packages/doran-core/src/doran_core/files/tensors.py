@@ -1,0 +1,112 @@
+"""Tensors to and from open files, without numpy: whole safetensors files, and byte ranges of them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from doran_core.errors import CorruptFileError
+from doran_core.files.layout import DTYPES, TensorEntry, compose_header, dtype_name, parse_layout
+
+__all__ = ["LoadedFile", "bytes_view", "load_safetensors", "read_rows", "save_safetensors", "write_tensor"]
+
+
+class LoadedFile:
+    """All tensors of a small safetensors file, its metadata and the sha256 of the very bytes that were read."""
+
+    def __init__(self, path: Path) -> None:
+        data = path.read_bytes()
+        self.path = path
+        self.metadata = parse_layout(path, data, len(data)).metadata
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        try:
+            self.tensors: dict[str, Tensor] = safetensors.torch.load(data)
+        except (SafetensorError, KeyError) as error:
+            raise CorruptFileError(f"{path}: safetensors cannot read it: {error}") from error
+
+
+def load_safetensors(path: Path) -> LoadedFile:
+    """Read a whole safetensors file into memory that is not mapped to it.
+
+    Raises:
+        CorruptFileError: truncated, a pickle, or not safetensors. A missing file raises OSError.
+    """
+    return LoadedFile(path)
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write a safetensors file and return the sha256 of its bytes; the same contents give the same bytes.
+
+    Args:
+        path: a file that must not exist.
+        tensors: any device, strides and dtype that safetensors has.
+        metadata: strings for the header.
+    """
+    dense = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    header, entries = compose_header(
+        [(key, dtype_name(t.dtype), tuple(t.shape), t.nbytes) for key, t in dense.items()], metadata
+    )
+    digest = hashlib.sha256(header)
+    with path.open("xb") as file:
+        file.write(header)
+        for key in entries:
+            view = bytes_view(dense[key])
+            digest.update(view)
+            file.write(view)
+    return digest.hexdigest()
+
+
+def read_rows(fd: int, entry: TensorEntry, rows: slice | None = None) -> Tensor:
+    """Read some rows (or all) of one tensor.
+
+    Args:
+        fd: file descriptor open for reading.
+        entry: where the tensor lies; a dtype of `DTYPES`.
+        rows: indices along the first dimension, with start and stop set; None for the whole tensor.
+
+    Returns:
+        ``[rows, ...]`` in the file's dtype.
+
+    Raises:
+        CorruptFileError: the file ends before the tensor does.
+    """
+    shape, position = entry.shape, entry.start
+    dtype = DTYPES[entry.dtype]
+    if rows is not None:
+        position += rows.start * math.prod(shape[1:]) * dtype.itemsize
+        shape = (rows.stop - rows.start, *shape[1:])
+    tensor = torch.empty(shape, dtype=dtype)
+    view = bytes_view(tensor)
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], position + done)
+        if count == 0:
+            raise CorruptFileError(f"{entry.key}: the file ends inside this tensor")
+        done += count
+    return tensor
+
+
+def write_tensor(fd: int, tensor: Tensor, position: int) -> None:
+    """Write a contiguous CPU tensor's bytes at `position` of an open file."""
+    view = bytes_view(tensor.contiguous())
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], position + done)
+
+
+def bytes_view(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes, shared; valid only while the tensor lives."""
+    if tensor.nbytes == 0:
+        return memoryview(b"")
+    buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    buffer._tensor = tensor  # type: ignore[attr-defined]  # keeps the memory alive as long as the view
+    return memoryview(buffer).cast("B")

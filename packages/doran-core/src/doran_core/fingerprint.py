@@ -1,0 +1,64 @@
+"""A short name for a set of base weights, so that an adapter on another base is refused instead of answering wrongly.
+
+The fingerprint is the same for a float32 checkpoint and its bf16 copy, because values are rounded to bf16 first. A
+float16 or quantized copy has other values: whoever holds only such a copy records no fingerprint (None).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from doran_core.files.tensors import bytes_view
+
+__all__ = ["combine_digests", "fingerprint_weights", "sample_stride", "samples_digest", "weight_digest"]
+
+SAMPLES_PER_WEIGHT = 65536
+_VERSION = "doran-fingerprint-1"
+
+
+def sample_stride(numel: int) -> int:
+    """Every how many elements of a flattened weight one counts, from the first on: at most 65536 in all."""
+    return max(1, -(-numel // SAMPLES_PER_WEIGHT))
+
+
+def weight_digest(module: str, weight: Tensor) -> bytes:
+    """Digest of one adapted weight.
+
+    Args:
+        module: its module's name as the adapter spells it.
+        weight: ``[d_out, d_in]``; a transposed view is as good as a copy.
+    """
+    rows, columns = weight.shape
+    indices = torch.arange(0, weight.numel(), sample_stride(weight.numel()), device=weight.device)
+    return samples_digest(module, (rows, columns), weight.detach()[indices // columns, indices % columns])
+
+
+def samples_digest(module: str, shape: tuple[int, int], samples: Tensor) -> bytes:
+    """As :func:`weight_digest`, from the values that count alone."""
+    digest = hashlib.sha256(f"{module}\0{shape[0]}\0{shape[1]}\0".encode())
+    digest.update(bytes_view(samples.to(torch.bfloat16).cpu().contiguous()))
+    return digest.digest()
+
+
+def combine_digests(digests: Iterable[tuple[str, bytes]]) -> str:
+    """The fingerprint from ``(module name, digest)`` pairs in any order."""
+    total = hashlib.sha256(_VERSION.encode())
+    for _, digest in sorted(digests):
+        total.update(digest)
+    return f"sha256:{total.hexdigest()}"
+
+
+def fingerprint_weights(items: Iterable[tuple[str, Tensor]]) -> str:
+    """Fingerprint of the adapted base weights.
+
+    Args:
+        items: module name and weight ``[d_out, d_in]`` of each adapted module, in any order.
+
+    Returns:
+        ``"sha256:"`` and 64 hexadecimal digits. Do not record one for float16 or quantized weights.
+    """
+    return combine_digests((module, weight_digest(module, weight)) for module, weight in items)

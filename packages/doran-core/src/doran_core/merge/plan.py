@@ -1,0 +1,225 @@
+"""What a merge will write: for every output shard its header and where each tensor's bytes come from.
+
+A plan reads headers only. Where keys, dtypes and shapes of a shard stay, its header stays to the byte.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from doran_core.binding import BoundAdapter, BoundModule, extra_keys
+from doran_core.checkpoint import Checkpoint, WeightFile
+from doran_core.errors import CheckpointError, ConfigError
+from doran_core.files.layout import DTYPES, Layout, TensorEntry, compose_header, dtype_name
+from doran_core.tied import OUTPUT_KEY, input_embedding_key, is_tied
+
+__all__ = ["Content", "Copied", "Given", "MergePlan", "Merged", "ShardPlan", "make_plan"]
+
+_CONVERTIBLE = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The bytes of a base tensor, converted if the output's dtype is another one."""
+
+    file: WeightFile
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A base tensor with adapters, each with its weight, merged into it."""
+
+    updates: tuple[tuple[float, BoundModule], ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor from an adapter, in full."""
+
+    tensor: Tensor
+
+
+Content = Copied | Merged | Given
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: its name, the bytes before its tensors, and its tensors in file order."""
+
+    name: str
+    header: bytes
+    tensors: list[tuple[TensorEntry, Content]]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(entry.nbytes for entry, _ in self.tensors)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All output shards, and whether output layer and input embedding, tied in the base, come apart."""
+
+    shards: list[ShardPlan]
+    untied: bool
+    keys_changed: bool
+    """Keys, shards' sizes or dtypes differ from the base's, so that the index must be written anew."""
+
+
+def make_plan(
+    checkpoint: Checkpoint, adapters: Sequence[tuple[float, BoundAdapter]], dtype: torch.dtype | None
+) -> MergePlan:
+    """Plan the merge of adapters, each with its weight, into a checkpoint.
+
+    Raises:
+        CheckpointError: an extra tensor has another shape than what it replaces.
+        ConfigError: adapters that contradict each other.
+    """
+    merged = _merged_tensors(adapters)
+    replaced, added = _extra_tensors(checkpoint, adapters, merged)
+    contents: dict[str, Content] = {key: Copied(checkpoint.file(key)) for key in checkpoint}
+    contents.update({key: Given(tensor) for key, tensor in replaced.items()})
+    contents.update({key: Merged(tuple(updates)) for key, updates in merged.items()})
+    untied = _untie(checkpoint, contents)
+    contents.update({key: Given(tensor) for key, tensor in added.items()})
+    prefix = _lacking_prefix(adapters) if added else ""
+    shards, changed = _shards(checkpoint, contents, set(added), prefix, dtype)
+    return MergePlan(shards, untied, changed)
+
+
+def _merged_tensors(
+    adapters: Sequence[tuple[float, BoundAdapter]],
+) -> dict[str, list[tuple[float, BoundModule]]]:
+    merged: dict[str, list[tuple[float, BoundModule]]] = {}
+    for weight, adapter in adapters:
+        for module in adapter.modules:
+            updates = merged.setdefault(module.key, [])
+            if updates and updates[0][1].kind != module.kind:
+                raise ConfigError(f"{module.key}: one adapter takes it as {updates[0][1].kind}, one as {module.kind}")
+            updates.append((weight, module))
+    return merged
+
+
+def _extra_tensors(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[float, BoundAdapter]],
+    merged: Mapping[str, object],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Full tensors that replace one of the base, and those that the base does not have."""
+    replaced: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    for weight, bound in adapters:
+        places = extra_keys(bound.adapter.extra, checkpoint)
+        for name, tensor in bound.adapter.extra.items():
+            key = places.get(name, name)
+            if key in merged:
+                raise ConfigError(f"{name}: one adapter replaces it in full and another one adapts it")
+            target = replaced if name in places else added
+            if key in target and not torch.equal(target[key], tensor):
+                raise ConfigError(f"{name}: two adapters replace it in full, with different values")
+            if weight != 1.0:
+                raise ConfigError(f"{name}: the adapter replaces it in full; that takes weight 1, got {weight}")
+            if name in places and tuple(tensor.shape) != checkpoint.shape(key):
+                raise CheckpointError(
+                    f"{checkpoint.file(key).path}: {key} has shape {list(checkpoint.shape(key))}, the adapter "
+                    f"replaces it by one of shape {list(tensor.shape)}; resize the base first"
+                )
+            target[key] = tensor
+    return replaced, added
+
+
+def _untie(checkpoint: Checkpoint, contents: dict[str, Content]) -> bool:
+    """Give a tied output layer a weight of its own if the merge changes either end alone."""
+    embedding = input_embedding_key(checkpoint)
+    if embedding is None or not is_tied(checkpoint):
+        return False
+    if OUTPUT_KEY not in contents and isinstance(contents[embedding], Copied):
+        return False
+    contents.setdefault(OUTPUT_KEY, Copied(checkpoint.file(embedding)))
+    return True
+
+
+def _lacking_prefix(adapters: Sequence[tuple[float, BoundAdapter]]) -> str:
+    """The prefix, as "bert.", of the adapted model's names that the base checkpoint lacks, or ""."""
+    prefixes = {
+        f"{module.name}.weight".removesuffix(module.key)
+        for _, adapter in adapters
+        for module in adapter.modules
+        if f"{module.name}.weight".endswith(f".{module.key}")
+    }
+    return prefixes.pop() if len(prefixes) == 1 else ""
+
+
+def _shards(
+    checkpoint: Checkpoint,
+    contents: Mapping[str, Content],
+    added: set[str],
+    prefix: str,
+    dtype: torch.dtype | None,
+) -> tuple[list[ShardPlan], bool]:
+    usual = _usual_dtype(checkpoint)
+    new_keys = [key for key in contents if key not in checkpoint]
+    shards, changed = [], bool(prefix)
+    for number, layout in enumerate(checkpoint.shards):
+        keys = list(layout.entries) + (new_keys if number == len(checkpoint.shards) - 1 else [])
+        outputs = {}
+        for key in keys:
+            name = key if key in added else prefix + key
+            outputs[name] = _describe(key, layout.entries.get(key), contents[key], usual, dtype)
+        same = outputs == {key: (key, entry.dtype, entry.shape) for key, entry in layout.entries.items()}
+        changed = changed or not same
+        shards.append(_keep_layout(layout, contents) if same else _new_layout(layout, outputs, contents))
+    return shards, changed
+
+
+def _usual_dtype(checkpoint: Checkpoint) -> str:
+    """The floating dtype that most tensors have; what the base lacks is stored in it."""
+    entries = (entry for layout in checkpoint.shards for entry in layout.entries.values())
+    counts = Counter(entry.dtype for entry in entries if entry.dtype in _CONVERTIBLE)
+    return counts.most_common(1)[0][0] if counts else "F32"
+
+
+def _describe(
+    key: str, entry: TensorEntry | None, content: Content, usual: str, dtype: torch.dtype | None
+) -> tuple[str, str, tuple[int, ...]]:
+    """Base key, dtype and shape of an output tensor."""
+    if entry is not None:
+        name, shape = entry.dtype, entry.shape
+    elif isinstance(content, Given):
+        name, shape = usual, tuple(content.tensor.shape)
+    else:
+        source = content.file if isinstance(content, Copied) else content.updates[0][1].file
+        name, shape = source.entry.dtype, source.entry.shape
+    if dtype is not None and name in _CONVERTIBLE:
+        name = dtype_name(dtype)
+    return key, name, shape
+
+
+def _keep_layout(layout: Layout, contents: Mapping[str, Content]) -> ShardPlan:
+    with Path(layout.path).open("rb") as file:
+        header = file.read(layout.header_bytes)
+    return ShardPlan(layout.path.name, header, [(entry, contents[key]) for key, entry in layout.entries.items()])
+
+
+def _new_layout(
+    layout: Layout,
+    outputs: Mapping[str, tuple[str, str, tuple[int, ...]]],
+    contents: Mapping[str, Content],
+) -> ShardPlan:
+    tensors = []
+    for name, (key, dtype, shape) in outputs.items():
+        entry = layout.entries.get(key)
+        if dtype in DTYPES:
+            nbytes = DTYPES[dtype].itemsize * int(torch.Size(shape).numel())
+        else:
+            assert entry is not None  # only a copied tensor can have a dtype that torch lacks
+            nbytes = entry.nbytes
+        tensors.append((name, dtype, shape, nbytes))
+    header, entries = compose_header(tensors, layout.metadata)
+    return ShardPlan(layout.path.name, header, [(entry, contents[outputs[name][0]]) for name, entry in entries.items()])

@@ -1,0 +1,194 @@
+"""The merge from directories to a directory."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from doran_core.adapter import read_adapter
+from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
+from doran_core.binding import BoundAdapter, bind
+from doran_core.checkpoint import INDEX_FILE, Checkpoint
+from doran_core.errors import CheckpointError, ConfigError
+from doran_core.files import StrPath
+from doran_core.merge.companions import write_companions
+from doran_core.merge.plan import MergePlan, ShardPlan, make_plan
+from doran_core.merge.staging import Staging, open_staging
+from doran_core.merge.write import ShardWriter, merge_threads
+
+__all__ = ["AdapterInput", "merge_checkpoint"]
+
+AdapterInput = StrPath | tuple[StrPath, float]
+Progress = Callable[[int, int], None]
+
+_MERGE_FORMAT = 1  # raise it when the same inputs give other bytes, so that no half of an old merge is continued
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def merge_checkpoint(
+    base_dir: StrPath,
+    adapters: AdapterInput | Sequence[AdapterInput],
+    out_dir: StrPath,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_base_mismatch: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Merge adapters into a Hugging Face checkpoint and write the result as a new checkpoint directory.
+
+    Streamed: memory stays at a few pieces of one tensor. Adapted weights are computed in float64 and rounded once;
+    all other bytes are copied. Config, tokenizer and other small files come along. The output appears whole, by one
+    rename; a killed merge goes on where it stopped when it is called again with the same arguments.
+
+    Several adapters with weights w_i give ``W0 + sum_i w_i (W'_i - W0)``. Where each weight is adapted by one adapter
+    of weight 1, that is exactly each adapter's own function. Where adapters overlap, or a weight is not 1, it is a
+    sum of changes to the weights, well defined, but no longer the function of any DoRAN adapter: magnitude and
+    direction do not add up separately.
+
+    A tied output layer gets a weight of its own when only one of the two ends is adapted.
+
+    Args:
+        base_dir: the checkpoint, safetensors, single or sharded.
+        adapters: an adapter directory, or several, or ``(directory, weight)`` pairs.
+        out_dir: the new checkpoint; must not exist, or be empty.
+        dtype: floating dtype of the result; None keeps that of each tensor.
+        allow_base_mismatch: accept an adapter made for base weights with another fingerprint.
+        progress: called with (bytes written, bytes in all), possibly from another thread.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        AdapterFormatError: an adapter is not valid.
+        BaseMismatchError: an adapter was made for another base.
+        CheckpointError: the base cannot be read or lacks a module, or the output cannot be written.
+        ConfigError: weights, dtype or a combination of adapters that cannot be merged.
+    """
+    weighted = _as_weighted(adapters)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype}, expected one of {list(map(str, _DTYPES))} or None")
+    out = Path(out_dir).resolve()
+    checkpoint = Checkpoint(base_dir)
+    bound = [
+        (weight, bind(read_adapter(folder), checkpoint, folder, allow_base_mismatch=allow_base_mismatch))
+        for folder, weight in weighted
+    ]
+    plan = make_plan(checkpoint, bound, dtype)
+    with open_staging(out, _identity(checkpoint, weighted, dtype)) as staging:
+        if not staging.finished:
+            try:
+                _write(checkpoint, plan, [adapter for _, adapter in bound], dtype, staging, progress)
+            except OSError as error:
+                reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+                raise CheckpointError(f"cannot write {out}: {reason}") from error
+    return Path(out_dir)
+
+
+def _as_weighted(adapters: AdapterInput | Sequence[AdapterInput]) -> list[tuple[Path, float]]:
+    single = isinstance(adapters, str | os.PathLike) or (isinstance(adapters, tuple) and _is_pair(adapters))
+    items: Sequence[Any] = [adapters] if single else list(adapters)  # type: ignore[arg-type]
+    if not items:
+        raise ConfigError("no adapter to merge")
+    weighted = [(Path(item[0]), float(item[1])) if isinstance(item, tuple) else (Path(item), 1.0) for item in items]
+    for folder, weight in weighted:
+        if not math.isfinite(weight):
+            raise ConfigError(f"{folder}: weight {weight}, expected a finite number")
+    return weighted
+
+
+def _is_pair(value: tuple[Any, ...]) -> bool:
+    return len(value) == 2 and isinstance(value[1], int | float)
+
+
+def _identity(
+    checkpoint: Checkpoint, weighted: Sequence[tuple[Path, float]], dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """What decides the bytes of the result; JSON-ready."""
+    files = [shard.path for shard in checkpoint.shards]
+    files += [path for name in (INDEX_FILE, "config.json") if (path := checkpoint.directory / name).exists()]
+    return {
+        "merge_format": _MERGE_FORMAT,
+        "torch": torch.__version__,
+        "dtype": str(dtype),
+        "base": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
+        "adapters": [[_adapter_digest(folder), weight] for folder, weight in weighted],
+    }
+
+
+def _adapter_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, TENSOR_FILE, SCALE_FILE):
+        if (folder / name).exists():
+            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _write(
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    adapters: Sequence[BoundAdapter],
+    dtype: torch.dtype | None,
+    staging: Staging,
+    progress: Progress | None,
+) -> None:
+    todo = [shard for shard in plan.shards if not staging.is_done(shard.name, shard.nbytes)]
+    counter = _Counter(sum(shard.nbytes for shard in plan.shards), progress)
+    counter.advance(counter.total - sum(shard.nbytes for shard in todo))
+    _check_space(staging.root, sum(shard.nbytes for shard in todo))
+    _write_shards(todo, staging, counter)
+    write_companions(checkpoint, plan, adapters, dtype, staging)
+    staging.publish()
+
+
+def _write_shards(shards: Sequence[ShardPlan], staging: Staging, counter: _Counter) -> None:
+    """Write shards in order; while one is forced to the disk, the next one is computed."""
+    running: list[ShardWriter] = []
+
+    def finish_first() -> None:
+        running[0].finish()
+        staging.complete(running.pop(0).name)
+
+    with merge_threads() as pool:
+        try:
+            for shard in shards:
+                running.append(ShardWriter(shard, staging.part(shard.name), pool, counter.advance))
+                if len(running) > 1:
+                    finish_first()
+            while running:
+                finish_first()
+        except BaseException:
+            for writer in running:
+                writer.abandon()
+            raise
+
+
+def _check_space(root: Path, needed: int) -> None:
+    leftovers = sum(path.stat().st_size for path in root.rglob("*.part"))
+    free = shutil.disk_usage(root).free + leftovers
+    if free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class _Counter:
+    """Bytes done, counted from several threads."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total = total
+        self._done = 0
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self.total)

@@ -1,0 +1,222 @@
+"""Carry out the plan of one shard: untouched bytes are copied by the kernel, adapted tensors are computed.
+
+Each copied range and each tensor is a task of its own for a pool of threads, and at most a few pieces of a tensor
+per thread are in memory, whatever the size of the shard.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from doran_core.binding import CHUNK_ELEMENTS, BoundModule
+from doran_core.checkpoint import open_for_reading
+from doran_core.files.layout import DTYPES, TensorEntry
+from doran_core.files.tensors import write_tensor
+from doran_core.kinds import is_transposed, to_matrix
+from doran_core.merge.plan import Content, Copied, Given, Merged, ShardPlan
+
+__all__ = ["ShardWriter", "merge_threads"]
+
+_COPY_BYTES = 32 * 2**20
+_MOST_THREADS = 8
+_NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
+
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def merge_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for a merge: one per core, each with torch's own parallelism off, as the pieces are small."""
+    before = torch.get_num_threads()
+    count = min(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MOST_THREADS
+    )
+    pool = ThreadPoolExecutor(count, "doran-merge", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # threads that start later take the number that was set last
+
+
+class ShardWriter:
+    """One shard on its way to the disk; making it starts the work.
+
+    Args:
+        plan: what to write.
+        path: the file; replaced if it is there.
+        pool: threads that do it.
+        advance: called with the number of bytes written, from those threads.
+
+    Raises:
+        OSError: the output cannot be written.
+    """
+
+    def __init__(self, plan: ShardPlan, path: Path, pool: ThreadPoolExecutor, advance: Advance) -> None:
+        self.name = plan.name
+        self._tasks: list[Future[None]] = []
+        self._fd = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o666)
+        try:
+            _allocate(self._fd, plan.nbytes)
+            os.pwrite(self._fd, plan.header, 0)
+            advance(len(plan.header))
+            for entry, content in plan.tensors:
+                if not _is_plain_copy(entry, content):
+                    self._tasks.append(pool.submit(_write_content, self._fd, entry, content, advance))
+            self._tasks += [pool.submit(_copy_range, self._fd, part, advance) for part in _copy_ranges(plan)]
+        except BaseException:
+            self.abandon()
+            raise
+
+    def finish(self) -> None:
+        """Wait until all is written and on the disk.
+
+        Raises:
+            CheckpointError: a base file cannot be read. OSError: the output cannot be written.
+        """
+        try:
+            for task in self._tasks:
+                task.result()
+            os.fsync(self._fd)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Stop what has not begun, and let nothing outlive the open file."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            if not task.cancelled():
+                with suppress(Exception):
+                    task.result()
+        self._tasks = []
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Reserve the file's blocks, so that a full disk is noticed before the work is done."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        os.ftruncate(fd, size)  # a filesystem that cannot reserve
+
+
+@dataclass
+class _Range:
+    source: Path
+    start: int
+    stop: int
+    target: int
+
+
+def _is_plain_copy(entry: TensorEntry, content: Content) -> bool:
+    return isinstance(content, Copied) and content.file.entry.dtype == entry.dtype
+
+
+def _copy_ranges(plan: ShardPlan) -> Iterator[_Range]:
+    """The byte ranges to copy as they are; neighbours in both files are joined."""
+    last: _Range | None = None
+    for entry, content in plan.tensors:
+        if not (isinstance(content, Copied) and _is_plain_copy(entry, content)):
+            continue
+        source = content.file.entry
+        if last is not None:
+            follows = (last.source, last.stop) == (content.file.path, source.start)
+            if follows and last.target + last.stop - last.start == entry.start:
+                last.stop = source.stop
+                continue
+            yield last
+        last = _Range(content.file.path, source.start, source.stop, entry.start)
+    if last is not None:
+        yield last
+
+
+def _copy_range(target_fd: int, part: _Range, advance: Advance) -> None:
+    with open_for_reading(part.source) as fd:
+        position, target = part.start, part.target
+        in_kernel = hasattr(os, "copy_file_range")
+        while position < part.stop:
+            size = min(_COPY_BYTES, part.stop - position)
+            if in_kernel:
+                try:
+                    count = os.copy_file_range(fd, target_fd, size, position, target)
+                except OSError as error:
+                    if error.errno not in _NO_KERNEL_COPY:
+                        raise
+                    in_kernel = False
+                    continue
+            else:
+                count = os.pwrite(target_fd, os.pread(fd, size, position), target)
+            if count == 0:
+                raise OSError(errno.EIO, f"{part.source} became shorter while it was read")
+            position, target = position + count, target + count
+            advance(count)
+
+
+@torch.no_grad()
+def _write_content(fd: int, entry: TensorEntry, content: Content, advance: Advance) -> None:
+    dtype = DTYPES[entry.dtype]
+    if isinstance(content, Given):
+        write_tensor(fd, content.tensor.to(dtype), entry.start)
+        advance(entry.nbytes)
+    elif isinstance(content, Copied):
+        _write_converted(fd, entry, content, dtype, advance)
+    elif is_transposed(content.updates[0][1].kind):
+        _write_transposed(fd, entry, content, dtype, advance)
+    else:
+        row_bytes = entry.nbytes // entry.shape[0]
+        for rows, merged in _merged_rows(content):
+            write_tensor(fd, merged.to(dtype), entry.start + rows.start * row_bytes)
+            advance((rows.stop - rows.start) * row_bytes)
+
+
+def _write_converted(fd: int, entry: TensorEntry, content: Copied, dtype: torch.dtype, advance: Advance) -> None:
+    if not entry.shape:
+        write_tensor(fd, content.file.read().to(dtype), entry.start)
+        advance(entry.nbytes)
+        return
+    row_bytes = entry.nbytes // max(1, entry.shape[0])
+    step = max(1, CHUNK_ELEMENTS * dtype.itemsize // max(1, row_bytes))
+    for rows, values in content.file.rows(step):
+        write_tensor(fd, values.to(dtype), entry.start + rows.start * row_bytes)
+        advance((rows.stop - rows.start) * row_bytes)
+
+
+def _write_transposed(fd: int, entry: TensorEntry, content: Merged, dtype: torch.dtype, advance: Advance) -> None:
+    """Rows of the matrix are columns of the file: gather them, then write once."""
+    stored = torch.empty(entry.shape, dtype=dtype)
+    matrix = to_matrix(stored, content.updates[0][1].kind)
+    for rows, merged in _merged_rows(content):
+        matrix[rows] = merged.to(dtype)
+    write_tensor(fd, stored, entry.start)
+    advance(entry.nbytes)
+
+
+def _merged_rows(content: Merged) -> Iterator[tuple[slice, Tensor]]:
+    """Merged rows in float64. One adapter of weight 1 gives W'; else W0 + sum of weight * (W' - W0)."""
+    (weight, first), others = content.updates[0], content.updates[1:]
+    for rows, base in first.weight_rows():
+        if weight == 1.0 and not others:
+            yield rows, first.merged_rows(base, rows)
+        else:
+            yield rows, _weighted(content.updates, base.double(), rows)
+
+
+def _weighted(updates: tuple[tuple[float, BoundModule], ...], base: Tensor, rows: slice) -> Tensor:
+    total = base.clone()
+    for weight, module in updates:
+        total.add_(module.merged_rows(base, rows).sub_(base), alpha=weight)
+    return total
