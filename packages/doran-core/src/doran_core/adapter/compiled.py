@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
+from doran_core.adapter.evaluate import LayerFactors, layer_factors
 from doran_core.adapter.schema import CompiledModule, Kind
 from doran_core.functional import output_scale, row_norm
 from doran_core.layers.adapter import DoranAdapter
 
-__all__ = ["compile_factors", "compile_module"]
+__all__ = ["compile_layer", "compile_module"]
 
-_CHUNK_ELEMENTS = 2**22
+_PIECE_ELEMENTS = 2**20
 
 
-@torch.no_grad()
 def compile_module(
     name: str,
     adapter: DoranAdapter,
@@ -23,7 +25,7 @@ def compile_module(
     kind: Kind = "linear",
     kernel: tuple[int, ...] | None = None,
 ) -> CompiledModule:
-    """The compiled form of one adapted layer, with the norm taken in float64.
+    """The compiled form of one live adapted layer.
 
     Args:
         name: the module's name in the base model.
@@ -32,46 +34,39 @@ def compile_module(
         kind: how the base keeps the weight.
         kernel: ``(in_channels, kh, kw)`` of a conv2d.
     """
-    with adapter.inference_mode_of_method():
-        A, B = adapter.factor_pair()
-    A, B, magnitude = (tensor.detach().cpu() for tensor in (A, B, adapter.magnitude))
-    tau = adapter.tau.value().detach().cpu().double()
-    # The norm belongs to the factors as they are stored: scaling joins B, and both are rounded, before it is taken.
-    stored_A, stored_B = A.float().contiguous(), (B.double() * adapter.scaling).float().contiguous()
-    norm = chunked_row_norm(weight, stored_A, stored_B)
-    return compile_factors(name, stored_A, stored_B, norm, output_scale(magnitude.double(), norm, tau), kind, kernel)
+    return compile_layer(layer_factors(name, adapter), _pieces(weight), kind, kernel)
 
 
-def compile_factors(
-    name: str,
-    A: Tensor,
-    B: Tensor,
-    norm: Tensor,
-    scale: Tensor,
-    kind: Kind = "linear",
-    kernel: tuple[int, ...] | None = None,
+@torch.no_grad()
+def compile_layer(
+    layer: LayerFactors,
+    weight_rows: Iterable[tuple[slice, Tensor]],
+    kind: Kind,
+    kernel: tuple[int, ...] | None,
 ) -> CompiledModule:
-    """The record of a layer whose stored factors, norm and scale are known.
+    """The compiled form of one layer, with the norm and the scale taken in float64 and rounded to float32 once.
 
     Args:
-        name: the module's name in the base model.
-        A: ``[r, d_in]``.
-        B: ``[d_out, r]``, scaling included.
-        norm: ``||W0 + B A||``, ``[d_out]``, float64.
-        scale: c, ``[d_out]``, float64.
+        layer: its evaluated factors.
+        weight_rows: slices of rows of W0 ``[d_out, d_in]`` in order, with their values.
         kind: how the base keeps the weight.
         kernel: ``(in_channels, kh, kw)`` of a conv2d.
     """
-    return CompiledModule(name, A, B, scale.float(), (scale * norm).float(), kind, kernel)
+    # The norm belongs to the factors as they are stored: scaling joins B, and both are rounded, before it is taken.
+    A, B = layer.A.float().contiguous(), (layer.B.double() * layer.scaling).float().contiguous()
+    norm = torch.cat([row_norm(weight.double(), A, B[rows], 1.0) for rows, weight in weight_rows])
+    if layer.scale is not None:
+        scale = layer.scale.double()
+    else:
+        assert layer.magnitude is not None
+        tau = layer.tau.double() if isinstance(layer.tau, Tensor) else layer.tau
+        scale = output_scale(layer.magnitude.double(), norm, tau)
+    return CompiledModule(layer.name, A, B, scale.float(), (scale * norm).float(), kind, kernel)
 
 
-def chunked_row_norm(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """``||W0 + B A||`` per row in float64, ``[d_out]``, with little memory beside the weight ``[d_out, d_in]``."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    norms = [
-        row_norm(
-            weight[start : start + step].detach().cpu().double(), A.double(), B[start : start + step].double(), 1.0
-        )
-        for start in range(0, weight.shape[0], step)
-    ]
-    return torch.cat(norms)
+def _pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A weight in memory as slices of rows, so that its float64 copy stays small."""
+    step = max(1, _PIECE_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, min(start + step, weight.shape[0]))
+        yield rows, weight[rows].detach().cpu()

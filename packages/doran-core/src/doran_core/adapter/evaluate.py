@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from doran_core.adapter.schema import AnyAdapter, CompiledAdapter, Kind, TrainableAdapter
+from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.rebuild import build_adapters
 
-__all__ = ["LayerFactors", "evaluate"]
+__all__ = ["LayerFactors", "evaluate", "layer_factors"]
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,14 @@ def evaluate(adapter: AnyAdapter, d_in: Mapping[str, int] | None = None) -> list
 
 
 def _evaluate_trainable(adapter: TrainableAdapter, d_in: Mapping[str, int] | None) -> list[LayerFactors]:
-    layers = []
-    for name, module in build_adapters(adapter.config, adapter.modules, d_in).items():
+    built = build_adapters(adapter.config, adapter.modules, d_in)
+    return [layer_factors(name, module, adapter.module_kinds.get(name)) for name, module in built.items()]
+
+
+@torch.no_grad()
+def layer_factors(name: str, module: DoranAdapter, kind: Kind | None = None) -> LayerFactors:
+    """The record of one live adapter, on the CPU; masks and noise are off whatever its mode."""
+    with module.inference_mode_of_method():
         A, B = module.factor_pair()
-        layers.append(
-            LayerFactors(
-                name,
-                A.detach(),
-                B.detach(),
-                module.scaling,
-                module.magnitude.detach(),
-                module.tau.value().detach(),
-                None,
-                adapter.module_kinds.get(name),
-            )
-        )
-    return layers
+    A, B, magnitude, tau = (tensor.detach().cpu() for tensor in (A, B, module.magnitude, module.tau.value()))
+    return LayerFactors(name, A, B, module.scaling, magnitude, tau, None, kind)

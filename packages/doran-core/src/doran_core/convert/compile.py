@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
-from doran_core.adapter import AnyAdapter, CompiledAdapter, CompiledModule, PeftAdapter, TrainableAdapter, read_adapter
-from doran_core.adapter.compiled import compile_factors
+from doran_core.adapter import AnyAdapter, CompiledAdapter, PeftAdapter, TrainableAdapter, read_adapter
+from doran_core.adapter.compiled import compile_layer
 from doran_core.binding import BoundModule, bind, checkpoint_fingerprint
 from doran_core.checkpoint import Checkpoint
 from doran_core.errors import AdapterFormatError
 from doran_core.files import StrPath
-from doran_core.functional import output_scale, row_norm
 
-__all__ = ["compile_adapter", "compile_bound", "from_peft"]
+__all__ = ["compile_adapter", "from_peft"]
 
 Progress = Callable[[int, int], None]
 
@@ -50,7 +46,7 @@ def compile_adapter(
         return adapter
     modules = {}
     for done, module in enumerate(bound.modules, 1):
-        modules[module.name] = compile_bound(module)
+        modules[module.name] = compile_layer(module.factors, module.weight_rows(), module.kind, module.kernel)
         if progress is not None:
             progress(done, len(bound.modules))
     return CompiledAdapter(
@@ -90,22 +86,3 @@ def _modules_to_save(adapter: AnyAdapter) -> list[str] | None:
         else adapter.modules_to_save
     )
     return list(saved) if saved else None
-
-
-def compile_bound(module: BoundModule) -> CompiledModule:
-    """The compiled form of one module, its weight read from the checkpoint."""
-    # The norm belongs to the factors as they are stored: scaling joins B, and both are rounded, before it is taken.
-    layer = module.factors
-    A = layer.A.float().contiguous()
-    B = (layer.B.double() * layer.scaling).float().contiguous()
-    norms: list[Tensor] = [
-        row_norm(weight.double(), A.double(), B[rows].double(), 1.0) for rows, weight in module.weight_rows()
-    ]
-    norm = torch.cat(norms)
-    if layer.scale is not None:
-        scale = layer.scale.double()
-    else:
-        assert layer.magnitude is not None
-        tau = layer.tau.double() if isinstance(layer.tau, Tensor) else layer.tau
-        scale = output_scale(layer.magnitude.double(), norm, tau)
-    return compile_factors(layer.name, A, B, norm, scale, module.kind, module.kernel)

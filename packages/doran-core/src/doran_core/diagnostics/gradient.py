@@ -1,6 +1,6 @@
 """The split of a layer's gradient: the part orthogonal to the weight's direction, and the parallel part that tau keeps.
 
-With G = dL/dW' and v = V / ||V||, DoRAN's gradient per row is ``dL/dV = c (G_orthogonal + tau / (n + tau) G_parallel)``.
+With G = dL/dW' and v = V / ||V||, DoRAN's gradient per row is ``c (G_orthogonal + tau / (n + tau) G_parallel)``.
 """
 
 from __future__ import annotations

@@ -26,10 +26,12 @@ class LoadedFile:
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
         self.path = path
-        self.metadata = parse_layout(path, data, len(data)).metadata
+        layout = parse_layout(path, data, len(data))
+        self.metadata = layout.metadata
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
-            self.tensors: dict[str, Tensor] = safetensors.torch.load(data)
+            loaded = safetensors.torch.load(data)
+            self.tensors: dict[str, Tensor] = {key: loaded[key] for key in layout.entries}
         except (SafetensorError, KeyError) as error:
             raise CorruptFileError(f"{path}: safetensors cannot read it: {error}") from error
 

@@ -1,0 +1,21 @@
+"""DoRAN as a PEFT method. Importing this package registers it; the math is doran_core's."""
+
+from doran_hf.callbacks import TauCallback
+from doran_hf.config import DoranConfig
+from doran_hf.diagnostics import factor_penalty, tau_by_layer
+from doran_hf.layer import DoranLayer
+from doran_hf.model import DoranModel
+from doran_hf.register import DoranPeftType, register
+
+__all__ = [
+    "DoranConfig",
+    "DoranLayer",
+    "DoranModel",
+    "DoranPeftType",
+    "TauCallback",
+    "factor_penalty",
+    "register",
+    "tau_by_layer",
+]
+
+register(DoranConfig, DoranModel)

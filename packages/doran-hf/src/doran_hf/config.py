@@ -1,0 +1,244 @@
+"""DoranConfig: the options of doran_core's method together with those that PEFT adds to every tuner."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import LoraConfig
+from peft.config import PeftConfig
+
+from doran_core.adapter.schema import FORMAT_VERSION
+from doran_core.config import ALL_LINEAR, Activation
+from doran_core.config import DoranConfig as CoreConfig
+from doran_core.errors import ConfigError, FormatVersionError
+from doran_hf.register import DoranPeftType
+
+__all__ = ["DoranConfig"]
+
+_CORE_FIELDS = {entry.name: entry for entry in dataclasses.fields(CoreConfig)}
+_BIASES = ("none", "all", "doran_only")
+
+
+@dataclass
+class DoranConfig(PeftConfig):
+    """Configuration of a DoRAN adapter for ``get_peft_model`` and all that takes a ``PeftConfig``.
+
+    The fields that :class:`doran_core.config.DoranConfig` has mean the same here and are described there; each field's
+    metadata has a short help text. The others are PEFT's:
+
+    Attributes:
+        target_modules: names or name endings, one regex, "all-linear", or None for the query and value projections of
+            the architectures that PEFT knows.
+        bias: which biases train: "none", "all", or "doran_only" (those of the adapted layers).
+        layers_to_transform: indices of the blocks to adapt, with a list of target_modules.
+        layers_pattern: name of the list of blocks, for layers_to_transform.
+        fan_in_fan_out: accepted for LoRA's sake. Conv1D is recognised by itself; no other layer stores its weight so.
+        format_version: of the adapter file.
+        created_by: what wrote it.
+        base_fingerprint: of the base weights that a loaded adapter was made for. A base with another fingerprint is
+            refused; set it to None to load all the same.
+        module_kinds: kinds of the adapted layers that are not linear, written on saving for readers without the model.
+
+    Raises:
+        ConfigError: a value that a field may not hold, naming field and value.
+        FormatVersionError: an adapter_config.json of a newer format.
+    """
+
+    rank: int = field(default=8, metadata={"help": "Rank of the update: rows of A."})
+    alpha: float = field(default=16.0, metadata={"help": "The update is scaled by alpha / rank."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank) instead."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other ranks, by module name or regex."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Other alphas, by module name or regex."}
+    )
+    target_modules: str | list[str] | set[str] | None = field(
+        default=None,
+        metadata={"help": "Names or endings of modules to adapt, a regex, or 'all-linear'; default: query and value."},
+    )
+    exclude_modules: str | list[str] | set[str] | None = field(
+        default=None, metadata={"help": "Names or endings of modules, or a regex, not to adapt after all."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train in full and save along."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank branch."})
+    norm_grad: Literal["full", "detached"] = field(
+        default="full", metadata={"help": "Gradient through the norm, or not, as in DoRA."}
+    )
+    norm_method: Literal["auto", "factored", "direct"] = field(
+        default="auto", metadata={"help": "How the norm is computed."}
+    )
+    tau_kind: Literal["learned", "fixed", "zero", "gaussian"] = field(
+        default="learned", metadata={"help": "Kind of tau; 'zero' is DoRA."}
+    )
+    tau_granularity: Literal["layer", "head", "row"] = field(default="layer", metadata={"help": "What one tau serves."})
+    tau_init: float = field(default=0.1, metadata={"help": "First value of tau, or of sigma."})
+    tau_init_relative: bool = field(
+        default=True, metadata={"help": "tau_init is in units of the mean row norm of the weight."}
+    )
+    tau_learn_sigma: bool = field(default=False, metadata={"help": "For tau_kind='gaussian': learn sigma."})
+    head_dim: int | None = field(
+        default=None, metadata={"help": "Output rows per head; default: from the model's configuration."}
+    )
+    factors: Literal["generated", "static"] = field(
+        default="generated", metadata={"help": "A and B from small networks, or as parameters."}
+    )
+    sharing: Literal["block", "model", "none"] = field(
+        default="block", metadata={"help": "Which layers share a network's first layers."}
+    )
+    share_output: bool = field(
+        default=False, metadata={"help": "Share the networks' last layers between layers of equal size."}
+    )
+    embedding_dim: int = field(default=64, metadata={"help": "Width of the networks' embeddings."})
+    hidden_dim: int | None = field(
+        default=None, metadata={"help": "Width of the networks' hidden layers; default: the rank."}
+    )
+    depth: int = field(default=2, metadata={"help": "Linear layers of a network."})
+    activation: Activation = field(default="leaky_relu", metadata={"help": "Between the networks' layers."})
+    block_pattern: str | None = field(default=None, metadata={"help": "Regex that finds the block in a module's name."})
+    factor_penalty: float = field(
+        default=0.0, metadata={"help": "Weight of the generated factors' mean square in the loss."}
+    )
+    experts: bool = field(
+        default=False, metadata={"help": "Read B A as rank-one experts with learned coefficients (MLAE)."}
+    )
+    expert_mask: Literal["none", "element", "expert"] = field(
+        default="none", metadata={"help": "What the mask drops in training."}
+    )
+    expert_dropout: float = field(default=0.0, metadata={"help": "Probability of the mask."})
+    bias: Literal["none", "all", "doran_only"] = field(default="none", metadata={"help": "Which biases train."})
+    layers_to_transform: int | list[int] | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt, with a list of target_modules."}
+    )
+    layers_pattern: str | list[str] | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, for layers_to_transform."}
+    )
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Accepted for LoRA's sake; Conv1D is recognised."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the adapter file; leave it alone."})
+    created_by: str | None = field(default=None, metadata={"help": "What wrote the adapter; filled on saving."})
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "Of the base weights that a loaded adapter was made for; filled on saving."}
+    )
+    module_kinds: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Kinds of the adapted layers that are not linear; filled on saving."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = DoranPeftType.DORAN
+        _check_version(self.format_version)
+        for name in ("target_modules", "exclude_modules"):
+            setattr(self, name, _names(name, getattr(self, name)))
+        if self.bias not in _BIASES:
+            raise ConfigError(f"DoranConfig.bias: expected one of {list(_BIASES)}, got {self.bias!r}")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ConfigError(
+                f"DoranConfig.layers_to_transform={self.layers_to_transform!r} needs a list of target_modules, "
+                f"got the string {self.target_modules!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(f"DoranConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+        self._saved_facts: dict[str, Any] = {}
+        self.core()
+
+    def core(self) -> CoreConfig:
+        """The method's part of this configuration, validated.
+
+        Raises:
+            ConfigError: naming field and value.
+        """
+        values: dict[str, Any] = {name: getattr(self, name) for name in _CORE_FIELDS}
+        return CoreConfig(**{name: _listed(value) for name, value in values.items()})
+
+    def record(self, **facts: Any) -> None:
+        """Set what :meth:`to_dict`, and so saving, reports of the model at hand.
+
+        Kept apart from the fields: this object may go on to configure an adapter for another base.
+        """
+        self._saved_facts = facts
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved: JSON-ready, name lists in a fixed order, facts of the model included."""
+        values: dict[str, Any] = super().to_dict() | self._saved_facts
+        return {name: _listed(value) for name, value in values.items()}
+
+    @classmethod
+    def from_lora(cls, lora: LoraConfig, **overrides: Any) -> DoranConfig:
+        """The DoRAN configuration that adapts what a LoRA or DoRA configuration adapts, with its rank and scaling.
+
+        Args:
+            lora: with ``use_dora`` or without.
+            overrides: any fields of DoranConfig, e.g. ``tau_kind="fixed"``.
+
+        Raises:
+            ConfigError: if the LoRA configuration sets an option that DoRAN has no counterpart of, naming it.
+        """
+        values = {ours: getattr(lora, theirs) for theirs, ours in _FROM_LORA.items()}
+        values["bias"] = "doran_only" if lora.bias == "lora_only" else lora.bias
+        foreign = [
+            f"{entry.name}={getattr(lora, entry.name)!r}"
+            for entry in dataclasses.fields(lora)
+            if entry.name not in _FROM_LORA and entry.name not in _LORA_WITHOUT_EFFECT and not _is_default(lora, entry)
+        ]
+        if foreign:
+            raise ConfigError(f"DoranConfig.from_lora: DoRAN has no counterpart of {', '.join(foreign)}")
+        return cls(**(values | overrides))
+
+
+_FROM_LORA = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "fan_in_fan_out": "fan_in_fan_out",
+    "layers_to_transform": "layers_to_transform",
+    "layers_pattern": "layers_pattern",
+    "task_type": "task_type",
+    "base_model_name_or_path": "base_model_name_or_path",
+    "revision": "revision",
+    "inference_mode": "inference_mode",
+}
+_LORA_WITHOUT_EFFECT = {"use_dora", "bias", "peft_type", "peft_version", "auto_mapping", "runtime_config"}
+
+
+def _listed(value: Any) -> Any:
+    """Sets as sorted lists, everything else as it is."""
+    return sorted(value) if isinstance(value, set) else value
+
+
+def _is_default(config: Any, entry: dataclasses.Field[Any]) -> bool:
+    value = getattr(config, entry.name)
+    if entry.default_factory is not dataclasses.MISSING:
+        return bool(value == entry.default_factory())
+    return bool(value == entry.default) or not value
+
+
+def _check_version(version: object) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise FormatVersionError(f"DoranConfig.format_version: {version!r}, expected an integer up to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"this adapter has format_version {version}, newer than {FORMAT_VERSION}, the last one that the installed "
+            "doran-core reads; upgrade doran-core and doran-hf"
+        )
+
+
+def _names(field_name: str, value: object) -> str | set[str] | None:
+    """Module names as PEFT wants them: a set, a string, or None."""
+    if value is None or isinstance(value, str):
+        return ALL_LINEAR if isinstance(value, str) and value.lower() == ALL_LINEAR else value
+    if isinstance(value, Mapping) or not isinstance(value, list | tuple | set | frozenset):
+        raise ConfigError(f"DoranConfig.{field_name}: expected a list of names, a string or None, got {value!r}")
+    if not value or not all(isinstance(name, str) and name for name in value):
+        raise ConfigError(f"DoranConfig.{field_name}: expected a list of non-empty names, got {value!r}")
+    return set(value)

@@ -1,0 +1,24 @@
+"""Which modules to adapt when the user names none: query and value, as in the paper."""
+
+from __future__ import annotations
+
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+__all__ = ["DEFAULT_TARGETS"]
+
+_OURS: dict[str, list[str]] = {
+    # PEFT's LoRA defaults of these families go beyond query and value.
+    "btlm": ["c_attn"],
+    "nemotron_h": ["q_proj", "v_proj"],
+    "phi": ["q_proj", "v_proj"],
+    "rwkv": ["receptance", "value"],
+    "rwkv7": ["r_proj", "v_proj"],
+    # Families that PEFT has no LoRA default for. Vision models have both spellings, by their age.
+    "dinov2": ["q_proj", "v_proj", "query", "value"],
+    "distilbert": ["q_lin", "v_lin"],
+    "vit": ["q_proj", "v_proj", "query", "value"],
+}
+
+DEFAULT_TARGETS: dict[str, str | list[str]] = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, **_OURS}
+"""For each ``model_type`` the name endings, or one regex, of its query and value projections. Where a model has them
+in one fused projection, that one. Not all names of a list need to be in a model."""

@@ -1,0 +1,192 @@
+"""DoranLayer: a base layer with several named DoRAN adapters, as PEFT wants it. The math is doran_core's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from doran_core.config import DoranConfig as CoreConfig
+from doran_core.errors import NonFiniteError, TargetError
+from doran_core.factors import FactorBuilder
+from doran_core.layers import BaseView, DoranAdapter, base_view
+from doran_core.layers.modules import layer_spec
+
+__all__ = ["DoranConv2d", "DoranEmbedding", "DoranLayer", "DoranLinear", "doran_layers", "layer_class"]
+
+
+class DoranLayer(nn.Module, BaseTunerLayer):
+    """A frozen base layer and its adapters: linear, Conv1D, embedding, Conv2d or quantized linear.
+
+    With several active adapters the changes that each makes to the output (and, merged, to the weight) add up.
+
+    Args:
+        base_layer: the layer to adapt.
+        name: its name in the base model; it decides rank, scaling and sharing group.
+
+    Raises:
+        TargetError: if doran_core cannot adapt the layer.
+    """
+
+    adapter_layer_names = ("doran_adapter",)
+    other_param_names = ()
+
+    # BaseTunerLayer's own, for a type checker that does not read PEFT.
+    active_adapters: list[str]
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        base_view(base_layer, name)
+        self.base_layer = base_layer
+        self.name = name
+        self.doran_adapter = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._unmerged: Tensor | None = None
+
+    @property
+    def view(self) -> BaseView:
+        """The base layer as a matrix ``[d_out, d_in]``."""
+        return base_view(self.get_base_layer(), self.name)
+
+    def original_weight(self) -> Tensor | None:
+        """W0 ``[d_out, d_in]``, also while adapters are merged; None if the layer gives no access to it."""
+        return self.view.weight() if self._unmerged is None else self._unmerged
+
+    def add(self, adapter_name: str, config: CoreConfig, builder: FactorBuilder, *, inference_mode: bool) -> None:
+        """Make a new adapter that leaves the output as it is.
+
+        Args:
+            adapter_name: its name.
+            config: the method's options.
+            builder: makes the factors; one for all layers of this adapter, since it knows the sharing groups.
+            inference_mode: do not train it.
+        """
+        if self.merged:
+            warnings.warn("An adapter cannot be added while others are merged: unmerging them first.", stacklevel=2)
+            self.unmerge()
+        view = self.view
+        spec = layer_spec(self.name, view, config)
+        adapter = DoranAdapter(config, spec, builder(spec))
+        if not adapter.magnitude.is_meta:  # on the meta device the values come with the saved tensors
+            adapter.to(view.device)
+            adapter.initialise(view)
+        self.doran_adapter[adapter_name] = adapter
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def adapter(self, name: str) -> DoranAdapter:
+        """The adapter of this name."""
+        return cast(DoranAdapter, self.doran_adapter[name])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Shapes and dtype of the base layer."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        base_output: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return base_output
+        names = [name for name in self.active_adapters if name in self.doran_adapter]
+        if not names:
+            return base_output
+        view = self.view
+        outputs: list[Tensor] = [self.adapter(name)(view, x, base_output) for name in names]
+        output = outputs[0]
+        for other in outputs[1:]:
+            output = output + (other - base_output)
+        return output
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapted weight in place of W0 and keep W0, so that :meth:`unmerge` is exact to the bit.
+
+        Args:
+            safe_merge: refuse a merged weight with NaN or infinite values.
+            adapter_names: the adapters to merge; None for all active ones.
+
+        Raises:
+            NonFiniteError: see safe_merge; the base weight is left as it was.
+            TargetError: if the layer gives no access to its weight.
+        """
+        wanted = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in wanted if name in self.doran_adapter]
+        if not names:
+            return
+        view = self.view
+        original = self._unmerged
+        if original is None:
+            weight = view.weight()
+            if weight is None:
+                raise TargetError(
+                    f"{self.name}: {type(view.layer).__name__} gives no access to its weight: it cannot be merged in "
+                    "place; merge the adapter into the checkpoint with `doran merge`"
+                )
+            original = weight.detach().clone()
+        merged = self._merged_weight(original, [*self.merged_adapters, *names])
+        if safe_merge and not bool(merged.isfinite().all()):
+            raise NonFiniteError(f"{self.name}: merging {names} gives NaN or infinite values in the weight")
+        view.copy_weight_(merged)
+        self._unmerged = original
+        self.merged_adapters.extend(names)
+
+    def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
+        """W' of one adapter, or W0 plus the sum of the changes of several; float64."""
+        weight = self.adapter(names[0]).merged_weight(original)
+        for name in names[1:]:
+            weight += self.adapter(name).merged_weight(original) - original.double()
+        return weight
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.view.copy_weight_(self._unmerged)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            for name in self.doran_adapter:
+                self.adapter(name).base_squared_norm = None  # of the old weight; taken anew when needed
+
+    def __repr__(self) -> str:
+        return f"doran.{super().__repr__()}"
+
+
+class DoranLinear(DoranLayer):
+    """DoRAN around nn.Linear, a Conv1D or a quantized linear layer. x ``[..., d_in]`` to ``[..., d_out]``.
+
+    PEFT knows by "Linear" in the name of the class that "all-linear" means this layer for a second adapter, too.
+    """
+
+
+class DoranEmbedding(DoranLayer):
+    """DoRAN around nn.Embedding. Tokens ``[...]`` to ``[..., embedding_dim]``."""
+
+
+class DoranConv2d(DoranLayer):
+    """DoRAN around nn.Conv2d with one group."""
+
+
+def layer_class(base_layer: nn.Module, name: str) -> type[DoranLayer]:
+    """The class that fits a base layer.
+
+    Raises:
+        TargetError: if doran_core cannot adapt the layer.
+    """
+    kinds: dict[str, type[DoranLayer]] = {"embedding": DoranEmbedding, "conv2d": DoranConv2d}
+    return kinds.get(base_view(base_layer, name).kind, DoranLinear)
+
+
+def doran_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[DoranLayer]:
+    """The layers of a model that DoRAN adapts, in the model's order; with a name, those that have that adapter."""
+    for module in model.modules():
+        if isinstance(module, DoranLayer) and (adapter_name is None or adapter_name in module.doran_adapter):
+            yield module

@@ -1,0 +1,169 @@
+"""DoranModel: the tuner that puts DoRAN layers into a model, on PEFT's tuner base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from doran_core.adapter.schema import created_by
+from doran_core.adapter.validate import check_tensors
+from doran_core.config import DoranConfig as CoreConfig
+from doran_core.errors import ConfigError, MissingKeyError, UnexpectedKeyError
+from doran_core.factors import FactorBuilder
+from doran_core.layers.modules import make_factor_builder
+from doran_hf.base import base_fingerprint, check_base, module_kinds
+from doran_hf.config import DoranConfig
+from doran_hf.defaults import DEFAULT_TARGETS
+from doran_hf.layer import DoranLayer, doran_layers, layer_class
+from doran_hf.penalty import PenaltyHook
+from doran_hf.register import PREFIX
+from doran_hf.targets import check_targets, fill_targets
+
+__all__ = ["DoranModel"]
+
+_MARK = ".doran_adapter."
+
+
+class DoranModel(BaseTuner):
+    """Creates and manages DoRAN adapters in a model. ``get_peft_model`` and its like make it; users rarely do.
+
+    Args:
+        model: the model to adapt.
+        config: a :class:`DoranConfig`, or one per adapter name.
+        adapter_name: name of the adapter.
+
+    Raises:
+        TargetError: target modules that are not there, or of a kind that cannot be adapted.
+        BaseMismatchError: a loaded adapter was made for other base weights.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = DoranLayer
+    target_module_mapping = DEFAULT_TARGETS
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put one adapter into the model; see the base class for the arguments."""
+        config = self.peft_config[adapter_name]
+        fill_targets(config, model)
+        if state_dict is None:
+            check_targets(config, model)
+        _fill_head_dim(config, model)
+        core = config.core()
+        # One builder for all layers of the adapter: the first of each sharing group becomes the group's owner.
+        self._plan: tuple[CoreConfig, FactorBuilder] = (core, make_factor_builder(core))
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            del self._plan
+        _check_adapter_name(model, adapter_name)
+        check_base(model, adapter_name, config)
+        if config.factor_penalty > 0.0:
+            PenaltyHook.attach(model)
+
+    def _create_and_replace(
+        self,
+        config: DoranConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        core, builder = self._plan
+        layer = target if isinstance(target, DoranLayer) else layer_class(target, current_key)(target, current_key)
+        layer.add(adapter_name, core, builder, inference_mode=config.inference_mode)
+        if layer is target:
+            return
+        layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        PenaltyHook.detach(self.model)
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT calls this first of all in saving: the moment at which the model and the configuration are both at hand.
+        if isinstance(config, DoranConfig):
+            config.record(
+                base_fingerprint=base_fingerprint(model, adapter_name),
+                module_kinds=module_kinds(model, adapter_name),
+                created_by=created_by().replace("doran-core", "doran-hf with doran-core"),
+            )
+        selected: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # The name stands right behind the container, however deep the parameter lies below it.
+        before, mark, after = key.rpartition(f"{_MARK}{adapter_name}.")
+        if mark:
+            return f"{before}{_MARK}{after}"
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        own = {key: tensor for key, tensor in state_dict.items() if _MARK in key}
+        check_tensors(f"adapter {adapter_name!r}", own)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        expected = {key for key in model.state_dict() if f"{_MARK}{adapter_name}." in key}
+        missing = sorted(expected - remapped.keys())
+        if missing:
+            raise MissingKeyError(
+                f"adapter {adapter_name!r}: {len(missing)} tensors are missing, such as {missing[0]!r}"
+            )
+        unknown = sorted(key for key in remapped if _MARK in key and key not in expected)
+        if unknown:
+            raise UnexpectedKeyError(f"adapter {adapter_name!r}: no layer of this model has the tensor {unknown[0]!r}")
+        return remapped
+
+
+def _fill_head_dim(config: DoranConfig, model: nn.Module) -> None:
+    """Take the head's size from the model's configuration where tau per head needs it and none was given."""
+    if config.tau_granularity != "head" or config.head_dim is not None:
+        return
+    facts = getattr(model, "config", None)
+    size = getattr(facts, "head_dim", None)
+    hidden, heads = getattr(facts, "hidden_size", None), getattr(facts, "num_attention_heads", None)
+    if isinstance(size, int):
+        config.head_dim = size
+    elif isinstance(hidden, int) and isinstance(heads, int) and heads:
+        config.head_dim = hidden // heads
+    else:
+        raise ConfigError(
+            "DoranConfig.tau_granularity='head' needs head_dim: "
+            f"{type(model).__name__} has no configuration to take it from"
+        )
+
+
+def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuse names that PEFT would mistake for a part of another adapter's keys when it saves that one."""
+    for layer in doran_layers(model, adapter_name):
+        parts = {part for key in layer.adapter(adapter_name).state_dict() for part in key.split(".")}
+        if adapter_name in parts:
+            raise ConfigError(f"adapter name {adapter_name!r} is the name of a part of every adapter; choose another")

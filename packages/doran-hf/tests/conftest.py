@@ -1,0 +1,137 @@
+"""Tiny random models of several families, and helpers that make adapters do something. No network, no files."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import doran_hf  # noqa: F401  registers the method
+
+torch.set_num_threads(1)  # the models are too small for more
+
+VOCABULARY = 97
+SPREAD = 0.17
+"""Of the random weights: 1 / sqrt(width), so that what an adapter changes shows in the logits."""
+
+
+def make_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        initializer_range=SPREAD,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def make_gpt2(dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        initializer_range=SPREAD,
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def make_bert(dtype: torch.dtype = torch.float32, seed: int = 0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        initializer_range=SPREAD,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config).to(dtype).eval()
+
+
+def make_vit(dtype: torch.dtype = torch.float32, seed: int = 0) -> ViTForImageClassification:
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        initializer_range=SPREAD,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_labels=10,
+    )
+    return ViTForImageClassification(config).to(dtype).eval()
+
+
+MAKERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": make_llama,
+    "gpt2": make_gpt2,
+    "bert": make_bert,
+    "vit": make_vit,
+}
+
+
+def make_inputs(family: str, seed: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    if family == "vit":
+        return {"pixel_values": torch.randn(3, 1, 8, 8, generator=generator)}
+    return {"input_ids": torch.randint(3, VOCABULARY, (3, 9), generator=generator)}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, family: str = "llama", **extra: Tensor) -> Tensor:
+    model.eval()
+    inputs = make_inputs(family)
+    if family == "vit":
+        inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+    return model(**inputs, **extra).logits
+
+
+@torch.no_grad()
+def disturb(model: nn.Module, adapter_name: str = "default", seed: int = 5, size: float = 0.1) -> None:
+    """Move every tensor of an adapter away from its start, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if f".doran_adapter.{adapter_name}." in name:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(noise, alpha=size if parameter.abs().max() == 0 else size * float(parameter.abs().mean()))
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return make_llama()

@@ -1,0 +1,71 @@
+"""An adapter that was just made leaves the model as it is: for every option, family and dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import MAKERS, disturb, logits, make_llama
+from peft import get_peft_model
+
+from doran_hf import DoranConfig
+from doran_hf.layer import doran_layers
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"target_modules": "all-linear"},
+    {"factors": "static"},
+    {"sharing": "model"},
+    {"sharing": "none", "depth": 3},
+    {"share_output": True, "target_modules": "all-linear"},
+    {"tau_kind": "fixed"},
+    {"tau_kind": "zero"},
+    {"tau_kind": "gaussian", "tau_learn_sigma": True},
+    {"tau_granularity": "row"},
+    {"tau_granularity": "head"},
+    {"norm_grad": "detached", "norm_method": "direct"},
+    {"experts": True, "expert_mask": "expert", "expert_dropout": 0.3},
+    {"use_rslora": True, "tau_init_relative": False, "tau_init": 0.5},
+    {"target_modules": ["embed_tokens", "q_proj"]},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_starts_at_the_base_model(options: dict[str, Any]) -> None:
+    model = make_llama()
+    expected = logits(model)
+    wrapped = get_peft_model(model, DoranConfig(task_type="CAUSAL_LM", **options))
+    assert (logits(wrapped) - expected).abs().max() < 1e-5
+    disturb(wrapped)
+    assert (logits(wrapped) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_every_family_starts_at_the_base_model(family: str, targets: str | None) -> None:
+    model = MAKERS[family]()
+    expected = logits(model, family)
+    wrapped = get_peft_model(model, DoranConfig(target_modules=targets))
+    assert (logits(wrapped, family) - expected).abs().max() < 1e-5
+    disturb(wrapped)
+    assert (logits(wrapped, family) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", MAKERS)
+def test_half_precision_base_starts_equal_to_the_bit(family: str, dtype: torch.dtype) -> None:
+    model = MAKERS[family](dtype)
+    expected = logits(model, family)
+    wrapped = get_peft_model(model, DoranConfig(target_modules="all-linear"))
+    assert torch.equal(logits(wrapped, family), expected)
+    for layer in doran_layers(wrapped):
+        assert all(tensor.dtype == torch.float32 for tensor in layer.doran_adapter.parameters())
+
+
+def test_adapter_stays_float32_when_the_model_is_cast() -> None:
+    model = get_peft_model(make_llama(), DoranConfig())
+    reference = logits(make_llama(torch.bfloat16))
+    model.to(torch.bfloat16)
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "doran_" in n)
+    assert torch.equal(logits(model), reference)
