@@ -431,8 +431,8 @@ def serve(
     from vllm.lora.request import LoRARequest
 
     engine = LLM(
-        model=str(base_dir), dtype="float32", max_model_len=512, enable_lora=True, max_loras=3, max_lora_rank=8,
-        gpu_memory_utilization=0.5, seed=0,
+        model=str(base_dir), dtype="float32", max_model_len=512, enable_lora=True, max_loras=2, max_lora_rank=8,
+        gpu_memory_utilization=0.5, enforce_eager=not torch.cuda.is_available(), seed=0,
     )  # fmt: skip
     requests = {name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(adapters.items(), 1)}
     asked = [(name, text) for name, texts in prompts.items() for text in texts]
@@ -444,10 +444,7 @@ def serve(
     served: dict[str, list[list[int]]] = {name: [] for name in prompts}
     for (name, _), output in zip(asked, outputs, strict=True):
         served[name].append(list(output.outputs[0].token_ids))
-    del engine
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    engine.llm_engine.engine_core.shutdown()
     return served
 
 

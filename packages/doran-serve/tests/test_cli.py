@@ -1,0 +1,95 @@
+"""`doran serve --check` and the flags that it derives; the server itself is in test_http."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_specs import make_adapter
+from safetensors.torch import save_file
+
+from doran_core.errors import CheckpointError, DoranError
+from doran_serve import cli
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A directory with `base` and three adapters of ranks 3, 9 and 4 in `adapters`."""
+    base = {"model.layers.0.mlp.up_proj": torch.randn(24, 16)}
+    (tmp_path / "base").mkdir()
+    save_file(
+        {"model.layers.0.mlp.up_proj.weight": base["model.layers.0.mlp.up_proj"]}, tmp_path / "base/model.safetensors"
+    )
+    for name, form, rank in (("b", "lora", 3), ("a", "compiled", 9), ("c", "trainable", 4)):
+        make_adapter(form, base, ("up_proj",), rank=rank, seed=1, size=0.4).write(tmp_path / "adapters" / name)
+    return tmp_path
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    cli.register(parser.add_subparsers())
+    args = parser.parse_args(["serve", *arguments])
+    return int(args.func(args))
+
+
+def test_check_lists_every_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(str(folder / "base"), "--adapters", str(folder / "adapters"), "--check") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["a", "compiled", "rank", "9"],
+        ["b", "lora", "rank", "3"],
+        ["c", "trainable", "rank", "4"],
+    ]
+
+
+def test_a_bad_adapter_is_named_with_its_reason(folder: Path) -> None:
+    (folder / "adapters" / "b" / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        DoranError, match=r"1 of 3 adapters cannot be served: b: .*adapter_model\.safetensors is missing"
+    ):
+        run(str(folder / "base"), "--adapters", str(folder / "adapters"), "--check")
+
+
+def test_wrong_paths_are_named(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint directory"):
+        run(str(folder / "nowhere"), "--check")
+    with pytest.raises(DoranError, match="nowhere: no such directory of adapters"):
+        run(str(folder / "base"), "--adapters", str(folder / "nowhere"), "--check")
+    with pytest.raises(DoranError, match="no adapter in it"):
+        run(str(folder / "base"), "--adapters", str(folder), "--check")
+
+
+def test_flags_follow_the_adapters_and_the_user_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr("doran_serve.compat.run_vllm", called.append)
+    monkeypatch.setattr("doran_serve.versions.installed", lambda: "0.32.0")
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    base, adapters = str(folder / "base"), str(folder / "adapters")
+    run(base, "--adapters", adapters, "--port", "8123", "--max-loras=2")
+    assert called == [
+        [
+            *("serve", base, "--enable-lora", "--max-lora-rank", "16", "--max-cpu-loras", "3", "--lora-modules"),
+            *(f"{name}={folder / 'adapters' / name}" for name in "abc"),
+            *("--port", "8123", "--max-loras=2"),
+        ]
+    ]
+
+
+def test_an_allowlist_without_the_plugin_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doran_serve.versions.installed", lambda: "0.32.0")
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(DoranError, match="VLLM_PLUGINS='other'"):
+        run(str(folder / "base"))
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (9, 16), (257, 320), (512, 512)])
+def test_served_rank(rank: int, served: int) -> None:
+    assert cli.served_rank(rank) == served
+
+
+def test_no_rank_above_what_vllm_serves() -> None:
+    with pytest.raises(DoranError, match="above 512"):
+        cli.served_rank(513)

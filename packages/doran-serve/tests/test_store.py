@@ -1,0 +1,111 @@
+"""Adapter directories without vLLM: forms, the cache, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_specs import FORMS, make_adapter
+from safetensors.torch import save_file
+
+from doran_core.errors import CheckpointError, RankError, TargetError, UnexpectedKeyError
+from doran_serve import AdapterStore
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, Any]:
+    """A checkpoint of two layers in `tmp_path / "base"`, and its weights by module."""
+    draw = torch.Generator().manual_seed(6)
+    weights = {f"model.layers.{i}.mlp.up_proj": torch.randn(24, 16, generator=draw) for i in range(2)}
+    (tmp_path / "base").mkdir()
+    save_file({f"{name}.weight": w for name, w in weights.items()}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    return weights
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "base", max_rank=16, cache_directory=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_computes_the_merged_weight(form: str, store: AdapterStore, base: Any, tmp_path: Path) -> None:
+    spec = make_adapter(form, base, ("up_proj",), rank=3, seed=1, size=0.4)
+    folder = spec.write(tmp_path / form)
+    adapter = store.load(folder)
+    assert adapter is not None
+    assert (adapter.form, adapter.rank, set(adapter.modules)) == (form, 3, set(base))
+    for name, module in adapter.modules.items():
+        c = 1.0 if module.scale is None else module.scale.double()[:, None]
+        weight = c * (base[name].double() + module.B.double() @ module.A.double())
+        torch.testing.assert_close(weight, spec.merged(name), rtol=2e-7, atol=2e-7)
+    assert (adapter.modules[name].scale is None) == (form == "lora")
+
+
+@pytest.mark.parametrize("form", ["trainable", "dora"])
+def test_compiling_happens_once_for_a_content(form: str, store: AdapterStore, base: Any, tmp_path: Path) -> None:
+    spec = make_adapter(form, base, ("up_proj",), rank=3, seed=1, size=0.4)
+    store.load(spec.write(tmp_path / "one"))
+    first = sorted((tmp_path / "cache" / "compiled").iterdir())
+    AdapterStore(tmp_path / "base", cache_directory=tmp_path / "cache").load(spec.write(tmp_path / "same"))
+    assert sorted((tmp_path / "cache" / "compiled").iterdir()) == first
+    other = make_adapter(form, base, ("up_proj",), rank=3, seed=2, size=0.4)
+    store.load(other.write(tmp_path / "one"))
+    assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 2
+
+
+def test_checking_again_reads_only_what_changed(
+    store: AdapterStore, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+    load: Callable[[Path], Any] = store._load
+    monkeypatch.setattr(store, "_load", lambda folder: (reads.append(folder), load(folder))[1])
+    folder = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
+    info = store.check(folder)
+    assert (info.form, info.rank, info.modules) == ("compiled", 3, 2)
+    store.check(folder)
+    assert len(reads) == 1
+    make_adapter("compiled", base, ("up_proj",), rank=5, seed=1, size=0.4).write(folder)
+    assert store.check(folder).rank == 5
+
+
+def test_rank_limit(store: AdapterStore, base: Any, tmp_path: Path) -> None:
+    folder = make_adapter("lora", base, ("up_proj",), rank=17, seed=1, size=0.4).write(tmp_path / "a")
+    with pytest.raises(RankError, match="max_lora_rank=16"):
+        store.check(folder)
+
+
+def test_a_module_that_the_base_lacks(store: AdapterStore, base: Any, tmp_path: Path) -> None:
+    other = {"model.layers.9.mlp.up_proj": torch.randn(24, 16)}
+    folder = make_adapter("compiled", other, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
+    with pytest.raises((CheckpointError, TargetError), match=r"model\.layers\.9\.mlp\.up_proj"):
+        store.check(folder)
+
+
+def test_replaced_base_parameters_cannot_share_a_batch(store: AdapterStore, base: Any, tmp_path: Path) -> None:
+    import json
+
+    spec = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4)
+    folder = spec.write(tmp_path / "a")
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] = torch.randn(4, 16)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
+    spec.write_scales(folder)
+    with pytest.raises(UnexpectedKeyError, match=r"lm_head\.weight.*doran merge"):
+        store.check(folder)
+
+
+def test_without_base_files_a_compiled_adapter_is_enough(base: Any, tmp_path: Path) -> None:
+    store = AdapterStore(None, cache_directory=tmp_path / "cache")
+    compiled = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
+    assert store.check(compiled).rank == 3
+    trainable = make_adapter("trainable", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "b")
+    with pytest.raises(CheckpointError, match="needs the base weights"):
+        store.check(trainable)
