@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from conftest import MAKERS, disturb, logits, make_llama
 from peft import get_peft_model
 
@@ -81,3 +82,30 @@ def test_safe_merge_refuses_nan_and_leaves_the_weight() -> None:
     assert not layer.merged
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_a_tied_head_merges_for_itself_and_stays_untied_on_disk(targets, tmp_path):
+    """The embedding keeps its own weight, in memory and after saving and loading the merged model."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(config).eval()
+    model = get_peft_model(base, DoranConfig(rank=2, target_modules=targets)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "doran_adapter" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    tokens = torch.randint(0, 64, (2, 7))
+    expected = model(tokens).logits
+    model.merge_adapter()
+    assert torch.allclose(model(tokens).logits, expected, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(model(tokens).logits, expected)
+    assert base.lm_head.weight is base.get_input_embeddings().weight
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(again(tokens).logits, expected, atol=1e-4)

@@ -257,3 +257,16 @@ def test_broken_tensors_are_refused(fault: str, tmp_path: Path) -> None:
     errors = {"missing": MissingKeyError, "unknown": UnexpectedKeyError, "nan": NonFiniteError}
     with pytest.raises(errors[fault], match="magnitude" if fault != "unknown" else "amplitude"):
         PeftModel.from_pretrained(make_llama(), tmp_path)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = get_peft_model(make_llama(), DoranConfig(rank=2))
+    model.save_pretrained(tmp_path / "a")
+    other = make_llama()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+    names = [name for name, _ in other.named_modules()]
+    with pytest.raises(BaseMismatchError):
+        PeftModel.from_pretrained(other, tmp_path / "a")
+    assert [name for name, _ in other.named_modules()] == names

@@ -20,7 +20,7 @@ from doran_core.adapter import (
 )
 from doran_core.adapter.compiled import compile_module
 from doran_core.config import DoranConfig
-from doran_core.errors import AdapterFormatError, BaseMismatchError, ConfigError, TargetError
+from doran_core.errors import AdapterFormatError, BaseMismatchError, ConfigError, DoranError, TargetError
 from doran_core.factors import FactorBuilder
 from doran_core.fingerprint import fingerprint_weights
 from doran_core.layers.adapter import DoranAdapter
@@ -51,16 +51,37 @@ def adapt(model: nn.Module, config: DoranConfig, *, factor_builder: FactorBuilde
     names = find_targets(model, config)
     saved = _modules_to_save(model, config)
     builder = factor_builder or make_factor_builder(config)
-    layers = {}
-    for name in names:
-        layers[name] = wrap(model.get_submodule(name), config, name=name, factor_builder=builder)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers: dict[str, DoranLayer] = {}
+    try:
+        for name in names:
+            layers[name] = wrap(model.get_submodule(name), config, name=name, factor_builder=builder)
+            layers[name].train(layers[name].base_layer.training)
+    except Exception:
+        _set_trained(trained)
+        raise
+    places = _places(model, layers)
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        layer.train(layer.base_layer.training)
-        model.set_submodule(name, layer)
+    for place, layer in places:
+        model.set_submodule(place, layer)
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
-    return DoranHandle(model, config, layers, saved)
+    return DoranHandle(model, config, layers, saved, places, trained)
+
+
+def _places(model: nn.Module, layers: dict[str, DoranLayer]) -> list[tuple[str, DoranLayer]]:
+    """Every name under which the model holds a wrapped layer's base: a module may have several."""
+    wrappers = {id(layer.base_layer): layer for layer in layers.values()}
+    return [
+        (name, wrappers[id(module)])
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in wrappers
+    ]
+
+
+def _set_trained(trained: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)
 
 
 def load(
@@ -102,7 +123,7 @@ def _read_trainable(path: str | os.PathLike[str]) -> TrainableAdapter:
 
 
 def _modules_to_save(model: nn.Module, config: DoranConfig) -> list[str]:
-    names = [name for name, _ in model.named_modules() if matches(name, config.modules_to_save)]
+    names = [name for name, _ in model.named_modules() if name and matches(name, config.modules_to_save)]
     for entry in config.modules_to_save or []:
         if not any(matches(name, [entry]) for name in names):
             raise TargetError(f"modules_to_save: {entry!r} matches no module of this {type(model).__name__}")
@@ -120,12 +141,20 @@ class DoranHandle:
     """
 
     def __init__(
-        self, model: nn.Module, config: DoranConfig, layers: dict[str, DoranLayer], modules_to_save: list[str]
+        self,
+        model: nn.Module,
+        config: DoranConfig,
+        layers: dict[str, DoranLayer],
+        modules_to_save: list[str],
+        places: list[tuple[str, DoranLayer]],
+        trained: list[tuple[nn.Parameter, bool]],
     ) -> None:
         self.model = model
         self.config = config
         self.layers = layers
         self.modules_to_save = modules_to_save
+        self._places = places
+        self._trained = trained
         self._removed = False
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -148,23 +177,29 @@ class DoranHandle:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """A context in which the model is the base model (an unmerged adapter is skipped)."""
-        before = {name: layer.enabled for name, layer in self.layers.items()}
+        """A context in which the model is the base model, merged or not."""
+        self._refuse_removed()
+        before = [(layer, layer.enabled, layer.merged) for layer in self.layers.values()]
         try:
             for layer in self.layers.values():
+                layer.unmerge()
                 layer.enabled = False
             yield
         finally:
-            for name, layer in self.layers.items():
-                layer.enabled = before[name]
+            for layer, enabled, merged in before:
+                layer.enabled = enabled
+                if merged:
+                    layer.merge()
 
     def merge(self, *, check_finite: bool = False) -> None:
-        """Put every W' in place of its W0. Memory: a copy of each W0 is kept for :meth:`unmerge`.
+        """Put every W' in place of its W0. Memory: each W0 is kept for :meth:`unmerge`.
 
         Raises:
-            DoranError: if a merged weight is not finite and ``check_finite``; nothing stays merged then.
+            NonFiniteError: if a merged weight is not finite and ``check_finite``; nothing stays merged then.
             TargetError: if a base layer gives no access to its weight.
+            DoranError: after :meth:`remove`.
         """
+        self._refuse_removed()
         try:
             for layer in self.layers.values():
                 layer.merge(check_finite=check_finite)
@@ -174,6 +209,7 @@ class DoranHandle:
 
     def unmerge(self) -> None:
         """Put every W0 back, bit for bit."""
+        self._refuse_removed()
         for layer in self.layers.values():
             layer.unmerge()
 
@@ -184,20 +220,27 @@ class DoranHandle:
             merged: leave W' in the layers instead of W0.
 
         Returns:
-            The model, with its own layers again, frozen as the adapters left it.
+            The model, with its own layers again, and trainable where it was before :func:`adapt`.
+
+        Raises:
+            DoranError: if they were taken out before.
         """
-        if not self._removed:
-            (self.merge if merged else self.unmerge)()
-            for name, layer in self.layers.items():
-                self.model.set_submodule(name, layer.base_layer)
-            self._removed = True
+        (self.merge if merged else self.unmerge)()
+        for place, layer in self._places:
+            self.model.set_submodule(place, layer.base_layer)
+        _set_trained(self._trained)
+        self._removed = True
         return self.model
+
+    def _refuse_removed(self) -> None:
+        if self._removed:
+            raise DoranError("this handle's adapters were removed from the model; call adapt() for a new one")
 
     def base_fingerprint(self) -> str | None:
         """Fingerprint of the weights that are adapted; None if one is quantized or float16 and so not exact."""
         weights = []
         for name, layer in self.layers.items():
-            original = layer._unmerged if layer.merged else layer.view.weight()
+            original = layer.original_weight()
             if original is None or original.dtype == torch.float16:
                 return None
             weights.append((name, original.detach()))
@@ -222,6 +265,7 @@ class DoranHandle:
         Raises:
             ConfigError: for another form.
             AdapterFormatError: if a parameter is not finite; nothing is written then.
+            DoranError: if an adapter is there already and ``overwrite`` is not set.
         """
         if form == "trainable":
             write_trainable(self._trainable(base_model), path, overwrite=overwrite)
@@ -246,7 +290,7 @@ class DoranHandle:
         modules = {}
         for name, layer in self.layers.items():
             view = layer.view
-            weight = layer._unmerged if layer.merged else view.weight()
+            weight = layer.original_weight()
             if weight is None:
                 raise TargetError(f"{name}: compiling needs the base weight, which {type(view.layer).__name__} hides")
             modules[name] = compile_module(

@@ -30,8 +30,8 @@ def block_of(name: str, pattern: str | None = None) -> str:
 class SharedTrunks:
     """Builds generated factors layer by layer, giving each sharing group one trunk.
 
-    The first layer of a group that asks becomes its owner. Layers of one block with different ranks are
-    groups of their own, since embeddings have one row per rank.
+    The first layer of a group that asks owns the trunk. Layers of one block with different ranks are groups of
+    their own, since embeddings have one row per rank.
     """
 
     def __init__(self, config: DoranConfig) -> None:
@@ -39,24 +39,32 @@ class SharedTrunks:
         self._trunks: dict[tuple[str, int], FactorTrunk] = {}
         self._embeddings: dict[str, BlockEmbedding] = {}
 
-    def build(self, spec: LayerSpec) -> GeneratedFactors:
-        """The factors of one layer."""
-        scope = {"block": spec.block, "model": "", "none": spec.name}[self._config.sharing]
-        group = (scope, spec.rank)
-        owns_trunk = group not in self._trunks
-        if owns_trunk:
-            self._trunks[group] = FactorTrunk(spec.rank, self._config)
-        embedding, owns_embedding = None, False
-        if self._config.sharing == "model":
-            owns_embedding = spec.block not in self._embeddings
-            if owns_embedding:
-                self._embeddings[spec.block] = BlockEmbedding(self._config)
+    def build(
+        self, spec: LayerSpec, *, owns_trunk: bool | None = None, owns_block_embedding: bool | None = None
+    ) -> GeneratedFactors:
+        """The factors of one layer.
+
+        Args:
+            spec: the layer.
+            owns_trunk: register the group's trunk here; None for "if this is the group's first layer".
+            owns_block_embedding: likewise for the block's embedding.
+        """
+        config = self._config
+        group = ({"block": spec.block, "model": "", "none": spec.name}[config.sharing], spec.rank)
+        first_of_group = group not in self._trunks
+        if first_of_group:
+            self._trunks[group] = FactorTrunk(spec.rank, config)
+        embedding, first_of_block = None, False
+        if config.sharing == "model":
+            first_of_block = spec.block not in self._embeddings
+            if first_of_block:
+                self._embeddings[spec.block] = BlockEmbedding(config)
             embedding = self._embeddings[spec.block]
         return GeneratedFactors(
             spec,
-            self._config,
+            config,
             self._trunks[group],
-            owns_trunk=owns_trunk,
+            owns_trunk=first_of_group if owns_trunk is None else owns_trunk,
             block_embedding=embedding,
-            owns_block_embedding=owns_embedding,
+            owns_block_embedding=first_of_block if owns_block_embedding is None else owns_block_embedding,
         )

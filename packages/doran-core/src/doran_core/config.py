@@ -114,6 +114,8 @@ class DoranConfig:
             raise ConfigError(f"DoranConfig.alpha: expected a finite number, got {self.alpha!r}")
         for name, check in (("rank_pattern", _is_positive_int), ("alpha_pattern", _is_number)):
             self._require_pattern(name, check)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            self._normalise_names(name, regex=name != "modules_to_save")
         if self.block_pattern is not None:
             _compile(self.block_pattern, "block_pattern")
         if self.expert_mask != "none" and not self.experts:
@@ -129,6 +131,18 @@ class DoranConfig:
         if value not in choices:
             raise ConfigError(f"DoranConfig.{name}: expected {what} {list(choices)}, got {value!r}")
 
+    def _normalise_names(self, name: str, *, regex: bool) -> None:
+        """Take any collection of names as a list of its own; a string, where it may stand, is a regex."""
+        value = getattr(self, name)
+        if value is None or (isinstance(value, str) and regex):
+            if isinstance(value, str) and value != ALL_LINEAR:
+                _compile(value, name)
+            return
+        if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(n, str) and n for n in value):
+            expected = "a regex or a list of names" if regex else "a list of names"
+            raise ConfigError(f"DoranConfig.{name}: expected {expected}, got {value!r}")
+        object.__setattr__(self, name, sorted(value) if isinstance(value, set | frozenset) else list(value))
+
     def _require_pattern(self, name: str, check: Any) -> None:
         value = getattr(self, name)
         if not isinstance(value, Mapping):
@@ -136,7 +150,9 @@ class DoranConfig:
         for pattern, number in value.items():
             _compile(pattern, name)
             if not check(number):
-                raise ConfigError(f"DoranConfig.{name}[{pattern!r}]: expected a positive number, got {number!r}")
+                expected = "a positive integer" if check is _is_positive_int else "a finite number"
+                raise ConfigError(f"DoranConfig.{name}[{pattern!r}]: expected {expected}, got {number!r}")
+        object.__setattr__(self, name, dict(value))
 
     def rank_for(self, module: str) -> int:
         """The rank of the module of this name."""

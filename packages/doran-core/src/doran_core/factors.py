@@ -211,7 +211,8 @@ class GeneratedFactors(nn.Module):
         trunk = self._trunk[0]
         w2_A = trunk.output_A[str(self.d_in)] if self.share_output else self.w2_A
         w2_B = trunk.output_B[str(self.d_out)] if self.share_output else self.w2_B
-        return F.linear(hidden_A, w2_A), F.linear(w2_B, hidden_B)
+        # A trunk may lie on another device, or in another precision, than this layer.
+        return F.linear(hidden_A.to(w2_A), w2_A), F.linear(w2_B, hidden_B.to(w2_B))
 
 
 class BlockEmbedding(nn.Module):

@@ -42,6 +42,11 @@ def find_targets(model: nn.Module, config: DoranConfig) -> list[str]:
         found = [name for name, module in candidates.items() if is_linear(module)]
     else:
         found = _named_targets(model, candidates, targets)
+    for name in config.exclude_modules if isinstance(config.exclude_modules, list) else []:
+        if not any(matches(module, [name]) for module in found):
+            raise TargetError(
+                f"exclude_modules: {name!r} matches none of the target modules; {nearest_names(name, found)}"
+            )
     kept = [
         name
         for name in found
@@ -63,7 +68,10 @@ def _named_targets(model: nn.Module, candidates: dict[str, nn.Module], targets: 
         fitting = [name for name in named if name in candidates]
         shown = entry if isinstance(entry, str) else entry[0]
         if not named:
-            raise TargetError(f"target_modules: {shown!r} matches no module; {nearest_names(shown, candidates)}")
+            advice = nearest_names(shown, candidates)
+            if isinstance(entry, str) and any(name.endswith(f".{entry}") for name in candidates):
+                advice = f"a string is a regex for the whole name; for the ending, write [{entry!r}]"
+            raise TargetError(f"target_modules: {shown!r} matches no module; {advice}")
         if not fitting:
             kinds = sorted({type(model.get_submodule(name)).__name__ for name in named})
             raise TargetError(

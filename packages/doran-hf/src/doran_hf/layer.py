@@ -11,9 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from doran_core.config import DoranConfig as CoreConfig
-from doran_core.errors import NonFiniteError, TargetError
 from doran_core.factors import FactorBuilder
-from doran_core.layers import BaseView, DoranAdapter, base_view
+from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
 from doran_core.layers.modules import layer_spec
 
 __all__ = ["DoranConv2d", "DoranEmbedding", "DoranLayer", "DoranLinear", "doran_layers", "layer_class"]
@@ -47,7 +46,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.doran_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self._unmerged: Tensor | None = None
+        self._swap = WeightSwap()
 
     @property
     def view(self) -> BaseView:
@@ -56,7 +55,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     def original_weight(self) -> Tensor | None:
         """W0 ``[d_out, d_in]``, also while adapters are merged; None if the layer gives no access to it."""
-        return self.view.weight() if self._unmerged is None else self._unmerged
+        return self._swap.original(self.view)
 
     def add(self, adapter_name: str, config: CoreConfig, builder: FactorBuilder, *, inference_mode: bool) -> None:
         """Make a new adapter that leaves the output as it is.
@@ -116,21 +115,9 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         names = [name for name in wanted if name in self.doran_adapter]
         if not names:
             return
-        view = self.view
-        original = self._unmerged
-        if original is None:
-            weight = view.weight()
-            if weight is None:
-                raise TargetError(
-                    f"{self.name}: {type(view.layer).__name__} gives no access to its weight: it cannot be merged in "
-                    "place; merge the adapter into the checkpoint with `doran merge`"
-                )
-            original = weight.detach().clone()
-        merged = self._merged_weight(original, [*self.merged_adapters, *names])
-        if safe_merge and not bool(merged.isfinite().all()):
-            raise NonFiniteError(f"{self.name}: merging {names} gives NaN or infinite values in the weight")
-        view.copy_weight_(merged)
-        self._unmerged = original
+        view, original = self.view, self.original_weight()
+        merged = torch.empty(0) if original is None else self._merged_weight(original, [*self.merged_adapters, *names])
+        self._swap.put(view, merged, f"{self.name}, merging {names}", check_finite=safe_merge)
         self.merged_adapters.extend(names)
 
     def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
@@ -143,18 +130,16 @@ class DoranLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put W0 back, bit for bit."""
-        if self._unmerged is None:
+        if not self._swap.active:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.view.copy_weight_(self._unmerged)
-        self._unmerged = None
+        self._swap.restore(self.view)
         self.merged_adapters.clear()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-            for name in self.doran_adapter:
-                self.adapter(name).base_squared_norm = None  # of the old weight; taken anew when needed
+            self._swap.refuse_loading(self.name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         return f"doran.{super().__repr__()}"

@@ -63,10 +63,13 @@ class DoranModel(BaseTuner):
         self._plan: tuple[CoreConfig, FactorBuilder] = (core, make_factor_builder(core))
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            _check_adapter_name(model, adapter_name)
+            check_base(model, adapter_name, config)
+        except Exception:
+            _withdraw(model, adapter_name)
+            raise
         finally:
             del self._plan
-        _check_adapter_name(model, adapter_name)
-        check_base(model, adapter_name, config)
         if config.factor_penalty > 0.0:
             PenaltyHook.attach(model)
 
@@ -91,6 +94,7 @@ class DoranModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         PenaltyHook.detach(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        _note_untied(model)
         return model
 
     @classmethod
@@ -141,6 +145,26 @@ class DoranModel(BaseTuner):
         if unknown:
             raise UnexpectedKeyError(f"adapter {adapter_name!r}: no layer of this model has the tensor {unknown[0]!r}")
         return remapped
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take a half-injected adapter out again, and the layers that were wrapped for it alone."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DoranLayer):
+            if adapter_name in module.doran_adapter:
+                module.delete_adapter(adapter_name)
+            if not module.doran_adapter:
+                model.set_submodule(name, module.get_base_layer())
+
+
+def _note_untied(model: nn.Module) -> None:
+    """A head that was tied to the embedding and got its own merged weight must not be tied again on loading."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is not None and head is not None and embedding.weight is not head.weight:
+        config.tie_word_embeddings = False
 
 
 def _fill_head_dim(config: DoranConfig, model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView, base_view, is_adaptable, is_linear
 from doran_core.layers.modules import DoranConv2d, DoranEmbedding, DoranLayer, DoranLinear, wrap
 from doran_core.layers.rebuild import build_adapters
+from doran_core.layers.swap import WeightSwap
 
 __all__ = [
     "BaseView",
@@ -12,6 +13,7 @@ __all__ = [
     "DoranEmbedding",
     "DoranLayer",
     "DoranLinear",
+    "WeightSwap",
     "base_view",
     "build_adapters",
     "is_adaptable",

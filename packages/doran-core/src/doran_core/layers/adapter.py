@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from doran_core import functional
 from doran_core.config import DoranConfig
-from doran_core.errors import TargetError
+from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.experts import RankOneExperts
 from doran_core.factors import LayerSpec, factor_penalty
 from doran_core.layers.base import BaseView
@@ -44,6 +44,7 @@ class DoranAdapter(nn.Module):
         self.tau = Tau(config, spec.d_out, spec.name)
         self.magnitude = nn.Parameter(torch.ones(spec.d_out, dtype=torch.float32))
         self.register_buffer("base_squared_norm", None, persistent=False)
+        self._base_version: tuple[int, int, torch.dtype] | None = None
 
     @torch.no_grad()
     def initialise(self, view: BaseView) -> None:
@@ -52,17 +53,35 @@ class DoranAdapter(nn.Module):
         The adapter moves to the base layer's device, and to float64 for a float64 base.
         """
         weight = view.weight()
+        if view.device.type == "meta":
+            raise TargetError(
+                f"{self.spec.name}: its weight is on the meta device; load the base model's weights first"
+            )
         self.to(device=view.device, dtype=torch.float64 if _is_double(weight) else None)
         self.reset_base(view)
         A, B = self.factor_pair()
+        self._check_start(A, B)
         norm = self.norm(view, A, B)
+        if not bool(norm.isfinite().all()):
+            raise NonFiniteError(f"{self.spec.name}: the base weight has NaN or infinite values")
         self.tau.initialise(norm)
         self.magnitude.copy_(norm + self.tau.value())
 
     @torch.no_grad()
     def reset_base(self, view: BaseView) -> None:
-        """Take ``||W0||^2`` anew; call it if the base weight was changed in place."""
+        """Take ``||W0||^2`` anew. Done by itself when the weight has changed, but for a hidden one."""
         self.base_squared_norm = view.squared_norm().to(self.magnitude.device)
+        self._base_version = view.weight_version()
+
+    def _check_start(self, A: Tensor, B: Tensor) -> None:
+        spec, generator = self.spec, type(self.factors).__name__
+        if A.shape != (spec.rank, spec.d_in) or B.shape != (spec.d_out, spec.rank):
+            raise ConfigError(
+                f"{spec.name}: {generator} gives A {list(A.shape)} and B {list(B.shape)}, expected "
+                f"A [{spec.rank}, {spec.d_in}] and B [{spec.d_out}, {spec.rank}]"
+            )
+        if bool(B.any()):
+            raise ConfigError(f"{spec.name}: B of {generator} is not 0 at the start, so it would change the base model")
 
     def factor_pair(self) -> tuple[Tensor, Tensor]:
         """``(A [r, d_in], B [d_out, r])`` of this pass, experts and their mask included, the scaling g not."""
@@ -85,7 +104,7 @@ class DoranAdapter(nn.Module):
                     "which gives no access to it; use 'factored'"
                 )
             return functional.row_norm(weight, A, B, self.scaling)
-        if self.base_squared_norm is None or self.base_squared_norm.is_meta:
+        if self._is_stale(view):
             self.reset_base(view)
         squared_norm = self.base_squared_norm
         assert squared_norm is not None
@@ -93,6 +112,12 @@ class DoranAdapter(nn.Module):
         if self.config.norm_method == "auto" and weight is not None and not torch.compiler.is_compiling():
             norm = self._repair_cancelled(norm, squared_norm, weight, A, B)
         return norm
+
+    def _is_stale(self, view: BaseView) -> bool:
+        """Whether ``||W0||^2`` is missing or that of another weight; a compiled graph takes it as it is."""
+        if self.base_squared_norm is None or self.base_squared_norm.is_meta:
+            return True
+        return not torch.compiler.is_compiling() and self._base_version != view.weight_version()
 
     def _repair_cancelled(self, norm: Tensor, squared_norm: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The direct norm for the rows in which V nearly cancels."""

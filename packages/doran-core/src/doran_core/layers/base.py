@@ -1,6 +1,6 @@
 """Views that show any supported base layer as one matrix ``[d_out, d_in]``, which is all that DoRAN needs of it.
 
-A view holds a reference and no state, so it can be made at any time and never goes stale.
+A view holds a reference and no state, so it can be made at any time and never goes stale. Making one checks the layer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 from doran_core import functional
 from doran_core.errors import TargetError
@@ -60,15 +61,17 @@ class BaseView(ABC):
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """``B A`` applied to the layer's input x in x's place: the shape of the base output."""
 
-    @torch.no_grad()
-    def copy_weight_(self, matrix: Tensor) -> None:
-        """Overwrite W0 in place with ``[d_out, d_in]``, rounded to the layer's dtype."""
-        weight = self.weight()
-        if weight is None:
-            raise TargetError(
-                f"{type(self.layer).__name__} gives no access to its weight: it cannot be merged in place"
-            )
-        weight.copy_(matrix)
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix ``[d_out, d_in]`` in the shape in which the layer keeps its weight."""
+        return matrix
+
+    def weight_version(self) -> tuple[int, int, torch.dtype] | None:
+        """Changes when W0 is replaced, moved, cast or written to; None where the weight is hidden."""
+        if self.weight() is None:
+            return None
+        weight = cast(Tensor, self.layer.weight)
+        version = 0 if weight.is_inference() else weight._version
+        return weight.data_ptr(), version, weight.dtype
 
     def product(self, A: Tensor) -> Tensor:
         """``U = W0 @ A.T``, ``[d_out, r]``, differentiable in A ``[r, d_in]``."""
@@ -111,6 +114,9 @@ class _TransposedLinearView(_LinearView):
 
     def weight(self) -> Tensor:
         return cast(Tensor, self.layer.weight).T
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
 
 
 class _OpaqueLinearView(BaseView):
@@ -165,6 +171,9 @@ class _EmbeddingView(BaseView):
     def weight(self) -> Tensor:
         return cast(nn.Embedding, self.layer).weight.T
 
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.embedding(x, A.T), B)
 
@@ -181,9 +190,12 @@ class _Conv2dView(BaseView):
     def weight(self) -> Tensor:
         return cast(nn.Conv2d, self.layer).weight.flatten(1)
 
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(cast(nn.Conv2d, self.layer).weight.shape)
+
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         conv = cast(nn.Conv2d, self.layer)
-        hidden = conv._conv_forward(x, A.view(A.shape[0], *conv.weight.shape[1:]), None)
+        hidden = conv._conv_forward(x, A.reshape(A.shape[0], *conv.weight.shape[1:]), None)
         return F.conv2d(hidden, B[:, :, None, None])
 
 
@@ -198,7 +210,7 @@ def _is_transposed(layer: nn.Module) -> bool:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether ``target_modules="all-linear"`` means this layer: dense, transposed or quantized linear."""
-    if isinstance(layer, nn.Embedding | nn.modules.conv._ConvNd | NonDynamicallyQuantizableLinear):
+    if isinstance(layer, nn.LazyLinear | nn.Embedding | nn.modules.conv._ConvNd | NonDynamicallyQuantizableLinear):
         return False
     if isinstance(layer, nn.Linear) or (_is_transposed(layer) and _has_matrix(layer)):
         return True
@@ -215,6 +227,41 @@ def is_adaptable(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d | nn.Embedding) or is_linear(layer)
 
 
+def _refuse_composed(layer: nn.Module, name: str) -> None:
+    """Refuse layers whose weight is computed from others, or that have layers inside."""
+    if parametrize.is_parametrized(layer) or "weight" in (vars(layer).keys() - {"_parameters"}):
+        raise TargetError(
+            f"{name}: the weight of this {type(layer).__name__} is computed by a parametrization, such as weight_norm; "
+            "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    inside = [child for child, _ in layer.named_children()]
+    if inside and is_linear(layer):
+        raise TargetError(f"{name}: this {type(layer).__name__} has modules inside ({inside}); adapt those instead")
+
+
+def _refuse_own_forward(layer: nn.Module, name: str) -> None:
+    """Refuse a layer with a dense weight whose forward is more than ``x W0^T + bias``; found by trying it."""
+    weight = cast(Tensor, layer.weight)
+    if type(layer).forward is nn.Linear.forward or weight.is_meta or type(layer) in _CHECKED_LINEAR:
+        return
+    matrix = weight.T if _is_transposed(layer) else weight
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        x = torch.randn(2, matrix.shape[1]).to(weight)
+        expected = F.linear(x, matrix, cast("Tensor | None", getattr(layer, "bias", None)))
+        try:
+            actual = layer(x)
+        except Exception as error:
+            raise TargetError(f"{name}: {type(layer).__name__} could not be called on one tensor: {error}") from error
+    if not isinstance(actual, Tensor) or not torch.allclose(actual.float(), expected.float(), rtol=2e-2, atol=2e-2):
+        raise TargetError(
+            f"{name}: the forward of {type(layer).__name__} is not x W^T + bias, so DoRAN cannot adapt it"
+        )
+    _CHECKED_LINEAR.add(type(layer))
+
+
+_CHECKED_LINEAR: set[type[nn.Module]] = set()
+
+
 def base_view(layer: nn.Module, name: str = "layer") -> BaseView:
     """The view that fits a base layer.
 
@@ -226,6 +273,7 @@ def base_view(layer: nn.Module, name: str = "layer") -> BaseView:
     Raises:
         TargetError: if the layer is none of these.
     """
+    _refuse_composed(layer, name)
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1:
             raise TargetError(f"{name}: DoRAN adapts Conv2d with groups=1, got groups={layer.groups}")
@@ -248,5 +296,6 @@ def base_view(layer: nn.Module, name: str = "layer") -> BaseView:
     if is_linear(layer):
         if not _has_matrix(layer):
             return _OpaqueLinearView(layer)
+        _refuse_own_forward(layer, name)
         return _TransposedLinearView(layer) if _is_transposed(layer) else _LinearView(layer)
     raise TargetError(f"{name}: DoRAN adapts linear layers, Conv1D, Embedding and Conv2d, got {type(layer).__name__}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from doran_core.blocks import SharedTrunks, block_of
 from doran_core.config import DoranConfig
-from doran_core.errors import DoranError
 from doran_core.factors import FactorBuilder, LayerSpec, StaticFactors
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView, base_view
+from doran_core.layers.swap import WeightSwap
 
 __all__ = ["DoranConv2d", "DoranEmbedding", "DoranLayer", "DoranLinear", "layer_spec", "make_factor_builder", "wrap"]
 
@@ -55,11 +58,15 @@ class DoranLayer(nn.Module):
         view = base_view(base_layer, name or type(base_layer).__name__)
         spec = layer_spec(name, view, config)
         factors = (factor_builder or make_factor_builder(config))(spec)
-        self.base_layer = base_layer.requires_grad_(False)
         self.doran_adapter = DoranAdapter(config, spec, factors)
         self.doran_adapter.initialise(view)
+        self.base_layer = base_layer
+        for parameter in base_layer.parameters():
+            parameter.requires_grad_(False)
         self.enabled = True
-        self._unmerged: Tensor | None = None
+        self._swap = WeightSwap()
+        # PyTorch's fused encoder layers read weights past the modules that hold them, unless one of them has a hook.
+        self.register_forward_pre_hook(_no_operation)
 
     @property
     def view(self) -> BaseView:
@@ -69,11 +76,36 @@ class DoranLayer(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the base layer's weight now is W'."""
-        return self._unmerged is not None
+        return self._swap.active
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for code that looks at a layer's dtype or device."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.view.bias
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight seen as a matrix."""
+        return self.doran_adapter.spec.d_in
+
+    @property
+    def out_features(self) -> int:
+        """Rows of it."""
+        return self.doran_adapter.spec.d_out
+
+    def original_weight(self) -> Tensor | None:
+        """W0 ``[d_out, d_in]``, also while merged; None if the base layer gives no access to it."""
+        return self._swap.original(self.view)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Shapes of the base layer."""
-        base_output: Tensor = self.base_layer(x)
+        base_output: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged or not self.enabled:
             return base_output
         adapted: Tensor = self.doran_adapter(self.view, x, base_output)
@@ -81,29 +113,31 @@ class DoranLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self, *, check_finite: bool = False) -> None:
-        """Put W' in place of W0 and keep a copy of W0, so that :meth:`unmerge` is exact.
+        """Put W' in place of W0 and keep W0, so that :meth:`unmerge` is exact.
 
         Raises:
-            DoranError: if W' is not finite and ``check_finite``.
+            NonFiniteError: if W' is not finite in the layer's dtype and ``check_finite``.
             TargetError: if the base layer gives no access to its weight.
         """
         if self.merged:
             return
-        view = self.view
-        weight = view._reachable_weight()
-        merged = self.doran_adapter.merged_weight(weight)
-        if check_finite and not bool(merged.isfinite().all()):
-            raise DoranError(f"{self.doran_adapter.spec.name}: the merged weight has NaN or infinite values")
-        original = weight.detach().clone()
-        view.copy_weight_(merged)
-        self._unmerged = original
+        view, name = self.view, self.doran_adapter.spec.name
+        weight = view.weight()
+        merged = torch.empty(0) if weight is None else self.doran_adapter.merged_weight(weight)
+        self._swap.put(view, merged, name, check_finite=check_finite)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Put W0 back, bit for bit."""
-        if self._unmerged is not None:
-            self.view.copy_weight_(self._unmerged)
-            self._unmerged = None
+        self._swap.restore(self.view)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            self._swap.refuse_loading(self.doran_adapter.spec.name)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+
+def _no_operation(module: nn.Module, args: object) -> None:
+    """A hook that is only there to be seen."""
 
 
 class DoranLinear(DoranLayer):

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from doran_core.blocks import block_of
+from doran_core.blocks import SharedTrunks, block_of
 from doran_core.config import DoranConfig
 from doran_core.errors import MissingKeyError, TensorShapeError, UnexpectedKeyError
-from doran_core.factors import LayerSpec
+from doran_core.factors import GeneratedFactors, LayerSpec, StaticFactors
 from doran_core.layers.adapter import DoranAdapter
-from doran_core.layers.modules import make_factor_builder
 
 __all__ = ["build_adapters"]
 
@@ -45,9 +44,9 @@ def build_adapters(
     Raises:
         MissingKeyError, UnexpectedKeyError, TensorShapeError: naming the module and the tensor.
     """
-    builder = make_factor_builder(config)
+    trunks = SharedTrunks(config)
     adapters = {}
-    for module in _owners_first(tensors):
+    for module in tensors:
         d_out, columns = _sizes(tensors[module], module)
         columns = columns or (d_in or {}).get(module)
         if columns is None:
@@ -61,21 +60,23 @@ def build_adapters(
             config.scaling_for(module),
         )
         with torch.random.fork_rng(devices=[]):
-            adapters[module] = DoranAdapter(config, spec, builder(spec)).eval()
+            adapters[module] = DoranAdapter(config, spec, _factors(trunks, spec, config, tensors[module])).eval()
     # Only now does each trunk hold every shared output of its group.
     for module, adapter in adapters.items():
         _load(adapter, tensors[module], module)
-    return {module: adapters[module] for module in tensors}
+    return adapters
 
 
-def _owners_first(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    """Modules whose saved tensors include a trunk or a block's embedding before the others, else in order."""
-    return sorted(
-        tensors,
-        key=lambda module: (
-            not any(key.startswith("factors.trunk.") for key in tensors[module]),
-            "factors.block_embedding.vector" not in tensors[module],
-        ),
+def _factors(
+    trunks: SharedTrunks, spec: LayerSpec, config: DoranConfig, tensors: Mapping[str, Tensor]
+) -> StaticFactors | GeneratedFactors:
+    """The factors of one module; who owns what is shared is as in the file."""
+    if config.factors == "static":
+        return StaticFactors(spec)
+    return trunks.build(
+        spec,
+        owns_trunk=any(key.startswith("factors.trunk.") for key in tensors),
+        owns_block_embedding="factors.block_embedding.vector" in tensors,
     )
 
 
