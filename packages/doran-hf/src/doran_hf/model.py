@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from doran_core.adapter.schema import created_by
@@ -149,18 +149,18 @@ class DoranModel(BaseTuner):
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take a half-injected adapter out again, and the layers that were wrapped for it alone."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, DoranLayer):
-            if adapter_name in module.doran_adapter:
-                module.delete_adapter(adapter_name)
-            if not module.doran_adapter:
-                model.set_submodule(name, module.get_base_layer())
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, DoranLayer)]
+    for name, layer in layers:
+        if adapter_name in layer.doran_adapter:
+            BaseTunerLayer.delete_adapter(layer, adapter_name)
+        if not layer.doran_adapter:
+            model.set_submodule(name, layer.view.layer)
 
 
-def _note_untied(model: nn.Module) -> None:
+def _note_untied(model: Any) -> None:
     """A head that was tied to the embedding and got its own merged weight must not be tied again on loading."""
     config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
+    if config is None or not getattr(config, "tie_word_embeddings", False):
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is not None and head is not None and embedding.weight is not head.weight:

@@ -133,7 +133,7 @@ class DoranLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
             self._swap.refuse_loading(self.doran_adapter.spec.name)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _no_operation(module: nn.Module, args: object) -> None:

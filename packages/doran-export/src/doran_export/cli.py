@@ -1,0 +1,96 @@
+"""`doran export`: a model directory, or a base and an adapter, to a proven ONNX directory.
+
+Imports nothing heavy before the command runs: every `doran` command loads this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+__all__ = ["register"]
+
+_TASKS = (
+    "text-generation",
+    "text-classification",
+    "token-classification",
+    "fill-mask",
+    "image-classification",
+    "feature-extraction",
+)
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "export",
+        help="export a model to ONNX",
+        description="Export a merged model, or a base with an adapter, to ONNX. ONNX Runtime must give what PyTorch "
+        "gives before the output directory appears; export_report.json in it holds the differences.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="merged Hugging Face model directory")
+    source.add_argument("--base", metavar="DIR", help="base model directory; goes with --adapter")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter directory, merged into --base first")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist or be empty")
+    parser.add_argument("--task", metavar="NAME", help=f"kind of model, when it cannot be told: {', '.join(_TASKS)}")
+    parser.add_argument("--precision", default="fp32", metavar="NAME", help="fp32 (default)")
+    parser.add_argument(
+        "--inputs", metavar="FILE", help="inputs to compare on beside random ones: .txt, a text per line, or .npz"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X", help="largest allowed difference of an output; default: by precision"
+    )
+    parser.set_defaults(func=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from doran_export.api import export
+    from doran_export.cases import read_inputs
+
+    with _Stages() as progress:
+        report = export(
+            arguments.model,
+            arguments.out,
+            base=arguments.base,
+            adapter=arguments.adapter,
+            task=arguments.task,
+            precision=arguments.precision,
+            inputs=read_inputs(Path(arguments.inputs)) if arguments.inputs else (),
+            tolerance=arguments.tolerance,
+            progress=progress,
+        )
+    proof = report.proof
+    size = sum(report.files.values()) / 1e6
+    print(f"wrote {report.directory}: {report.architecture}, {report.task}, {report.precision}, {size:.1f} MB")
+    print(f"largest difference from PyTorch {proof.max_difference:.2g} in {len(proof.checks)} checks")
+    for greedy in proof.greedy:
+        print(f"greedy tokens identical on {greedy.identical} of {greedy.prompts} prompts, {greedy.steps} steps each")
+    return 0
+
+
+class _Stages:
+    """One progress bar per stage."""
+
+    def __init__(self) -> None:
+        from doran_core.progress import ProgressBar
+
+        self._bar_class = ProgressBar
+        self._bar: ProgressBar | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar.label != stage:
+            self.close()
+            self._bar = self._bar_class(stage, unit="B" if stage == "merging" else "steps")
+        self._bar(done, total)
+
+    def close(self) -> None:
+        """End the line of the last bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> _Stages:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

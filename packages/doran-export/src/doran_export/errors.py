@@ -1,0 +1,19 @@
+"""What this package raises on purpose, below the root that the `doran` command catches."""
+
+from __future__ import annotations
+
+from doran_core.errors import DoranError
+
+__all__ = ["ExportError", "ProofError", "UnsupportedModelError"]
+
+
+class ExportError(DoranError):
+    """The export cannot be made or written as asked."""
+
+
+class UnsupportedModelError(ExportError):
+    """The model is of a kind that the asked export has no road for; the message names the kind and the known ones."""
+
+
+class ProofError(ExportError):
+    """ONNX Runtime and PyTorch disagree by more than the tolerance; the message names the check and the difference."""

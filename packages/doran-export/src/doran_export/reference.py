@@ -1,0 +1,121 @@
+"""What PyTorch answers, in float32, before anything is exported: the side that a proof trusts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from doran_export.cases import Case
+from doran_export.spec import GraphSpec
+from doran_export.wrappers import eager_attention, mean_embedding
+
+__all__ = ["Answer", "Greedy", "Reference", "ask_pytorch"]
+
+Array: TypeAlias = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A greedy generation: prompts, tokens [batch, steps], and for each step the logits' two best values' distance."""
+
+    prompts: dict[str, Array]
+    tokens: NDArray[np.int64]
+    margins: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """PyTorch's answer to one case.
+
+    Attributes:
+        case: the question.
+        outputs: by name.
+        noise: for each output without its last axis, how far PyTorch's two ways to compute attention lie apart. Now
+            and then a token amplifies rounding a thousandfold, and PyTorch then has no more exact an answer than
+            anybody else.
+    """
+
+    case: Case
+    outputs: dict[str, Array]
+    noise: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """PyTorch's answers, and its greedy generation where the model is a decoder."""
+
+    answers: list[Answer]
+    greedy: Greedy | None
+
+
+def ask_pytorch(
+    model: PreTrainedModel,
+    spec: GraphSpec,
+    cases: Sequence[Case],
+    prompts: dict[str, Array] | None,
+    steps: int,
+    advance: Callable[[], None],
+) -> Reference:
+    """Run a model on every case and let it generate from the prompts.
+
+    Args:
+        model: in float32.
+        spec: its graph.
+        cases: what to run.
+        prompts: a left-padded batch to generate from, for decoders.
+        steps: number of tokens to generate.
+        advance: called after each case and after the generation.
+    """
+    answers = []
+    with torch.inference_mode():
+        for case in cases:
+            outputs = _outputs(model, spec, case)
+            with eager_attention(model):
+                again = _outputs(model, spec, case)
+            noise = {name: np.abs(outputs[name] - again[name]).max(-1) for name in outputs}
+            answers.append(Answer(case, outputs, noise))
+            advance()
+        greedy = None
+        if prompts is not None:
+            greedy = _generate(model, prompts, steps)
+            advance()
+    return Reference(answers, greedy)
+
+
+def _outputs(model: PreTrainedModel, spec: GraphSpec, case: Case) -> dict[str, Array]:
+    inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in case.inputs.items()}
+    if spec.task.has_cache:
+        inputs.setdefault("position_ids", (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0))
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    output = model(**inputs)
+    if spec.task.name == "feature-extraction":
+        hidden = output.last_hidden_state
+        embedding = mean_embedding(hidden, inputs["attention_mask"])
+        return {"last_hidden_state": hidden.numpy(), "sentence_embedding": embedding.numpy()}
+    return {"logits": output.logits.numpy()}
+
+
+def _generate(model: PreTrainedModel, prompts: dict[str, Array], steps: int) -> Greedy:
+    """Greedy search that never stops at an end token, so that every step can be compared."""
+    tokens = torch.from_numpy(np.ascontiguousarray(prompts["input_ids"]))
+    mask = torch.from_numpy(np.ascontiguousarray(prompts["attention_mask"]))
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    past, chosen, margins = None, [], []
+    for _ in range(steps):
+        output = model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
+        )
+        past = output.past_key_values
+        best = output.logits[:, -1].float().topk(2)
+        chosen.append(best.indices[:, 0])
+        margins.append(best.values[:, 0] - best.values[:, 1])
+        tokens = best.indices[:, :1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return Greedy(prompts, torch.stack(chosen, 1).numpy(), torch.stack(margins, 1).numpy())

@@ -1,0 +1,64 @@
+"""export_report.json: what was exported, by what, and how near to PyTorch it was found to be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from doran_export.files import REPORT_FILE
+from doran_export.proof import Proof
+
+__all__ = ["ExportReport", "versions"]
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did. The directory's own file holds the same, without the place where it was written.
+
+    Attributes:
+        directory: where it was written.
+        task: kind of model.
+        architecture: name of the architecture.
+        precision: of the weights.
+        opset: ONNX operator set.
+        files: size in bytes of each file of the model.
+        proof: every check, with its differences.
+        seconds: wall-clock time of each stage.
+        versions: of the packages that took part.
+    """
+
+    directory: Path
+    task: str
+    architecture: str
+    precision: str
+    opset: int
+    files: dict[str, int]
+    proof: Proof
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without the directory's place on this machine."""
+        values = {name: value for name, value in asdict(self).items() if name != "directory"}
+        return {"format_version": _FORMAT_VERSION, **values, "proof": self.proof.to_dict()}
+
+    def write(self, directory: Path) -> None:
+        """Write export_report.json into a directory."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        (directory / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a graph computes."""
+    found = {}
+    for name in ("doran-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

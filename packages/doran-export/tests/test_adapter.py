@@ -1,0 +1,86 @@
+"""`--base` and `--adapter`: the adapter is merged first, and the graph computes the adapted model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import saved, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from doran_core.adapter import CompiledAdapter, CompiledModule, read_compiled, write_compiled
+from doran_core.cli.main import main
+from doran_core.errors import BaseMismatchError
+from doran_export import OnnxRunner, export
+
+_MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
+
+
+@pytest.fixture
+def base_and_adapter(tmp_path: Path) -> tuple[Path, Path]:
+    """A base and an adapter for it, large enough to change every logit."""
+    model = tiny_llama(num_hidden_layers=2)
+    base = saved(model, tmp_path / "base")
+    random = torch.Generator().manual_seed(1)
+    modules = {}
+    for name in _MODULES:
+        weight = model.get_submodule(name).weight
+        b, a = (torch.randn(shape, generator=random) * 0.3 for shape in ((weight.shape[0], 4), (4, weight.shape[1])))
+        scale = 1 + 0.2 * torch.randn(weight.shape[0], generator=random)
+        magnitude = scale * (weight + b @ a).norm(dim=1)
+        modules[name] = CompiledModule(name, a, b, scale.abs(), magnitude.abs())
+    write_compiled(CompiledAdapter(modules, task_type="CAUSAL_LM"), tmp_path / "adapter")
+    return base, tmp_path / "adapter"
+
+
+def test_export_of_base_and_adapter(
+    base_and_adapter: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = base_and_adapter
+    assert main(["export", "--base", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM, text-generation, fp32" in printed
+    assert "greedy tokens identical on" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
+    assert not (tmp_path / "out" / "merged").exists()
+
+    # W' = c (W0 + B A), written out here and put into the base.
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = model(torch.tensor([[3, 4, 5]])).logits
+    for name, part in read_compiled(adapter).modules.items():
+        weight = model.get_submodule(name).weight.data
+        weight.copy_(part.scale[:, None] * (weight + part.B @ part.A))
+    after = model(torch.tensor([[3, 4, 5]])).logits
+    got = OnnxRunner(tmp_path / "out").run({"input_ids": [[3, 4, 5]]})["logits"]
+    np.testing.assert_allclose(got, after.detach().numpy(), atol=1e-4)
+    assert (after - before).abs().max() > 0.1
+
+
+def test_adapter_for_another_base(base_and_adapter: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = base_and_adapter
+    compiled = read_compiled(adapter)
+    wrong = CompiledAdapter(compiled.modules, base_fingerprint="0" * 64, task_type="CAUSAL_LM")
+    write_compiled(wrong, tmp_path / "wrong")
+    with pytest.raises(BaseMismatchError, match="0000"):
+        export(out=tmp_path / "out", base=base, adapter=tmp_path / "wrong")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "wrong"}
+
+
+def test_command_refuses(
+    base_and_adapter: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = base_and_adapter
+    for arguments, message in (
+        (["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")], "does not exist"),
+        (["--model", str(base), "--out", str(adapter)], "is not empty"),
+        (["--base", str(base), "--out", str(tmp_path / "o")], "both a base and an adapter"),
+        (["--base", str(base), "--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "o")], "none"),
+        (["--model", str(base), "--out", str(tmp_path / "o"), "--precision", "fp12"], "precision 'fp12' is not known"),
+    ):
+        assert main(["export", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("doran: error: ")
+        assert message in error
+        assert not (tmp_path / "o").exists()

@@ -1,0 +1,216 @@
+"""What goes wrong says so in one sentence, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TEXT, saved, tiny_llama
+
+from doran_core.errors import CheckpointError, ConfigError, DoranError, MissingDependencyError
+from doran_export import ExportError, OnnxRunner, ProofError, UnsupportedModelError, export, verify
+from doran_export.cases import read_inputs
+from doran_export.staging import staged_directory
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A small classifier's directory."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**TEXT, num_hidden_layers=1, intermediate_size=48, max_position_embeddings=64)
+    return saved(transformers.BertForSequenceClassification(config), tmp_path / "model")
+
+
+def change_config(model: Path, **changes: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refuse(kind: type[DoranError], match: str, model: Path, **arguments: object) -> None:
+    """Check that an export raises, in one line, and leaves no trace."""
+    out = model.parent / "out"
+    with pytest.raises(kind, match=match) as caught:
+        export(model, out, **arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    assert not list(model.parent.glob(".*"))
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    refuse(CheckpointError, "model directory .*nowhere does not exist", tmp_path / "nowhere")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refuse(CheckpointError, r"has no config\.json", tmp_path / "empty")
+
+
+def test_broken_config(model: Path) -> None:
+    (model / "config.json").write_text("{")
+    refuse(CheckpointError, "cannot be read as JSON", model)
+
+
+def test_config_with_a_bad_value(model: Path) -> None:
+    change_config(model, hidden_size="large")
+    refuse(CheckpointError, r"config\.json is not valid: .*hidden_size", model)
+
+
+def test_no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    refuse(CheckpointError, "has no safetensors weights", model)
+
+
+def test_truncated_weights(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    refuse(CheckpointError, "cannot load the weights", model)
+
+
+def test_missing_head(model: Path) -> None:
+    change_config(model, architectures=["BertForTokenClassification"], id2label={"0": "a", "1": "b"})
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    del tensors["classifier.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    refuse(CheckpointError, "lacks weights that token-classification needs: classifier.weight", model)
+
+
+def test_head_of_another_size(model: Path) -> None:
+    change_config(model, id2label={str(i): str(i) for i in range(5)}, label2id={str(i): i for i in range(5)})
+    refuse(CheckpointError, "cannot load the weights", model)
+
+
+def test_unknown_architecture(model: Path) -> None:
+    change_config(model, architectures=["BertForNextSentencePrediction"])
+    refuse(UnsupportedModelError, "BertForNextSentencePrediction .* is not supported: expected a name ending", model)
+
+
+def test_unknown_model_type(model: Path) -> None:
+    change_config(model, model_type="nonesuch")
+    refuse(UnsupportedModelError, "does not know the model", model)
+
+
+def test_encoder_decoder(model: Path) -> None:
+    transformers.T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(model)
+    refuse(UnsupportedModelError, "encoder-decoder", model)
+
+
+def test_quantized(model: Path) -> None:
+    change_config(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    refuse(UnsupportedModelError, "quantized", model)
+
+
+def test_unknown_names(model: Path) -> None:
+    refuse(ConfigError, "precision 'fp12' is not known: expected one of fp32", model, precision="fp12")
+    refuse(ConfigError, "task 'telepathy' is not known: expected one of text-generation", model, task="telepathy")
+    refuse(UnsupportedModelError, "cannot do image-classification", model, task="image-classification")
+
+
+def test_arguments_that_do_not_go_together(model: Path) -> None:
+    refuse(ConfigError, "give either a model directory, or both", model, base=model)
+    with pytest.raises(ConfigError, match="no output directory"):
+        export(model)
+
+
+def test_output_directory_in_use(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(ExportError, match=r"is not empty \(it holds mine\.txt\)"):
+        export(model, tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+    with pytest.raises(ExportError, match="is not a directory"):
+        export(model, tmp_path / "out" / "mine.txt")
+
+
+def test_failed_proof_leaves_nothing(model: Path) -> None:
+    refuse(ProofError, "differs from PyTorch", model, tolerance=1e-12)
+
+
+def test_bad_given_inputs(model: Path) -> None:
+    refuse(ConfigError, "has no tokenizer", model, inputs=["a text"])
+    refuse(ConfigError, r"given input 0 has \['pixels'\]", model, inputs=[{"pixels": np.zeros(1)}])
+
+
+def test_input_files(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="does not exist"):
+        read_inputs(tmp_path / "none.txt")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ExportError, match="holds no text"):
+        read_inputs(tmp_path / "empty.txt")
+    (tmp_path / "table.csv").write_text("a")
+    with pytest.raises(ExportError, match=r"expected \.txt"):
+        read_inputs(tmp_path / "table.csv")
+    (tmp_path / "broken.npz").write_text("a")
+    with pytest.raises(ExportError, match=r"cannot be read as \.npz"):
+        read_inputs(tmp_path / "broken.npz")
+    (tmp_path / "two.txt").write_text("one\n\ntwo\n")
+    assert read_inputs(tmp_path / "two.txt") == ["one", "two"]
+    np.savez(tmp_path / "arrays.npz", input_ids=np.array([[1]]))
+    assert read_inputs(tmp_path / "arrays.npz")[0]["input_ids"].tolist() == [[1]]
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    def write() -> None:
+        with staged_directory(tmp_path / "out") as work:
+            (work / "half").write_text("half")
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError as error:
+                raise RuntimeError("the writer failed") from error
+
+    with pytest.raises(ExportError, match="no space left"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_runner_and_verify_on_another_directory(model: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no model\.onnx"):
+        OnnxRunner(model)
+    with pytest.raises(ExportError, match=r"has no model\.onnx"):
+        verify(model, model)
+
+
+def test_unknown_provider_and_inputs(tiny_decoder: tuple[Path, object]) -> None:
+    directory = tiny_decoder[1].directory  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="'AbacusExecutionProvider' is not available: expected some of"):
+        OnnxRunner(directory, providers=["AbacusExecutionProvider"])
+    with pytest.raises(ConfigError, match=r"inputs .* were given, but"):
+        OnnxRunner(directory).run({"pixel_values": np.zeros((1, 1, 8, 8))})
+
+
+def test_generation_needs_a_cache(model: Path, tmp_path: Path) -> None:
+    export(model, tmp_path / "out")
+    with pytest.raises(ConfigError, match="it cannot generate"):
+        OnnxRunner(tmp_path / "out").generate([[1]])
+
+
+def test_without_onnxruntime(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    refuse(MissingDependencyError, r"pip install 'doran-export\[cpu\]'", model)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, doran_export, doran_export.cli; print([m for m in sys.modules if m in {%s}])"
+    heavy = "'onnxruntime', 'torch', 'transformers', 'onnx', 'peft', 'vllm', 'doran_hf'"
+    result = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_nothing_of_the_other_backends_is_imported() -> None:
+    code = "import sys, doran_export.api; print([m for m in sys.modules if m in {'peft', 'vllm', 'doran_hf'}])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_tiny_llama_is_not_degenerate() -> None:
+    """The proofs on random models mean something: their logits are not all alike."""
+    logits = tiny_llama()(torch.tensor([[3, 4, 5]])).logits
+    assert logits.std() > 0.1

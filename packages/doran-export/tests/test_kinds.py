@@ -1,0 +1,105 @@
+"""Every kind of model, small and random: exported and proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from conftest import TEXT, saved, tiny_llama
+from transformers import PreTrainedModel
+
+from doran_export import OnnxRunner, UnsupportedModelError, export
+from doran_export.repeat import find_layers
+
+SHAPE = {**TEXT, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 160}
+
+
+def bert(kind: str, **changes: object) -> PreTrainedModel:
+    return getattr(transformers, kind)(transformers.BertConfig(**(SHAPE | changes))).eval()
+
+
+def roberta() -> PreTrainedModel:
+    config = transformers.RobertaConfig(**(SHAPE | {"max_position_embeddings": 162}), type_vocab_size=1)
+    return transformers.RobertaForSequenceClassification(config).eval()
+
+
+def distilbert() -> PreTrainedModel:
+    config = transformers.DistilBertConfig(vocab_size=97, dim=32, hidden_dim=48, n_layers=2, n_heads=4)
+    return transformers.DistilBertForSequenceClassification(config).eval()
+
+
+def llama_classifier() -> PreTrainedModel:
+    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SHAPE, pad_token_id=0)).eval()
+
+
+def resnet() -> PreTrainedModel:
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5
+    )
+    config.image_size = 32
+    return transformers.ResNetForImageClassification(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "task"),
+    [
+        (lambda: bert("BertForTokenClassification"), "token-classification"),
+        (lambda: bert("BertForMaskedLM"), "fill-mask"),
+        (roberta, "text-classification"),
+        (distilbert, "text-classification"),
+        (llama_classifier, "text-classification"),
+        (resnet, "image-classification"),
+    ],
+    ids=["bert-token", "bert-mlm", "roberta", "distilbert", "llama-cls", "resnet"],
+)
+def test_kind(make: Callable[[], PreTrainedModel], task: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    report = export(saved(make(), tmp_path / "model"), tmp_path / "out")
+
+    assert report.task == task
+    assert report.proof.max_difference < 1e-4
+    assert {check.batch for check in report.proof.checks} >= {1, 2}
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_sliding_window_decoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**(SHAPE | {"num_hidden_layers": 1}), num_key_value_heads=2, sliding_window=8)
+    report = export(saved(transformers.MistralForCausalLM(config).eval(), tmp_path / "model"), tmp_path / "out")
+    assert report.proof.max_difference < 1e-4
+
+
+def test_repeated_layers_give_the_graph_of_a_whole_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    source = saved(bert("BertForSequenceClassification", num_hidden_layers=8), tmp_path / "model")
+    export(source, tmp_path / "short")
+    monkeypatch.setattr("doran_export.graph.find_layers", lambda model: None)
+    export(source, tmp_path / "whole")
+
+    graphs = [onnx.load(tmp_path / name / "model.onnx").graph for name in ("short", "whole")]
+    assert sorted(node.op_type for node in graphs[0].node) == sorted(node.op_type for node in graphs[1].node)
+    ids = [[3, 4, 5]]
+    logits = [OnnxRunner(tmp_path / name).run({"input_ids": ids})["logits"] for name in ("short", "whole")]
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+
+
+def test_layers_that_differ_are_not_repeated() -> None:
+    stack = find_layers(tiny_llama())
+    assert stack is not None
+    assert (stack.path, len(stack.layers)) == ("model.layers", 6)
+    changed = tiny_llama()
+    changed.model.layers[4].self_attn.scaling *= 2
+    assert find_layers(changed) is None
+    assert find_layers(tiny_llama(num_hidden_layers=3)) is None  # nothing to gain
+
+
+def test_other_states_than_a_cache_are_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM keeps a state"):
+        export(saved(transformers.MambaForCausalLM(config), tmp_path / "model"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
