@@ -5,9 +5,16 @@ import oracle
 import pytest
 import torch
 
-from doran_core.adapter import CompiledAdapter, PeftAdapter, read_adapter, read_compiled, write_compiled
+from doran_core.adapter import (
+    CompiledAdapter,
+    PeftAdapter,
+    read_adapter,
+    read_compiled,
+    write_compiled,
+    write_trainable,
+)
 from doran_core.convert import compile_adapter, from_peft, to_peft_dora
-from doran_core.errors import AdapterFormatError, BaseMismatchError, CheckpointError
+from doran_core.errors import AdapterFormatError, BaseMismatchError, CheckpointError, NonFiniteError
 from doran_core.kinds import to_matrix
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -50,6 +57,23 @@ def test_compiled_is_the_trainable(tmp_path, options, dtype):
         torch.testing.assert_close(
             merged_of(read.modules[name], matrix), merged_live(adapter, matrix), rtol=2e-6, atol=2e-6
         )
+
+
+@pytest.mark.parametrize("tau_kind", ["learned", "zero"])
+@pytest.mark.parametrize("write", [write_compiled, to_peft_dora])
+def test_a_row_of_zeros_is_refused_by_the_forms_that_peft_reads(tmp_path, tau_kind, write):
+    weights = made.base_weights()
+    weights[f"{Q}.weight"][5] = 0.0
+    made.write_base(tmp_path / "base", weights)
+    record, _ = made.trainable_record(weights, [Q, V], factors="static", tau_kind=tau_kind)
+    record.modules[Q]["factors.B"][5] = 0.0
+    record.modules[Q]["magnitude"][3:6] = 0.0  # a magnitude of 0 alone is no harm
+    write_trainable(record, tmp_path / "adapter")
+    compiled = compile_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert torch.equal(merged_of(compiled.modules[Q], weights[f"{Q}.weight"])[3:6], torch.zeros(3, 24).double())
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.self_attn\.q_proj: .* 0 in 1 of its rows \(5\)"):
+        write(compiled, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_compiled_magnitude_over_norm_is_the_scale(tmp_path):

@@ -41,9 +41,30 @@ def test_other_weights_have_another(change):
     assert fingerprint_weights(items.items()) != before
 
 
-@pytest.mark.parametrize("numel", [1, SAMPLES_PER_WEIGHT, SAMPLES_PER_WEIGHT + 1, 10 * SAMPLES_PER_WEIGHT + 3])
-def test_samples_are_few(numel):
-    assert 0 < len(range(0, numel, sample_stride(numel))) <= SAMPLES_PER_WEIGHT
+SHAPES = [(1, 1), (256, 256), (1024, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (49152, 576), (30, 30030)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (1, SAMPLES_PER_WEIGHT + 1), (576, 151936)])
+def test_samples_are_few(rows, columns):
+    count = len(range(0, rows * columns, sample_stride(rows, columns)))
+    assert min(rows * columns, SAMPLES_PER_WEIGHT) // 2 < count <= SAMPLES_PER_WEIGHT
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_samples_lie_in_every_column_and_every_row(rows, columns):
+    samples = range(0, rows * columns, sample_stride(rows, columns))
+    assert {index % columns for index in samples} == set(range(columns))
+    assert {index // columns for index in samples} == set(range(rows))
+
+
+def test_a_change_of_any_single_column_is_seen():
+    weight = torch.randn(1024, 1024)
+    found = {fingerprint_weights([("q", weight)])}
+    for column in range(1024):
+        weight[:, column] += 1.0
+        found.add(fingerprint_weights([("q", weight)]))
+        weight[:, column] -= 1.0
+    assert len(found) == 1025
 
 
 def test_large_weight_on_disk_as_in_memory(tmp_path):

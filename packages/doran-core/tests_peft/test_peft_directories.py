@@ -1,21 +1,28 @@
 """Adapter directories across PEFT: what PEFT saves converts exactly, and what doran writes PEFT loads as it is."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from doran_core import DoranConfig, adapt
 from doran_core.adapter import read_adapter, read_compiled, write_compiled
+from doran_core.adapter.fields import CONFIG_FIELDS, check_fields
 from doran_core.convert import compile_adapter, from_peft, to_peft_dora
 from doran_core.errors import AdapterFormatError
 from doran_core.files.tensors import save_safetensors
 from doran_core.merge import merge_checkpoint
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+def test_the_fields_of_every_peft_configuration_are_known():
+    fields = {field.name for field in dataclasses.fields(PeftConfig)}
+    check_fields("adapter_config.json", fields | CONFIG_FIELDS | {"format_version"})
 
 
 class Picture(nn.Module):
@@ -31,7 +38,7 @@ class Picture(nn.Module):
         return self.head(self.conv(self.embed(tokens)[:, None]).tanh().mean((2, 3)))
 
 
-def llama():
+def llama(tie_word_embeddings=False):
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=24,
@@ -40,7 +47,7 @@ def llama():
         num_attention_heads=4,
         num_key_value_heads=2,
         attention_bias=True,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tie_word_embeddings,
     )
     return LlamaForCausalLM(config)
 
@@ -165,8 +172,30 @@ def test_trained_biases_come_along(tmp_path, bias):
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], bias=bias))
     shake(parameter for parameter in adapted.parameters() if parameter.requires_grad)
     adapted.save_pretrained(tmp_path / "peft")
-    merge_checkpoint(base, tmp_path / "peft", tmp_path / "merged")
-    close(outputs(LlamaForCausalLM.from_pretrained(tmp_path / "merged")), outputs(adapted))
+    write_compiled(from_peft(tmp_path / "peft", base), tmp_path / "compiled")
+    for name in ("peft", "compiled"):
+        merge_checkpoint(base, tmp_path / name, tmp_path / f"merged-{name}")
+        close(outputs(LlamaForCausalLM.from_pretrained(tmp_path / f"merged-{name}")), outputs(adapted))
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "compiled")
+    close(outputs(loaded), outputs(adapted))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapted_embedding_that_peft_saved_with_its_base(tmp_path, tied, dora):
+    torch.manual_seed(0)
+    base = save_base(llama(tie_word_embeddings=tied), tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], use_dora=dora))
+    shake(parameter for name, parameter in adapted.named_parameters() if "lora_" in name)
+    adapted.save_pretrained(tmp_path / "peft")
+    expected = outputs(adapted)
+    write_compiled(from_peft(tmp_path / "peft", base), tmp_path / "compiled")
+    for name in ("peft", "compiled"):
+        merge_checkpoint(base, tmp_path / name, tmp_path / f"merged-{name}")
+        merged = LlamaForCausalLM.from_pretrained(tmp_path / f"merged-{name}")
+        assert not merged.config.tie_word_embeddings
+        close(outputs(merged), expected)
 
 
 def test_modules_to_save_come_along(tmp_path):

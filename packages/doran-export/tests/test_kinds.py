@@ -76,7 +76,7 @@ def test_sliding_window_decoder(tmp_path: Path) -> None:
 
 def test_repeated_layers_give_the_graph_of_a_whole_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    source = saved(bert("BertForSequenceClassification", num_hidden_layers=8), tmp_path / "model")
+    source = saved(bert("BertForSequenceClassification", num_hidden_layers=6), tmp_path / "model")
     export(source, tmp_path / "short")
     monkeypatch.setattr("doran_export.graph.find_layers", lambda model: None)
     export(source, tmp_path / "whole")

@@ -5,8 +5,10 @@ Merging and converting both start here. Weights are read in pieces of a few rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from doran_core.files import StrPath
 from doran_core.fingerprint import combine_digests, sample_stride, samples_digest, weight_digest
 from doran_core.functional import merged_weight
 from doran_core.kinds import decide_kind, is_transposed, matrix_shape, to_matrix
-from doran_core.tied import OUTPUT_KEY, input_embedding_key, is_tied
+from doran_core.tied import OUTPUT_KEY, tied_embedding
 
 __all__ = ["BoundAdapter", "BoundModule", "bind", "checkpoint_fingerprint"]
 
@@ -72,6 +74,10 @@ class BoundModule:
             rows = slice(start, min(start + step, d_out))
             yield rows, whole[rows]
 
+    def double(self) -> BoundModule:
+        """The same with its factors in float64, so that they are not widened again for every slice of rows."""
+        return replace(self, factors=self.factors.double())
+
     def merged_rows(self, weight: Tensor, rows: slice) -> Tensor:
         """W' of some rows in float64.
 
@@ -91,13 +97,24 @@ class BoundModule:
 
 @dataclass(frozen=True)
 class BoundAdapter:
-    """An adapter, the checkpoint it is bound to, its modules there, and the names of its extra tensors there."""
+    """An adapter and the checkpoint that it is bound to.
+
+    Attributes:
+        adapter: as it was read.
+        checkpoint: the base.
+        modules: the adapted modules there.
+        extra: the tensors that replace base parameters in full, by the names that these have in the checkpoint, or that
+            the checkpoint lacks, by their own names; without mere copies of base weights.
+        adapter_extra: the same, all by the adapter's names.
+        fingerprint: of the adapted weights in this checkpoint; computed only if the adapter records one.
+    """
 
     adapter: AnyAdapter
     checkpoint: Checkpoint
     modules: list[BoundModule]
+    extra: dict[str, Tensor]
+    adapter_extra: dict[str, Tensor]
     fingerprint: str | None
-    """Of the adapted weights in this checkpoint; computed only if the adapter records one."""
 
 
 def bind(
@@ -112,7 +129,8 @@ def bind(
         allow_base_mismatch: accept another fingerprint.
 
     Raises:
-        CheckpointError: a module or size that the checkpoint does not have.
+        CheckpointError: a module or size that the checkpoint does not have, or an extra tensor whose place there is
+            not clear.
         BaseMismatchError: other base weights; names both fingerprints.
     """
     modules = list(_modules(adapter, checkpoint, str(where)))
@@ -125,14 +143,77 @@ def bind(
             f"{where} was made for base weights with fingerprint {expected}, but {checkpoint.directory} has "
             f"{found}{hint}; pass allow_base_mismatch if you know that they fit"
         )
-    return BoundAdapter(adapter, checkpoint, modules, found)
+    kept = _without_copies(adapter, checkpoint, modules, where)
+    extra = _by_base_names(kept, checkpoint, modules, where)
+    return BoundAdapter(adapter, checkpoint, modules, extra, kept, found)
+
+
+def _without_copies(
+    adapter: AnyAdapter, checkpoint: Checkpoint, modules: list[BoundModule], where: StrPath
+) -> dict[str, Tensor]:
+    """The extra tensors that mean something: PEFT also saves the base weight of an adapted or tied embedding."""
+    own = {f"{module.name}.weight": module.file for module in modules}
+    if (embedding := tied_embedding(checkpoint)) is not None:
+        own.setdefault(OUTPUT_KEY, checkpoint.file(embedding))
+    copies = {name for name, tensor in adapter.extra.items() if name in own and _equal(own[name], tensor)}
+    for module in modules:
+        name = f"{module.name}.weight"
+        if name in adapter.extra and name not in copies:
+            raise CheckpointError(
+                f"{where}: brings a base weight of its own for the adapted {name}, of shape "
+                f"{list(adapter.extra[name].shape)}; it is not that of {module.file.path}"
+            )
+    return {name: tensor for name, tensor in adapter.extra.items() if name not in copies}
+
+
+def _equal(file: WeightFile, tensor: Tensor) -> bool:
+    return file.entry.shape == tuple(tensor.shape) and torch.equal(file.read().to(tensor.dtype), tensor)
+
+
+def _by_base_names(
+    extra: Mapping[str, Tensor], checkpoint: Checkpoint, modules: list[BoundModule], where: StrPath
+) -> dict[str, Tensor]:
+    """Extra tensors by the names that their parameters have in the checkpoint, or their own where it has none.
+
+    Names may differ by the prefix that the adapted modules show, and by no other: ``head.norm.weight`` is not a base's
+    ``norm.weight``.
+    """
+    shown = {_prefixes(f"{module.name}.weight", module.file.entry.key) for module in modules}
+    differences = {pair for pair in shown if pair is not None} or {("", "")}
+    named: dict[str, Tensor] = {}
+    for name, tensor in extra.items():
+        candidates = [base + name.removeprefix(own) for own, base in differences if name.startswith(own)]
+        found = sorted({key for key in candidates if key in checkpoint})
+        if len(found) > 1:
+            raise CheckpointError(f"{where}: {name} could replace any of {found} in {checkpoint.directory}")
+        if not found and name in checkpoint:
+            raise CheckpointError(
+                f"{where}: {name} is new to the model, whose names differ from those in {checkpoint.directory} by the "
+                f"prefix {sorted(own or base for own, base in differences)}, but it has another tensor of this name"
+            )
+        key = found[0] if found else name
+        if key in named:
+            raise CheckpointError(f"{where}: {name} and another tensor both replace {key} of {checkpoint.directory}")
+        named[key] = tensor
+    return named
+
+
+def _prefixes(name: str, key: str) -> tuple[str, str] | None:
+    """The prefixes that an adapter's name and the base's key have before what is common; None for a tied weight."""
+    if name == key or name.endswith(f".{key}"):
+        return name.removesuffix(key), ""
+    return ("", key.removesuffix(name)) if key.endswith(f".{name}") else None
 
 
 def _modules(adapter: AnyAdapter, checkpoint: Checkpoint, where: str) -> Iterator[BoundModule]:
+    tied = tied_embedding(checkpoint)
+    keys = {name: _weight_key(checkpoint, name, tied) for name in adapter.modules}
+    _check_distinct(keys, tied, where)
     columns = None
     if isinstance(adapter, TrainableAdapter):
         columns = {
-            name: _columns(checkpoint, name, parts["magnitude"].shape[0]) for name, parts in adapter.modules.items()
+            name: _columns(checkpoint.shape(keys[name]), parts["magnitude"].shape[0])
+            for name, parts in adapter.modules.items()
         }
     try:
         layers = evaluate(adapter, columns)
@@ -140,7 +221,7 @@ def _modules(adapter: AnyAdapter, checkpoint: Checkpoint, where: str) -> Iterato
         raise type(error)(f"{where}: {error}") from error
     transposed = _fan_in_fan_out(adapter)
     for layer in layers:
-        stored = _weight_key(checkpoint, layer.name)
+        stored = keys[layer.name]
         key = OUTPUT_KEY if f"{layer.name}.weight" == OUTPUT_KEY else stored
         file = checkpoint.file(stored)
         if file.entry.dtype not in _MERGEABLE:
@@ -159,42 +240,41 @@ def _fan_in_fan_out(adapter: AnyAdapter) -> bool:
     return isinstance(adapter, TrainableAdapter) and bool(adapter.peft_fields.get("fan_in_fan_out"))
 
 
-def _columns(checkpoint: Checkpoint, module: str, rows: int) -> int:
+def _columns(shape: Sequence[int], rows: int) -> int:
     """d_in of a weight with d_out = `rows`; wrong sizes are found later, with a better message."""
-    shape = checkpoint.shape(_weight_key(checkpoint, module))
     sizes = matrix_shape(shape, "linear")
     return sizes[1] if sizes[0] == rows else sizes[0]
 
 
-def _weight_key(checkpoint: Checkpoint, module: str) -> str:
+def _weight_key(checkpoint: Checkpoint, module: str, tied: str | None) -> str:
     """The tensor that holds a module's weight: its own, or the input embedding's for a tied output layer."""
-    embedding = input_embedding_key(checkpoint)
-    if f"{module}.weight" == OUTPUT_KEY and embedding is not None and is_tied(checkpoint):
-        return embedding
-    return checkpoint.weight_key(module)
+    return tied if tied is not None and f"{module}.weight" == OUTPUT_KEY else checkpoint.weight_key(module)
+
+
+def _check_distinct(keys: Mapping[str, str], tied: str | None, where: str) -> None:
+    """Refuse two modules with one weight, unless it is the tied embedding's."""
+    owners: dict[str, str] = {}
+    for module, key in keys.items():
+        if key != tied and owners.setdefault(key, module) != module:
+            raise CheckpointError(f"{where}: {owners[key]} and {module} would both adapt {key}")
 
 
 def checkpoint_fingerprint(modules: list[BoundModule]) -> str:
     """The fingerprint of the modules' weights, from the few values of each file that count."""
-    return combine_digests((module.name, _digest(module)) for module in modules)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return combine_digests(zip((module.name for module in modules), pool.map(_digest, modules), strict=True))
 
 
 def _digest(module: BoundModule) -> bytes:
     shape = matrix_shape(module.file.entry.shape, module.kind)
     if is_transposed(module.kind):
         return weight_digest(module.name, to_matrix(module.file.read(), module.kind))
-    stride, samples = sample_stride(shape[0] * shape[1]), []
+    stride, samples = sample_stride(*shape), []
     for rows, weight in module.weight_rows():
         samples.append(weight.flatten()[-rows.start * shape[1] % stride :: stride])
     return samples_digest(module.name, shape, torch.cat(samples))
 
 
 def extra_keys(extra: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
-    """For each extra tensor the base tensor that it replaces; absent where the checkpoint has none (a new head)."""
-    found = {}
-    for name in extra:
-        try:
-            found[name] = checkpoint.parameter_key(name)
-        except CheckpointError:
-            continue
-    return found
+    """For each extra tensor of a BoundAdapter the base tensor that it replaces; absent where there is none."""
+    return {name: name for name in extra if name in checkpoint}

@@ -167,10 +167,7 @@ class Checkpoint:
         Raises:
             CheckpointError: none, or more than one.
         """
-        return self.parameter_key(f"{module}.weight")
-
-    def parameter_key(self, name: str) -> str:
-        """As :meth:`weight_key` for a parameter's full name."""
+        name = f"{module}.weight"
         if name in self._files:
             return name
         candidates = self._prefixed(name) or self._unprefixed(name)

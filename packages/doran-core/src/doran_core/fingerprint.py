@@ -7,6 +7,7 @@ float16 or quantized copy has other values: whoever holds only such a copy recor
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 
 import torch
@@ -17,12 +18,19 @@ from doran_core.files.tensors import bytes_view
 __all__ = ["combine_digests", "fingerprint_weights", "sample_stride", "samples_digest", "weight_digest"]
 
 SAMPLES_PER_WEIGHT = 65536
-_VERSION = "doran-fingerprint-1"
+_VERSION = "doran-fingerprint-2"
 
 
-def sample_stride(numel: int) -> int:
-    """Every how many elements of a flattened weight one counts, from the first on: at most 65536 in all."""
-    return max(1, -(-numel // SAMPLES_PER_WEIGHT))
+def sample_stride(rows: int, columns: int) -> int:
+    """Every how many elements of a flattened ``[rows, columns]`` one counts, from the first on: at most 65536 in all.
+
+    The stride shares no divisor with the number of columns. So the samples wander through all of them (as far as
+    there are that many samples), where a stride of 256 in 4096 columns would meet the same 16 in every row.
+    """
+    stride = max(1, -(-rows * columns // SAMPLES_PER_WEIGHT))
+    while math.gcd(stride, columns) != 1:
+        stride += 1
+    return stride
 
 
 def weight_digest(module: str, weight: Tensor) -> bytes:
@@ -33,7 +41,7 @@ def weight_digest(module: str, weight: Tensor) -> bytes:
         weight: ``[d_out, d_in]``; a transposed view is as good as a copy.
     """
     rows, columns = weight.shape
-    indices = torch.arange(0, weight.numel(), sample_stride(weight.numel()), device=weight.device)
+    indices = torch.arange(0, weight.numel(), sample_stride(rows, columns), device=weight.device)
     return samples_digest(module, (rows, columns), weight.detach()[indices // columns, indices % columns])
 
 

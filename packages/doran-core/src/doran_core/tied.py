@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from doran_core.checkpoint import Checkpoint
 
-__all__ = ["OUTPUT_KEY", "input_embedding_key", "is_tied"]
+__all__ = ["OUTPUT_KEY", "tied_embedding"]
 
 OUTPUT_KEY = "lm_head.weight"
 """transformers' name of the output layer in causal language models."""
 
-_INPUT_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+_INPUT_KEYS = tuple(
+    f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+)
 
 
-def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether this is a causal language model whose output layer is the input embedding."""
+def tied_embedding(checkpoint: Checkpoint) -> str | None:
+    """The input embedding's key, if this is a causal language model whose output layer it is too; else None."""
     config = checkpoint.config()
     names = config.get("architectures") or []
-    has_head = any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    tied = bool(config.get("tie_word_embeddings", True))
-    return has_head and tied and OUTPUT_KEY not in checkpoint and input_embedding_key(checkpoint) is not None
-
-
-def input_embedding_key(checkpoint: Checkpoint) -> str | None:
-    """The input embedding's weight, if exactly one tensor has one of its usual names."""
-    found = [key for key in checkpoint if key.endswith(tuple(f"{name}.weight" for name in _INPUT_NAMES))]
+    causal = any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    if not causal or OUTPUT_KEY in checkpoint or not config.get("tie_word_embeddings", True):
+        return None
+    found = [key for key in checkpoint if key.endswith(_INPUT_KEYS)]
     return found[0] if len(found) == 1 else None

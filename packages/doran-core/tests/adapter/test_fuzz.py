@@ -1,5 +1,6 @@
 """Whatever is in an adapter's files, reading it succeeds or raises a DoranError: nothing else gets out."""
 
+import contextlib
 import json
 import shutil
 
@@ -30,10 +31,8 @@ def originals(tmp_path_factory):
 
 
 def read_or_refuse(folder):
-    try:
+    with contextlib.suppress(DoranError):
         read_adapter(folder)
-    except DoranError as error:
-        assert str(error)
 
 
 @SETTINGS

@@ -1,5 +1,6 @@
 """Every malformed adapter is refused by its own error class, with the file and the key in the message."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from doran_core import DoranConfig
 from doran_core.adapter import read_adapter, write_compiled, write_trainable
 from doran_core.convert import compile_adapter
 from doran_core.errors import (
@@ -140,11 +142,44 @@ def test_compiled_tensors(copy, file, change, error, key):
     assert key in str(caught.value)
 
 
-def test_shared_parts_are_checked_when_rebuilt(copy, originals):
+def drop_all(end):
+    def change(tensors):
+        for key in [key for key in tensors if key.endswith(end)]:
+            del tensors[key]
+
+    return change
+
+
+def test_generated_factors_without_any_output_layer(copy):
     folder = copy("generated")
-    edit_tensors(folder / MODEL, drop(f"{KEY}doran_adapter.factors.trunk.A.embedding"))
-    with pytest.raises(AdapterFormatError, match=r"trunk\.A\.embedding"):
+    edit_tensors(folder / MODEL, drop_all("w2_A"))
+    edit_tensors(folder / MODEL, drop_all("w2_B"))
+    with pytest.raises(MissingKeyError, match=rf"{MODEL}.*factors\.w2_A"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("end", ["trunk.A.embedding", "trunk.B.embedding", "trunk.output_B.12"])
+def test_a_group_without_its_trunk(tmp_path, end):
+    record, _ = made.trainable_record(made.base_weights(), share_output=True)
+    write_trainable(record, tmp_path / "adapter")
+    edit_tensors(tmp_path / "adapter" / MODEL, drop(f"{KEY}doran_adapter.factors.{end}"))
+    with pytest.raises(MissingKeyError, match=rf"{MODEL}.*factors\.{end}.*q_proj"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_other_shared_parts_are_checked_when_rebuilt(copy, originals):
+    folder = copy("generated")
+    edit_tensors(folder / MODEL, drop(f"{KEY}doran_adapter.factors.trunk.A.weights.0"))
+    with pytest.raises(AdapterFormatError, match=r"trunk\.A\.weights\.0"):
         compile_adapter(folder, originals / "base")
+
+
+def test_head_dim_that_does_not_divide_the_rows(tmp_path):
+    record, _ = made.trainable_record(made.base_weights(), tau_granularity="head", head_dim=6, factors="static")
+    write_trainable(record, tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", head_dim=7)
+    with pytest.raises(AdapterFormatError, match=rf"{MODEL}: {Q}: .*head_dim=7"):
+        read_adapter(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("form", ["generated", "compiled"])
@@ -223,6 +258,10 @@ def test_missing_file(copy, name):
         ({"format_version": ...}, MissingKeyError, "format_version"),
         ({"format_version": 2}, FormatVersionError, "upgrade doran-core"),
         ({"format_version": "one"}, FormatVersionError, "'one'"),
+        ({"alpha": ...}, MissingKeyError, "no field 'alpha'"),
+        ({"tau_kind": ..., "tau_knd": "zero"}, MissingKeyError, "unknown field 'tau_knd', nearest is 'tau_kind'"),
+        ({"tau_knd": "zero"}, UnexpectedKeyError, "unknown field 'tau_knd', nearest is 'tau_kind'"),
+        ({"an_option_of_tomorrow": None}, UnexpectedKeyError, "an_option_of_tomorrow"),
         ({"rank": -3}, ConfigError, "rank"),
         ({"tau_kind": "wavy"}, ConfigError, "wavy"),
         ({"rank": 5}, RankError, "rank"),
@@ -237,6 +276,14 @@ def test_config_fields(copy, changes, error, words):
         read_adapter(folder)
     assert words in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(DoranConfig)])
+def test_every_option_must_be_there(copy, field):
+    folder = copy("static")
+    edit_config(folder, **{field: ...})
+    with pytest.raises(MissingKeyError, match=f"{CONFIG}: no field '{field}'$"):
+        read_adapter(folder)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from doran_core.adapter import (
     write_peft_dora,
     write_trainable,
 )
-from doran_core.errors import AdapterFormatError, CheckpointError, NonFiniteError
+from doran_core.errors import AdapterFormatError, CheckpointError, DoranError, NonFiniteError, UnexpectedKeyError
 
 OPTIONS = [
     {},
@@ -128,9 +128,11 @@ def test_peft_dora_has_no_scales(tmp_path):
         read_compiled(tmp_path / "adapter")
 
 
-def test_keys_without_the_prefix_and_unknown_fields_are_read(tmp_path):
+def test_keys_without_the_prefix_and_fields_of_peft_are_read(tmp_path):
     record, _ = made.trainable_record(made.base_weights(), factors="static")
-    write_trainable(dataclasses.replace(record, peft_fields={"peft_version": "0.21.2", "odd": [1]}), tmp_path / "a")
+    write_trainable(
+        dataclasses.replace(record, peft_fields={"peft_version": "0.21.2", "peft_odd": [1]}), tmp_path / "a"
+    )
     file = tmp_path / "a" / "adapter_model.safetensors"
     tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(file).items()}
     file.unlink()
@@ -138,7 +140,43 @@ def test_keys_without_the_prefix_and_unknown_fields_are_read(tmp_path):
     read = read_adapter(tmp_path / "a")
     assert read.modules.keys() == record.modules.keys()
     assert read.peft_fields["peft_version"] == "0.21.2"
-    assert read.peft_fields["odd"] == [1]
+    assert read.peft_fields["peft_odd"] == [1]
+
+
+ODD_NAMES = [
+    "x.lora_head.fc",
+    "x.doran_adapter.fc",
+    "lora_A.weight.fc",
+    "x.doran_adapter",
+    "y.lora_B",
+    "z.base_layer.fc",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("form", ["trainable", "compiled", "dora"])
+def test_module_names_with_parts_like_the_formats_own(tmp_path, name, form):
+    extra = {"x.lora_head.norm.weight": torch.ones(3), "x.doran_adapter.fc.bias": torch.ones(3)}
+    saved = ["lora_head.norm", "doran_adapter.fc"]
+    if form == "trainable":
+        weights = {f"{name}.weight": torch.randn(8, 8)}
+        record, _ = made.trainable_record(weights, [name], extra=extra, modules_to_save=saved)
+        write_trainable(record, tmp_path / "adapter")
+    else:
+        record = compiled_record(extra=extra, modules_to_save=saved)
+        module = dataclasses.replace(next(iter(record.modules.values())), name=name)
+        record = dataclasses.replace(record, modules={name: module})
+        (write_compiled if form == "compiled" else write_peft_dora)(record, tmp_path / "adapter")
+    read = read_adapter(tmp_path / "adapter")
+    assert read.modules.keys() == {name}
+    assert read.extra.keys() == extra.keys()
+
+
+@pytest.mark.parametrize("name", ["x.lora_A.weight", "x.doran_adapter.magnitude", "x.base_layer.weight"])
+def test_names_that_would_not_be_read_back_are_refused(tmp_path, name):
+    with pytest.raises(UnexpectedKeyError, match=r"x\."):
+        write_compiled(compiled_record(extra={name: torch.ones(3)}, modules_to_save=["x"]), tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):
@@ -157,8 +195,10 @@ def test_an_existing_adapter_is_replaced_only_when_asked_and_other_files_stay(tm
     (target / "runs").mkdir()
     (target / "runs" / "log").write_text("1")
     before = made.folder_bytes(target)
-    with pytest.raises(CheckpointError, match="overwrite"):
-        write_trainable(record, target)
+    for write, given in ((write_trainable, record), (write_compiled, compiled_record())):
+        with pytest.raises(DoranError, match="already holds an adapter; pass overwrite=True") as caught:
+            write(given, target)
+        assert type(caught.value) is DoranError
     assert made.folder_bytes(target) == before
     write_trainable(record, target, overwrite=True)
     assert isinstance(read_adapter(target), TrainableAdapter)

@@ -81,6 +81,23 @@ def test_extra_tensor_of_another_size(folder):
     refuse(folder, CheckpointError, r"norm\.weight.*\[24\].*\[25\]", adapter="resized")
 
 
+def test_a_new_tensor_with_the_name_of_another_one_of_a_bare_base(folder):
+    weights = {"fc.weight": torch.randn(8, 8), "norm.weight": torch.randn(8)}
+    made.write_base(folder / "bare", weights, shards=1, config={"architectures": ["Made"]})
+    named = {f"body.{key}": weight for key, weight in weights.items()}
+    extra = {"norm.weight": torch.ones(8)}
+    made.write_adapter(folder / "new", named, targets=["body.fc"], extra=extra, modules_to_save=["norm"])
+    refuse(folder, CheckpointError, r"norm\.weight is new.*'body\.'.*another tensor", base="bare", adapter="new")
+
+
+def test_two_modules_of_one_weight(folder):
+    weights = {"fc.weight": torch.randn(8, 8)}
+    made.write_base(folder / "bare", weights, shards=1, config={"architectures": ["Made"]})
+    both = {"fc.weight": weights["fc.weight"], "head.fc.weight": weights["fc.weight"]}
+    made.write_adapter(folder / "both", both, targets=["fc", "head.fc"])
+    refuse(folder, CheckpointError, r"fc and head\.fc would both adapt fc\.weight", base="bare", adapter="both")
+
+
 def test_an_output_that_is_there(folder):
     (folder / "out").mkdir()
     (folder / "out" / "file").write_text("mine")

@@ -289,6 +289,29 @@ class TestExtraTensors:
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         assert config["architectures"] == ["BertForSequenceClassification"]
 
+    @pytest.mark.parametrize(("own", "base"), [("", ""), ("bert.", ""), ("", "bert.")])
+    def test_a_new_head_does_not_replace_a_base_tensor_of_a_like_name(self, tmp_path, own, base):
+        weights = {"fc.weight": torch.randn(8, 8), "norm.weight": torch.randn(8), "pooler.weight": torch.randn(8)}
+        stored = {base + key: weight for key, weight in weights.items()}
+        made.write_base(tmp_path / "base", stored, shards=1, config={"architectures": ["Made"]})
+        named = {own + key: weight for key, weight in weights.items()}
+        extra = {"head.norm.weight": torch.randn(8), f"{own}pooler.weight": torch.randn(8)}
+        made.write_adapter(
+            tmp_path / "adapter",
+            named,
+            targets=[f"{own}fc"],
+            extra=extra,
+            modules_to_save=["head.norm", f"{own}pooler"],
+        )
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        merged, prefix = read_all(tmp_path / "out"), own or base
+        assert merged.keys() == {f"{prefix}{key}" for key in weights} | {"head.norm.weight"}
+        assert torch.equal(merged[f"{prefix}norm.weight"], weights["norm.weight"])
+        assert torch.equal(merged[f"{prefix}pooler.weight"], extra[f"{own}pooler.weight"])
+        assert torch.equal(merged["head.norm.weight"], extra["head.norm.weight"])
+        compiled = compile_adapter(tmp_path / "adapter", tmp_path / "base")
+        assert compiled.extra.keys() == extra.keys()
+
     def test_contradicting_adapters(self, tmp_path, base):
         weights = made.base_weights()
         for number in (1, 2):

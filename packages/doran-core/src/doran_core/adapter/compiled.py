@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,6 +16,9 @@ from doran_core.layers.adapter import DoranAdapter
 __all__ = ["compile_layer", "compile_module"]
 
 _PIECE_ELEMENTS = 2**20
+
+_SMALLEST_NORM = math.sqrt(torch.finfo(torch.float32).tiny)
+"""Below it the squares that a float32 norm sums underflow, and PEFT's norm may be 0."""
 
 
 def compile_module(
@@ -54,14 +58,16 @@ def compile_layer(
     """
     # The norm belongs to the factors as they are stored: scaling joins B, and both are rounded, before it is taken.
     A, B = layer.A.float().contiguous(), (layer.B.double() * layer.scaling).float().contiguous()
-    norm = torch.cat([row_norm(weight.double(), A, B[rows], 1.0) for rows, weight in weight_rows])
-    if layer.scale is not None:
-        scale = layer.scale.double()
+    exact_A, exact_B = A.double(), B.double()
+    norm = torch.cat([row_norm(weight.double(), exact_A, exact_B[rows], 1.0) for rows, weight in weight_rows])
+    exact = layer.double()
+    if exact.scale is not None:
+        scale = exact.scale
     else:
-        assert layer.magnitude is not None
-        tau = layer.tau.double() if isinstance(layer.tau, Tensor) else layer.tau
-        scale = output_scale(layer.magnitude.double(), norm, tau)
-    return CompiledModule(layer.name, A, B, scale.float(), (scale * norm).float(), kind, kernel)
+        assert exact.magnitude is not None
+        scale = output_scale(exact.magnitude, norm, exact.tau)
+    zero_rows = tuple(torch.nonzero(norm < _SMALLEST_NORM).flatten().tolist())
+    return CompiledModule(layer.name, A, B, scale.float(), (scale * norm).float(), kind, kernel, zero_rows)
 
 
 def _pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,22 @@ class LayerFactors:
     def sizes(self) -> tuple[int, int]:
         """``(d_out, d_in)``."""
         return self.B.shape[0], self.A.shape[1]
+
+    def double(self) -> LayerFactors:
+        """The same in float64, for arithmetic on many slices of rows."""
+
+        def widen(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.double()
+
+        tau = self.tau.double() if isinstance(self.tau, Tensor) else self.tau
+        return replace(
+            self,
+            A=self.A.double(),
+            B=self.B.double(),
+            magnitude=widen(self.magnitude),
+            tau=tau,
+            scale=widen(self.scale),
+        )
 
 
 @torch.no_grad()

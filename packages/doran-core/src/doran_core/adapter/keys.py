@@ -1,18 +1,32 @@
-"""Names of tensors in adapter files: split into module and part on reading, put together on writing."""
+"""Names of tensors in adapter files: split into module and part on reading, put together on writing.
+
+Module names may hold anything, also ``lora_head`` or ``doran_adapter``: a key is a module's if it ends in a known part.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from doran_core.adapter.schema import KEY_PREFIX
 from doran_core.errors import UnexpectedKeyError
 
-__all__ = ["split_keys", "strip_prefix", "trainable_key"]
+__all__ = ["PEFT_PARTS", "TRAINABLE_MARK", "check_readable", "split_keys", "strip_prefix", "trainable_key"]
 
 TRAINABLE_MARK = "doran_adapter."
-_LORA_MARKS = ("lora_", "doran_")
+PEFT_PARTS = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_magnitude_vector",
+    "lora_magnitude_vector.weight",
+    "lora_embedding_A",
+    "lora_embedding_B",
+)
+_TRAINABLE_PARTS = ("magnitude", "tau.raw", "experts.coefficients")
+_FACTOR_PARTS = "factors."
+"""What comes after it is the factor generator's own affair."""
+
+Form = Literal["trainable", "peft"]
 _T = TypeVar("_T")
 
 
@@ -26,17 +40,13 @@ def strip_prefix(key: str) -> str:
     return key.removeprefix(KEY_PREFIX)
 
 
-def split_keys(
-    path: Path, tensors: Mapping[str, _T], mark: str, parts: Iterable[str] | None
-) -> tuple[dict[str, dict[str, _T]], dict[str, _T]]:
+def split_keys(where: object, tensors: Mapping[str, _T], form: Form) -> tuple[dict[str, dict[str, _T]], dict[str, _T]]:
     """Sort tensors by module and part.
 
     Args:
-        path: the file, for messages.
+        where: the file, for messages.
         tensors: by key.
-        mark: what stands between module and part, e.g. ``"doran_adapter."``; it stays with the part if it ends in
-            an underscore (``"lora_"``).
-        parts: the parts that a module may have, or None for any.
+        form: "trainable" for keys ``{module}.doran_adapter.{part}``, "peft" for ``{module}.lora_...``.
 
     Returns:
         Tensors of each module by part, and the extra tensors by the base parameter that each replaces.
@@ -44,30 +54,67 @@ def split_keys(
     Raises:
         UnexpectedKeyError: a part that no module has, or two keys that name the same tensor.
     """
-    known = None if parts is None else set(parts)
     modules: dict[str, dict[str, _T]] = {}
-    extra: dict[str, _T] = {}
+    left: dict[str, _T] = {}
     for key, tensor in tensors.items():
-        module, found, part = strip_prefix(key).partition(f".{mark}")
-        if found:
-            part = mark + part if mark.endswith("_") else part
-            if known is not None and part not in known:
-                raise UnexpectedKeyError(f"{path}: {key}: {part!r} is none of {sorted(known)}")
-            target, name = modules.setdefault(module, {}), part
-        else:
-            target, name = extra, _extra_name(path, key)
-        if name in target:
-            raise UnexpectedKeyError(f"{path}: {key}: names a tensor that another key already names")
-        target[name] = tensor
+        place = _module_and_part(strip_prefix(key), form)
+        if place is None:
+            left[key] = tensor
+            continue
+        module, part = place
+        _add(where, key, modules.setdefault(module, {}), part, tensor)
+    extra: dict[str, _T] = {}
+    for key, tensor in left.items():
+        _add(where, key, extra, _extra_name(where, key, modules), tensor)
     return modules, extra
 
 
-def _extra_name(path: Path, key: str) -> str:
+def check_readable(
+    where: object, keys: Iterable[str], form: Form, modules: Iterable[str], extra: Iterable[str]
+) -> None:
+    """Refuse keys to write that would be read as other modules or extra tensors than they are.
+
+    Args:
+        where: what is written, for messages.
+        keys: of the whole file.
+        form: as in :func:`split_keys`.
+        modules: names of the adapted modules.
+        extra: names of the extra tensors.
+
+    Raises:
+        UnexpectedKeyError: naming what would not be read back.
+    """
+    found_modules, found_extra = split_keys(where, dict.fromkeys(keys), form)
+    lost = sorted((found_modules.keys() ^ set(modules)) | (found_extra.keys() ^ set(extra)))
+    if lost:
+        raise UnexpectedKeyError(f"{where}: {lost} cannot be told from other names in an adapter file")
+
+
+def _add(where: object, key: str, target: dict[str, _T], name: str, tensor: _T) -> None:
+    if name in target:
+        raise UnexpectedKeyError(f"{where}: {key}: names a tensor that another key already names")
+    target[name] = tensor
+
+
+def _module_and_part(name: str, form: Form) -> tuple[str, str] | None:
+    if form == "trainable":
+        module, mark, part = name.rpartition(f".{TRAINABLE_MARK}")
+        known = part in _TRAINABLE_PARTS or part.startswith(_FACTOR_PARTS)
+        return (module, part) if mark and known else None
+    part = next((part for part in PEFT_PARTS if name.endswith(f".{part}")), "")
+    return (name.removesuffix(f".{part}"), part) if part else None
+
+
+def _extra_name(where: object, key: str, modules: Mapping[str, object]) -> str:
     """The base parameter that an extra tensor replaces."""
-    name = strip_prefix(key).replace(".base_layer.", ".")
+    name = strip_prefix(key)
     segments = name.split(".")
-    if any(segment.startswith(_LORA_MARKS) for segment in segments) or "modules_to_save" in segments:
-        raise UnexpectedKeyError(f"{path}: {key}: belongs to no module of this adapter's form")
+    for position, segment in enumerate(segments):
+        if segment.startswith(("lora_", "doran_")) and ".".join(segments[:position]) in modules:
+            part = ".".join(segments[position:])
+            raise UnexpectedKeyError(f"{where}: {key}: {part!r} is no part of an adapted module in this form")
+    if _module_and_part(name, "trainable") or _module_and_part(name, "peft") or "modules_to_save" in segments:
+        raise UnexpectedKeyError(f"{where}: {key}: belongs to no module of this adapter's form")
     if any(segment.startswith("trainable_tokens_") for segment in segments):
-        raise UnexpectedKeyError(f"{path}: {key}: trained single tokens (trainable_token_indices) are not supported")
-    return name
+        raise UnexpectedKeyError(f"{where}: {key}: trained single tokens (trainable_token_indices) are not supported")
+    return name.replace(".base_layer.", ".")

@@ -10,16 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from doran_core.adapter.keys import split_keys
+from doran_core.adapter.keys import PEFT_PARTS, split_keys
 from doran_core.adapter.schema import CONFIG_FILE, Kind, PeftModule
 from doran_core.adapter.validate import check_pair, check_vector
+from doran_core.config import _pattern_value
 from doran_core.errors import AdapterFormatError, MissingKeyError, RankError, TensorShapeError, UnexpectedKeyError
 
-__all__ = ["check_peft_options", "parse_peft_modules", "pattern_value", "peft_parts"]
+__all__ = ["check_peft_options", "parse_peft_modules", "peft_parts"]
 
-_A, _B, _M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-_EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
-_PARTS = (_A, _B, _M, f"{_M}.weight", _EMBEDDING_A, _EMBEDDING_B)
+_A, _B, _M, _M_WEIGHT, _EMBEDDING_A, _EMBEDDING_B = PEFT_PARTS
 
 _UNDERSTOOD = {
     "r",
@@ -89,14 +88,6 @@ def _check_pattern(path: Path, name: str, patterns: object) -> None:
             raise AdapterFormatError(f"{path}: {name}: {pattern!r} is not a regular expression: {error}") from error
 
 
-def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of PEFT's rank_pattern or alpha_pattern for a module: the first key that matches its name's end."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
 def parse_peft_modules(
     path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, PeftModule], dict[str, Tensor]]:
@@ -107,7 +98,7 @@ def parse_peft_modules(
         config: adapter_config.json.
         tensors: by key.
     """
-    grouped, extra = split_keys(path, tensors, "lora_", _PARTS)
+    grouped, extra = split_keys(path, tensors, "peft")
     if not grouped:
         raise MissingKeyError(f"{path}: holds no lora_A and lora_B of any module")
     return {name: _module(path, config, name, parts) for name, parts in grouped.items()}, extra
@@ -130,7 +121,7 @@ def _module(path: Path, config: Mapping[str, Any], name: str, parts: dict[str, T
     elif A.dim() > 2:
         raise TensorShapeError(f"{path}: {name}.{key_A}: shape {list(A.shape)}; linear and 2-D convolutions only")
     check_pair(str(path), name, A, B, _rank(path, config, name))
-    magnitude = parts.get(_M, parts.get(f"{_M}.weight"))
+    magnitude = parts.get(_M, parts.get(_M_WEIGHT))
     if bool(config.get("use_dora")) != (magnitude is not None):
         found = "no " if magnitude is None else "a "
         raise MissingKeyError(
@@ -149,14 +140,15 @@ def _flatten_convolution(path: Path, name: str, A: Tensor, B: Tensor) -> tuple[T
 
 
 def _rank(path: Path, config: Mapping[str, Any], module: str) -> int:
-    rank = pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
+    default: Any = config.get("r")
+    rank: object = _pattern_value(config.get("rank_pattern") or {}, module, default)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise RankError(f"{path.with_name(CONFIG_FILE)}: rank {rank!r} for {module}, expected a positive integer")
     return rank
 
 
 def _scaling(path: Path, config: Mapping[str, Any], module: str) -> float:
-    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    alpha: object = _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise AdapterFormatError(f"{path.with_name(CONFIG_FILE)}: lora_alpha {alpha!r} for {module}, expected a number")
     rank = _rank(path, config, module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
+from doran_core.adapter.fields import CONFIG_FIELDS, check_fields, peft_fields
 from doran_core.adapter.keys import TRAINABLE_MARK, split_keys, strip_prefix
 from doran_core.adapter.peft_files import check_peft_options, parse_peft_modules
 from doran_core.adapter.schema import (
@@ -24,7 +24,7 @@ from doran_core.adapter.schema import (
     PeftAdapter,
     TrainableAdapter,
 )
-from doran_core.adapter.validate import check_compiled_parts, check_tensors, check_trainable_module
+from doran_core.adapter.validate import check_compiled_parts, check_tensors, check_trainable_modules
 from doran_core.config import DoranConfig
 from doran_core.errors import (
     AdapterFormatError,
@@ -40,9 +40,6 @@ from doran_core.files.tensors import LoadedFile, load_safetensors
 
 __all__ = ["read_adapter", "read_compiled"]
 
-_CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(DoranConfig))
-_OWN_FIELDS = frozenset({"peft_type", "format_version", "base_fingerprint", "created_by", "module_kinds"})
-_RECORD_FIELDS = frozenset({"base_model_name_or_path", "task_type"})
 _T = TypeVar("_T")
 
 
@@ -134,6 +131,13 @@ def _optional_text(path: Path, fields: Mapping[str, Any], name: str) -> str | No
     return value
 
 
+def _saved_modules(path: Path, fields: Mapping[str, Any]) -> list[str] | None:
+    names = fields.get("modules_to_save") or None
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CorruptFileError(f"{path}: modules_to_save={names!r}, expected a list of module names or null")
+    return names
+
+
 def _module_kinds(path: Path, value: object) -> dict[str, Kind]:
     kinds = get_args(Kind)
     if not isinstance(value, dict) or not all(kind in kinds for kind in value.values()):
@@ -146,19 +150,19 @@ def _read_trainable(folder: Path, fields: dict[str, Any]) -> TrainableAdapter:
     if "format_version" not in fields:
         raise MissingKeyError(f"{path}: no field 'format_version'")
     _check_version(path, fields["format_version"])
+    check_fields(str(path), fields)
     try:
-        config = DoranConfig.from_dict({name: fields[name] for name in _CONFIG_FIELDS if name in fields})
+        config = DoranConfig.from_dict({name: fields[name] for name in CONFIG_FIELDS})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     file = folder / TENSOR_FILE
-    modules, extra = split_keys(file, _read_tensors(file).tensors, TRAINABLE_MARK, None)
+    modules, extra = split_keys(file, _read_tensors(file).tensors, "trainable")
     if not modules:
         raise MissingKeyError(f"{file}: holds no tensor of any adapted module (no key with '.{TRAINABLE_MARK}')")
     for name, tensors in modules.items():
         check_tensors(str(file), {f"{name}.{TRAINABLE_MARK}{part}": tensor for part, tensor in tensors.items()})
-        check_trainable_module(str(file), config, name, tensors)
+    check_trainable_modules(str(file), config, modules)
     _check_extra(file, extra, fields)
-    known = _CONFIG_FIELDS | _OWN_FIELDS | _RECORD_FIELDS
     return TrainableAdapter(
         config=config,
         modules=modules,
@@ -167,14 +171,14 @@ def _read_trainable(folder: Path, fields: dict[str, Any]) -> TrainableAdapter:
         base_model=_optional_text(path, fields, "base_model_name_or_path"),
         task_type=_optional_text(path, fields, "task_type"),
         module_kinds=_module_kinds(path, fields.get("module_kinds") or {}),
-        peft_fields={name: value for name, value in fields.items() if name not in known},
+        peft_fields=peft_fields(fields),
         created_by=_optional_text(path, fields, "created_by") or "unknown",
     )
 
 
 def _check_extra(file: Path, extra: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
     """Extra tensors must be explained: by modules_to_save, by trained biases, or as saved embeddings."""
-    saved = fields.get("modules_to_save") or []
+    saved = _saved_modules(file.with_name(CONFIG_FILE), fields) or []
     biases = fields.get("bias") not in (None, "none")
     check_tensors(str(file), extra, integers=True)
     for key in extra:
@@ -231,14 +235,13 @@ def _compiled(folder: Path, peft: PeftAdapter, tensor_file: LoadedFile) -> Compi
         modules[name] = CompiledModule(
             name, module.A, module.B, scales.tensors[name], module.magnitude, kind, module.kernel
         )
-    saved = peft.config.get("modules_to_save")
     return CompiledAdapter(
         modules=modules,
         extra=peft.extra,
         base_fingerprint=scales.metadata.get("base_fingerprint"),
         base_model=peft.base_model,
         task_type=peft.task_type,
-        modules_to_save=list(saved) if saved else None,
+        modules_to_save=_saved_modules(folder / CONFIG_FILE, peft.config),
         created_by=scales.metadata.get("created_by", "unknown"),
     )
 

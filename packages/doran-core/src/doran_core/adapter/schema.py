@@ -65,6 +65,7 @@ class CompiledModule:
         magnitude: ``m' = c ||W0 + B A||``, ``[d_out]``: the magnitude of the equal DoRA adapter.
         kind: how the base keeps the weight.
         kernel: ``(in_channels, kh, kw)`` of a conv2d, else None.
+        zero_rows: rows in which ``W0 + B A`` is 0. DoRA divides by their norm, so a file cannot hold them.
     """
 
     name: str
@@ -74,6 +75,7 @@ class CompiledModule:
     magnitude: Tensor
     kind: Kind = "linear"
     kernel: tuple[int, ...] | None = None
+    zero_rows: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -113,7 +115,7 @@ class TrainableAdapter:
         modules: for each module name its tensors by their names in DoranAdapter ("magnitude", "tau.raw", ...).
         extra, base_fingerprint, base_model, task_type, created_by: as in :class:`CompiledAdapter`.
         module_kinds: kinds of the modules that are not linear.
-        peft_fields: all other fields of adapter_config.json, kept as they are.
+        peft_fields: PEFT's own fields of adapter_config.json, kept as they are.
     """
 
     config: DoranConfig

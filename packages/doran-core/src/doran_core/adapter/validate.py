@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from doran_core.blocks import block_of
 from doran_core.config import DoranConfig
 from doran_core.errors import (
     AdapterFormatError,
+    ConfigError,
     MissingKeyError,
     NonFiniteError,
     RankError,
@@ -17,9 +19,20 @@ from doran_core.errors import (
     TensorShapeError,
     UnexpectedKeyError,
 )
+from doran_core.tau import tau_size
 
-__all__ = ["check_compiled_parts", "check_pair", "check_tensors", "check_trainable_module", "check_vector"]
+__all__ = [
+    "check_compiled_parts",
+    "check_pair",
+    "check_rows",
+    "check_tensors",
+    "check_trainable_modules",
+    "check_vector",
+]
 
+_OUTPUTS = ("factors.w2_A", "factors.w2_B")
+_TRUNK = "factors.trunk."
+_BLOCK_EMBEDDING = "factors.block_embedding."
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,14 +89,38 @@ def check_compiled_parts(where: str, module: str, B: Tensor, scale: Tensor, magn
         raise TensorDtypeError(f"{where}: {module} (scale): dtype {scale.dtype}, expected torch.float32")
 
 
-def check_trainable_module(where: str, config: DoranConfig, module: str, tensors: Mapping[str, Tensor]) -> None:
-    """Check what the configuration alone says about one module's tensors.
+def check_rows(where: str, module: str, zero_rows: Sequence[int]) -> None:
+    """Refuse rows of zeros, which the DoRA that a compiled adapter is for PEFT turns into NaN."""
+    if zero_rows:
+        some = ", ".join(map(str, zero_rows[:8])) + (", ..." if len(zero_rows) > 8 else "")
+        raise NonFiniteError(
+            f"{where}: {module}: W0 + B A is 0 in {len(zero_rows)} of its rows ({some}), and DoRA's magnitude over "
+            "their norm would be NaN in PEFT; keep the trainable form, merge it, or leave this module out"
+        )
 
-    What the modules share (trunks, shared outputs) is checked as a whole when the adapters are rebuilt.
+
+def check_trainable_modules(where: str, config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Check what the configuration alone says about the modules' tensors.
+
+    Which module owns what is shared, and the shapes of that, is checked when the adapters are rebuilt.
+
+    Args:
+        where: file or object, for messages.
+        config: the options.
+        modules: tensors by part, by module.
 
     Raises:
         MissingKeyError, UnexpectedKeyError, TensorShapeError, RankError: naming module and part.
     """
+    for name, tensors in modules.items():
+        _check_module(where, config, name, tensors)
+    if config.factors == "generated" and not _has_own_generator(modules):
+        for name, tensors in modules.items():
+            _check_generated(where, config, name, tensors)
+        _check_trunks(where, config, modules)
+
+
+def _check_module(where: str, config: DoranConfig, module: str, tensors: Mapping[str, Tensor]) -> None:
     if "magnitude" not in tensors:
         raise MissingKeyError(f"{where}: {module}: no tensor 'magnitude'")
     magnitude, rank = tensors["magnitude"], config.rank_for(module)
@@ -93,14 +130,12 @@ def check_trainable_module(where: str, config: DoranConfig, module: str, tensors
     _check_presence(where, module, tensors, "tau.raw", config.tau_kind != "zero", f"tau_kind={config.tau_kind!r}")
     _check_presence(where, module, tensors, "experts.coefficients", config.experts, f"experts={config.experts}")
     if "tau.raw" in tensors:
-        check_vector(where, f"{module}.tau.raw", tensors["tau.raw"], _tau_size(where, config, module, rows))
+        check_vector(where, f"{module}.tau.raw", tensors["tau.raw"], _tau_size(config, rows, f"{where}: {module}"))
     if "experts.coefficients" in tensors and tensors["experts.coefficients"].shape != (rank,):
         shape = list(tensors["experts.coefficients"].shape)
         raise RankError(f"{where}: {module}.experts.coefficients: shape {shape}, expected [{rank}], the rank")
     if config.factors == "static":
         _check_static(where, module, tensors, rank, rows)
-    elif "factors.w2_A" in tensors or "factors.w2_B" in tensors:
-        _check_generated(where, module, tensors, rows)
 
 
 def _check_presence(
@@ -112,14 +147,11 @@ def _check_presence(
         raise UnexpectedKeyError(f"{where}: {module}: tensor {part!r}, which {because} does not have")
 
 
-def _tau_size(where: str, config: DoranConfig, module: str, rows: int) -> int:
-    if config.tau_granularity == "layer":
-        return 1
-    if config.tau_granularity == "row":
-        return rows
-    if config.head_dim is None or rows % config.head_dim:
-        raise AdapterFormatError(f"{where}: {module}: head_dim {config.head_dim} does not divide {rows} rows")
-    return rows // config.head_dim
+def _tau_size(config: DoranConfig, rows: int, where: str) -> int:
+    try:
+        return tau_size(config, rows, where)
+    except ConfigError as error:  # here it is the file that is at fault
+        raise AdapterFormatError(str(error)) from error
 
 
 def _check_static(where: str, module: str, tensors: Mapping[str, Tensor], rank: int, rows: int) -> None:
@@ -131,12 +163,39 @@ def _check_static(where: str, module: str, tensors: Mapping[str, Tensor], rank: 
         raise TensorShapeError(f"{where}: {module}.factors.B: {B.shape[0]} rows, magnitude has {rows}")
 
 
-def _check_generated(where: str, module: str, tensors: Mapping[str, Tensor], rows: int) -> None:
-    for part in ("factors.w2_A", "factors.w2_B"):
-        _check_presence(where, module, tensors, part, True, "factors='generated'")
+def _has_own_generator(modules: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether some factors come from a generator that is not DoRAN's, whose tensors only its author can check."""
+    parts = {part for tensors in modules.values() for part in tensors if part.startswith("factors.")}
+    return any(not part.startswith((*_OUTPUTS, _TRUNK, _BLOCK_EMBEDDING)) for part in parts)
+
+
+def _check_generated(where: str, config: DoranConfig, module: str, tensors: Mapping[str, Tensor]) -> None:
+    rows = tensors["magnitude"].shape[0]
+    for part in _OUTPUTS:
+        because = f"factors='generated' with share_output={config.share_output}"
+        _check_presence(where, module, tensors, part, not config.share_output, because)
+        if part not in tensors:
+            continue
         if tensors[part].dim() != 2 or 0 in tensors[part].shape:
             shape = list(tensors[part].shape)
             raise TensorShapeError(f"{where}: {module}.{part}: shape {shape}, expected a matrix")
-    if tensors["factors.w2_B"].shape[0] != rows:
+    if "factors.w2_B" in tensors and tensors["factors.w2_B"].shape[0] != rows:
         found = tensors["factors.w2_B"].shape[0]
         raise TensorShapeError(f"{where}: {module}.factors.w2_B: {found} rows, magnitude has {rows}")
+
+
+def _check_trunks(where: str, config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse modules of a sharing group of which no module holds the trunk, or the shared W2 of their size."""
+    groups: dict[object, list[str]] = {}
+    for name in modules:
+        block = {"block": block_of(name, config.block_pattern), "model": "", "none": name}[config.sharing]
+        groups.setdefault((block, config.rank_for(name)), []).append(name)
+    for names in groups.values():
+        held = {part for name in names for part in modules[name] if part.startswith(_TRUNK)}
+        for name in names:
+            wanted = [f"{_TRUNK}A.embedding", f"{_TRUNK}B.embedding"]
+            if config.share_output:
+                wanted.append(f"{_TRUNK}output_B.{modules[name]['magnitude'].shape[0]}")
+            for part in wanted:
+                if part not in held:
+                    raise MissingKeyError(f"{where}: no tensor {part!r} in any of {names}, which {name} needs")

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from doran_core.adapter.keys import trainable_key
+from doran_core.adapter.fields import check_fields
+from doran_core.adapter.keys import check_readable, trainable_key
 from doran_core.adapter.peft_files import peft_parts
 from doran_core.adapter.schema import (
     ADAPTER_FILES,
@@ -22,8 +23,14 @@ from doran_core.adapter.schema import (
     CompiledAdapter,
     TrainableAdapter,
 )
-from doran_core.adapter.validate import check_compiled_parts, check_pair, check_tensors, check_trainable_module
-from doran_core.errors import MissingKeyError
+from doran_core.adapter.validate import (
+    check_compiled_parts,
+    check_pair,
+    check_rows,
+    check_tensors,
+    check_trainable_modules,
+)
+from doran_core.errors import DoranError, MissingKeyError
 from doran_core.files import StrPath
 from doran_core.files.atomic import new_directory
 from doran_core.files.jsonfile import write_json
@@ -47,13 +54,13 @@ def write_trainable(adapter: TrainableAdapter, directory: StrPath, *, overwrite:
 
     Raises:
         AdapterFormatError: the record is not a valid adapter; nothing is written.
-        CheckpointError: the directory holds an adapter and may not be replaced, or cannot be written.
+        DoranError: the directory holds an adapter that may not be replaced.
+        CheckpointError: it cannot be written.
     """
     where = "adapter to write"
     if not adapter.modules:
         raise MissingKeyError(f"{where}: no adapted module")
-    for name, tensors in adapter.modules.items():
-        check_trainable_module(where, adapter.config, name, tensors)
+    check_trainable_modules(where, adapter.config, adapter.modules)
     flat = {
         trainable_key(name, part): tensor
         for name, tensors in adapter.modules.items()
@@ -61,6 +68,7 @@ def write_trainable(adapter: TrainableAdapter, directory: StrPath, *, overwrite:
     }
     check_tensors(where, flat)
     flat |= _extra_keys(where, adapter.extra)
+    check_readable(where, flat, "trainable", adapter.modules, adapter.extra)
     fields: dict[str, Any] = {
         "peft_type": "DORAN",
         "format_version": FORMAT_VERSION,
@@ -70,15 +78,22 @@ def write_trainable(adapter: TrainableAdapter, directory: StrPath, *, overwrite:
         "task_type": adapter.task_type,
         "inference_mode": True,
         "bias": "none",
-        **adapter.config.to_dict(),
         **adapter.peft_fields,
+        **adapter.config.to_dict(),
     }
     if adapter.module_kinds:
         fields["module_kinds"] = dict(adapter.module_kinds)
+    check_fields(where, fields)
+    _check_replaceable(Path(directory), overwrite)
     with new_directory(Path(directory), overwrite=overwrite, owned=ADAPTER_FILES) as staging:
         write_json(staging / CONFIG_FILE, fields)
         save_safetensors(staging / TENSOR_FILE, flat, _SAFETENSORS_METADATA)
     return Path(directory)
+
+
+def _check_replaceable(directory: Path, overwrite: bool) -> None:
+    if not overwrite and any((directory / name).exists() for name in ADAPTER_FILES):
+        raise DoranError(f"{directory} already holds an adapter; pass overwrite=True to replace it")
 
 
 def write_compiled(adapter: CompiledAdapter, directory: StrPath, *, overwrite: bool = False) -> Path:
@@ -107,6 +122,7 @@ def _write(adapter: CompiledAdapter, directory: StrPath, overwrite: bool, *, wit
     }
     if adapter.base_fingerprint is not None:
         metadata["base_fingerprint"] = adapter.base_fingerprint
+    _check_replaceable(Path(directory), overwrite)
     with new_directory(Path(directory), overwrite=overwrite, owned=ADAPTER_FILES) as staging:
         write_json(staging / CONFIG_FILE, _dora_config(adapter))
         metadata["adapter_model_sha256"] = save_safetensors(staging / TENSOR_FILE, flat, _SAFETENSORS_METADATA)
@@ -124,12 +140,22 @@ def _compiled_tensors(adapter: CompiledAdapter) -> tuple[dict[str, Tensor], dict
     for name, module in adapter.modules.items():
         check_pair(where, name, module.A, module.B, module.rank)
         check_compiled_parts(where, name, module.B, module.scale, module.magnitude)
+        check_rows(where, name, module.zero_rows)
         parts = peft_parts(module.kind, module.kernel, module.A, module.B, module.magnitude)
         flat |= {f"{KEY_PREFIX}{name}.{part}": tensor for part, tensor in parts.items()}
     scales = {name: module.scale for name, module in adapter.modules.items()}
     check_tensors(where, flat)
     check_tensors(where, scales)
-    return flat | _extra_keys(where, adapter.extra), scales
+    # PEFT keeps an adapted module's own bias one level down.
+    extra = {_below_base_layer(name, adapter.modules): tensor for name, tensor in adapter.extra.items()}
+    flat |= _extra_keys(where, extra)
+    check_readable(where, flat, "peft", adapter.modules, adapter.extra)
+    return flat, scales
+
+
+def _below_base_layer(name: str, modules: Mapping[str, object]) -> str:
+    module, _, parameter = name.rpartition(".")
+    return f"{module}.base_layer.{parameter}" if module in modules else name
 
 
 def _extra_keys(where: str, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,7 +182,13 @@ def _dora_config(adapter: CompiledAdapter) -> dict[str, Any]:
         "modules_to_save": adapter.modules_to_save,
         "fan_in_fan_out": any(module.kind == "conv1d" for module in adapter.modules.values()),
         "lora_dropout": 0.0,
-        "bias": "all" if any(name.endswith(".bias") for name in adapter.extra) else "none",
+        "bias": "all" if any(_is_plain_bias(name, adapter) for name in adapter.extra) else "none",
         "use_rslora": False,
         "init_lora_weights": True,
     }
+
+
+def _is_plain_bias(name: str, adapter: CompiledAdapter) -> bool:
+    """Whether an extra tensor is a trained bias and not part of a module that is saved as a whole."""
+    saved = any(f".{module}." in f".{name}" for module in adapter.modules_to_save or [])
+    return name.endswith(".bias") and not saved

@@ -51,7 +51,7 @@ def compile_adapter(
             progress(done, len(bound.modules))
     return CompiledAdapter(
         modules=modules,
-        extra=adapter.extra,
+        extra=bound.adapter_extra,
         base_fingerprint=bound.fingerprint or _fingerprint(bound.modules),
         base_model=adapter.base_model,
         task_type=adapter.task_type,

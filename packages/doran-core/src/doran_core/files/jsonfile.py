@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CorruptFileError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path}: expected a JSON object, found {type(value).__name__}")

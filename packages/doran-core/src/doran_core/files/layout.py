@@ -107,7 +107,7 @@ def parse_layout(path: Path, data: bytes, size: int) -> Layout:
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ must map strings to strings")
         entries = [_entry(path, key, value, 8 + length) for key, value in header.items()]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, CorruptFileError):
             raise
         what = "a pickle, not safetensors" if _looks_like_pickle(data) else f"not safetensors: {error}"

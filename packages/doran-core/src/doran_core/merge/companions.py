@@ -117,7 +117,7 @@ def _set_dtype(config: dict[str, Any], name: str, *, top: bool) -> None:
 def _set_head(config: dict[str, Any], bound: BoundAdapter) -> None:
     """An adapter that brings a classifier which the base lacks makes the checkpoint a classifier."""
     head = _HEADS.get(bound.adapter.task_type or "")
-    labels = [t.shape[0] for name, t in bound.adapter.extra.items() if name.endswith(".weight") and t.dim() == 2]
+    labels = [t.shape[0] for name, t in bound.extra.items() if name.endswith(".weight") and t.dim() == 2]
     if head is None or not labels or not config.get("architectures"):
         return
     if any(name.endswith(head) for name in config["architectures"]):

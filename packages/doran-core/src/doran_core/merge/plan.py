@@ -17,7 +17,7 @@ from doran_core.binding import BoundAdapter, BoundModule, extra_keys
 from doran_core.checkpoint import Checkpoint, WeightFile
 from doran_core.errors import CheckpointError, ConfigError
 from doran_core.files.layout import DTYPES, Layout, TensorEntry, compose_header, dtype_name
-from doran_core.tied import OUTPUT_KEY, input_embedding_key, is_tied
+from doran_core.tied import OUTPUT_KEY, tied_embedding
 
 __all__ = ["Content", "Copied", "Given", "MergePlan", "Merged", "ShardPlan", "make_plan"]
 
@@ -86,8 +86,8 @@ def make_plan(
     contents: dict[str, Content] = {key: Copied(checkpoint.file(key)) for key in checkpoint}
     contents.update({key: Given(tensor) for key, tensor in replaced.items()})
     contents.update({key: Merged(tuple(updates)) for key, updates in merged.items()})
-    untied = _untie(checkpoint, contents)
     contents.update({key: Given(tensor) for key, tensor in added.items()})
+    untied = _untie(checkpoint, contents)
     prefix = _lacking_prefix(adapters) if added else ""
     shards, changed = _shards(checkpoint, contents, set(added), prefix, dtype)
     return MergePlan(shards, untied, changed)
@@ -115,8 +115,8 @@ def _extra_tensors(
     replaced: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
     for weight, bound in adapters:
-        places = extra_keys(bound.adapter.extra, checkpoint)
-        for name, tensor in bound.adapter.extra.items():
+        places = extra_keys(bound.extra, checkpoint)
+        for name, tensor in bound.extra.items():
             key = places.get(name, name)
             if key in merged:
                 raise ConfigError(f"{name}: one adapter replaces it in full and another one adapts it")
@@ -136,8 +136,8 @@ def _extra_tensors(
 
 def _untie(checkpoint: Checkpoint, contents: dict[str, Content]) -> bool:
     """Give a tied output layer a weight of its own if the merge changes either end alone."""
-    embedding = input_embedding_key(checkpoint)
-    if embedding is None or not is_tied(checkpoint):
+    embedding = tied_embedding(checkpoint)
+    if embedding is None:
         return False
     if OUTPUT_KEY not in contents and isinstance(contents[embedding], Copied):
         return False

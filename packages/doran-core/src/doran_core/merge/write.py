@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ __all__ = ["ShardWriter", "merge_threads"]
 
 _COPY_BYTES = 32 * 2**20
 _MOST_THREADS = 8
+_SYNC_INTERVAL = 0.2
 _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
 
 Advance = Callable[[int], None]
@@ -84,8 +85,13 @@ class ShardWriter:
             CheckpointError: a base file cannot be read. OSError: the output cannot be written.
         """
         try:
-            for task in self._tasks:
-                task.result()
+            pending = set(self._tasks)
+            while pending:
+                done, pending = wait(pending, timeout=_SYNC_INTERVAL, return_when=FIRST_EXCEPTION)
+                for task in done:
+                    task.result()
+                if pending:
+                    os.fsync(self._fd)  # again and again, so that the disk works while the threads do
             os.fsync(self._fd)
         finally:
             self.abandon()
@@ -207,15 +213,16 @@ def _write_transposed(fd: int, entry: TensorEntry, content: Merged, dtype: torch
 
 def _merged_rows(content: Merged) -> Iterator[tuple[slice, Tensor]]:
     """Merged rows in float64. One adapter of weight 1 gives W'; else W0 + sum of weight * (W' - W0)."""
-    (weight, first), others = content.updates[0], content.updates[1:]
+    updates = [(weight, module.double()) for weight, module in content.updates]
+    weight, first = updates[0]
     for rows, base in first.weight_rows():
-        if weight == 1.0 and not others:
+        if weight == 1.0 and len(updates) == 1:
             yield rows, first.merged_rows(base, rows)
         else:
-            yield rows, _weighted(content.updates, base.double(), rows)
+            yield rows, _weighted(updates, base.double(), rows)
 
 
-def _weighted(updates: tuple[tuple[float, BoundModule], ...], base: Tensor, rows: slice) -> Tensor:
+def _weighted(updates: Sequence[tuple[float, BoundModule]], base: Tensor, rows: slice) -> Tensor:
     total = base.clone()
     for weight, module in updates:
         total.add_(module.merged_rows(base, rows).sub_(base), alpha=weight)

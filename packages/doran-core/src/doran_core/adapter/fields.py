@@ -1,0 +1,77 @@
+"""The fields of a trainable adapter_config.json: those that must be there, those that may, and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from doran_core.config import DoranConfig
+from doran_core.errors import MissingKeyError, UnexpectedKeyError
+
+__all__ = ["CONFIG_FIELDS", "check_fields", "peft_fields"]
+
+CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(DoranConfig))
+"""The method's options. A reader that filled in a default for one would compute another function."""
+
+_OWN_FIELDS = frozenset({"peft_type", "format_version", "base_fingerprint", "created_by", "module_kinds"})
+_RECORD_FIELDS = frozenset({"base_model_name_or_path", "task_type"})
+
+_PEFT_FIELDS = frozenset(
+    {
+        # every PeftConfig
+        "auto_mapping",
+        "inference_mode",
+        "revision",
+        # doran-hf's, as LoRA's
+        "bias",
+        "fan_in_fan_out",
+        "layers_pattern",
+        "layers_to_transform",
+        # what PEFT's other methods have for the time of training or loading only
+        "ensure_weight_tying",
+        "runtime_config",
+    }
+)
+_PEFT_PREFIX = "peft_"
+"""Names that start so are PEFT's to add (``peft_version``). Other fields of a later PEFT need a place in the list."""
+
+
+def check_fields(where: str, names: Collection[str]) -> None:
+    """Refuse a configuration that lacks an option of the method, or has a field that nobody knows.
+
+    Args:
+        where: the file, for messages.
+        names: its fields.
+
+    Raises:
+        MissingKeyError, UnexpectedKeyError: naming the fields, and the known name nearest to an unknown one.
+    """
+    missing = sorted((CONFIG_FIELDS | {"format_version"}) - set(names))
+    unknown = sorted(name for name in names if not _is_known(name))
+    hints = "; ".join(_hint(name, missing) for name in unknown)
+    if missing:
+        raise MissingKeyError(f"{where}: no field {', '.join(map(repr, missing))}" + (f"; {hints}" if hints else ""))
+    if unknown:
+        raise UnexpectedKeyError(f"{where}: {hints}")
+
+
+def peft_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are PEFT's own."""
+    return {name: value for name, value in fields.items() if _is_peft(name)}
+
+
+def _is_peft(name: str) -> bool:
+    return name in _PEFT_FIELDS or (name.startswith(_PEFT_PREFIX) and name not in _OWN_FIELDS)
+
+
+def _is_known(name: str) -> bool:
+    return name in CONFIG_FIELDS | _OWN_FIELDS | _RECORD_FIELDS or _is_peft(name)
+
+
+def _hint(name: str, missing: Collection[str]) -> str:
+    """What an unknown name may be meant for: a missing field before one that is there."""
+    known = sorted(CONFIG_FIELDS | _OWN_FIELDS | _RECORD_FIELDS | _PEFT_FIELDS)
+    near = difflib.get_close_matches(name, sorted(missing), n=1) or difflib.get_close_matches(name, known, n=1)
+    return f"unknown field {name!r}" + (f", nearest is {near[0]!r}" if near else "")
