@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from doran_core import DoranConfig
+
 FORMS = ("lora", "dora", "compiled", "trainable")
 
 
@@ -115,18 +117,19 @@ class AdapterSpec:
             tensors[f"{prefix}.factors.B"] = layer.B.contiguous()
             tensors[f"{prefix}.magnitude"] = layer.magnitude
             tensors[f"{prefix}.tau.raw"] = layer.raw_tau
+        options = DoranConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            factors="static",
+            target_modules=sorted({name.rpartition(".")[2] for name in self.layers}),
+        )
         config = {
             "peft_type": "DORAN",
             "format_version": 1,
             "base_fingerprint": None,
             "created_by": "a test",
             "task_type": "CAUSAL_LM",
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "factors": "static",
-            "tau_kind": "learned",
-            "tau_granularity": "layer",
-            "target_modules": sorted({name.rpartition(".")[2] for name in self.layers}),
+            **options.to_dict(),
         }
         return config, tensors
 
