@@ -26,7 +26,7 @@ TARGETS = {
     "qv": ["q_proj", "v_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-WAYS = ["copy", "doran", "doran-compiled", "doran-dora", "peft-dora", "peft-lora"]
+WAYS = ["copy", "doran", "doran-compiled", "doran-dora", "doran-lora", "peft-dora", "peft-lora"]
 SHARD_BYTES = 10**9
 
 
@@ -157,7 +157,7 @@ def run_one(way: str, work: Path) -> dict[str, float]:
         model = PeftModel.from_pretrained(model, work / way.removeprefix("peft-")).merge_and_unload()
         model.save_pretrained(out, max_shard_size="1GB")
     else:
-        merge_checkpoint(base, work / {"doran-dora": "dora"}.get(way, way), out)
+        merge_checkpoint(base, work / {"doran-dora": "dora", "doran-lora": "lora"}.get(way, way), out)
     seconds = time.perf_counter() - start
     peak = memory("VmHWM") - imported
     os.sync()

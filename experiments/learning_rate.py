@@ -2,8 +2,8 @@
 
     python experiments/learning_rate.py --method doran --rates 5e-4 1e-3 2e-3 4e-3 --seeds 0 1 2
 
-One JSON line per run: accuracy on 500 unseen sentences, the base's, and the seconds of training. Model, data and training
-are those of examples/end_to_end.py; only method, rate and seed change. Needs what the demo needs, except vLLM.
+One JSON line per run: accuracy on 500 unseen sentences, the base model's, and seconds of training. Model, data and
+training are those of examples/end_to_end.py; only method, rate and seed change. Needs what the demo needs, except vLLM.
 """
 
 from __future__ import annotations
