@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -82,13 +81,20 @@ def time_methods(width: int, rank: int, tokens: int, rounds: int) -> dict[str, l
 
 
 def measure_memory(method: str, width: int, rank: int, tokens: int, queue: multiprocessing.Queue) -> None:
-    """MiB that the steps add to the peak of a process that holds the model and the inputs already."""
+    """MiB that the steps need beyond what a process holds that has the model and the inputs already."""
     x, cotangent = inputs(width, tokens)
     run = step(build(method, width, rank), x, cotangent)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident now
+    before = peak_resident()
     for _ in range(3):
         run()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put((peak_resident() - before) / 1024)
+
+
+def peak_resident() -> int:
+    """Peak resident memory of this process in KiB since the last reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def peak_memory(method: str, width: int, rank: int, tokens: int) -> float:

@@ -18,7 +18,8 @@ class Precision:
     Attributes:
         name: what users say.
         dtype: the weights' dtype while tracing.
-        tolerance: largest allowed absolute difference of an output from PyTorch's in float32.
+        tolerance: largest allowed difference of an output from PyTorch's in float32, in units of the output's largest
+            value where that is over 1.
     """
 
     name: str

@@ -26,6 +26,8 @@ class Check:
 
     Attributes:
         max_difference: largest absolute difference by output name, padding left out.
+        limit: what was allowed by output name: the tolerance, times the output's largest value where that is over 1.
+            Random tokens drive some models to activations in the thousands, whose rounding no implementation shares.
         same_argmax: share of rows (or real tokens) whose largest logit is the same one; None without logits.
         compared: number of rows or tokens that were compared.
         uncertain: number of those left out because PyTorch disagrees with itself there, by more than a quarter of the
@@ -37,6 +39,7 @@ class Check:
     batch: int
     length: int | None
     max_difference: dict[str, float]
+    limit: dict[str, float]
     same_argmax: float | None
     compared: int
     uncertain: int
@@ -93,7 +96,7 @@ def prove(
         directory: the exported directory.
         spec: its graph.
         reference: what PyTorch answered.
-        tolerance: largest allowed absolute difference of any output.
+        tolerance: largest allowed difference of any output, in units of its largest value where that is over 1.
         providers: execution providers to run one by one; None takes all that are available.
         advance: called after each case and after each generation.
 
@@ -105,7 +108,7 @@ def prove(
         runner = OnnxRunner(directory, providers=[provider])
         for answer in reference.answers:
             check = _compare(runner, spec, answer, tolerance, provider)
-            _require_near(check, tolerance)
+            _require_near(check)
             checks.append(check)
             advance()
         _require_certain(checks, tolerance)
@@ -119,6 +122,7 @@ def _compare(runner: OnnxRunner, spec: GraphSpec, answer: Answer, tolerance: flo
     case = answer.case
     got = {"logits": runner.run_in_chunks(case.inputs, case.chunks)} if case.chunks else runner.run(case.inputs)
     differences: dict[str, float] = {}
+    limits: dict[str, float] = {}
     same: float | None = None
     compared = uncertain = 0
     for name, reference in answer.outputs.items():
@@ -132,19 +136,20 @@ def _compare(runner: OnnxRunner, spec: GraphSpec, answer: Answer, tolerance: flo
             raise ProofError(f"{case.name} on {provider}: {name} is not finite in ONNX Runtime")
         certain = rows & (answer.noise[name] <= tolerance / 4)
         output, reference = output[certain], reference[certain]
+        limits[name] = tolerance * max(1.0, float(np.abs(reference).max(initial=0.0)))
         differences[name] = float(np.abs(output - reference).max(initial=0.0))
         compared, uncertain = int(certain.sum()), int((rows & ~certain).sum())
         if name == "logits" and compared:
             same = float((output.argmax(-1) == reference.argmax(-1)).mean())
-    return Check(case.name, provider, case.batch, case.length, differences, same, compared, uncertain)
+    return Check(case.name, provider, case.batch, case.length, differences, limits, same, compared, uncertain)
 
 
-def _require_near(check: Check, tolerance: float) -> None:
+def _require_near(check: Check) -> None:
     for name, difference in check.max_difference.items():
-        if difference > tolerance:
+        if difference > check.limit[name]:
             raise ProofError(
                 f"ONNX Runtime ({check.provider}) differs from PyTorch by {difference:.3g} in {name} "
-                f"({check.name}), more than the tolerance {tolerance:.3g}"
+                f"({check.name}), more than the allowed {check.limit[name]:.3g}"
             )
 
 
