@@ -186,12 +186,6 @@ def test_unknown_provider_and_inputs(tiny_decoder: tuple[Path, object]) -> None:
         OnnxRunner(directory).run({"pixel_values": np.zeros((1, 1, 8, 8))})
 
 
-def test_generation_needs_a_cache(model: Path, tmp_path: Path) -> None:
-    export(model, tmp_path / "out")
-    with pytest.raises(ConfigError, match="it cannot generate"):
-        OnnxRunner(tmp_path / "out").generate([[1]])
-
-
 def test_without_onnxruntime(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     refuse(MissingDependencyError, r"pip install 'doran-export\[cpu\]'", model)

@@ -13,6 +13,7 @@ import transformers
 from conftest import TEXT, saved, tiny_llama
 from transformers import PreTrainedModel
 
+from doran_core.errors import ConfigError
 from doran_export import OnnxRunner, UnsupportedModelError, export
 from doran_export.repeat import find_layers
 
@@ -26,11 +27,6 @@ def bert(kind: str, **changes: object) -> PreTrainedModel:
 def roberta() -> PreTrainedModel:
     config = transformers.RobertaConfig(**(SHAPE | {"max_position_embeddings": 162}), type_vocab_size=1)
     return transformers.RobertaForSequenceClassification(config).eval()
-
-
-def distilbert() -> PreTrainedModel:
-    config = transformers.DistilBertConfig(vocab_size=97, dim=32, hidden_dim=48, n_layers=2, n_heads=4)
-    return transformers.DistilBertForSequenceClassification(config).eval()
 
 
 def llama_classifier() -> PreTrainedModel:
@@ -51,11 +47,10 @@ def resnet() -> PreTrainedModel:
         (lambda: bert("BertForTokenClassification"), "token-classification"),
         (lambda: bert("BertForMaskedLM"), "fill-mask"),
         (roberta, "text-classification"),
-        (distilbert, "text-classification"),
         (llama_classifier, "text-classification"),
         (resnet, "image-classification"),
     ],
-    ids=["bert-token", "bert-mlm", "roberta", "distilbert", "llama-cls", "resnet"],
+    ids=["bert-token", "bert-mlm", "roberta", "llama-cls", "resnet"],
 )
 def test_kind(make: Callable[[], PreTrainedModel], task: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -65,6 +60,8 @@ def test_kind(make: Callable[[], PreTrainedModel], task: str, tmp_path: Path) ->
     assert report.proof.max_difference < 1e-4
     assert {check.batch for check in report.proof.checks} >= {1, 2}
     assert not list(tmp_path.glob(".*partial*"))
+    with pytest.raises(ConfigError, match="it cannot generate"):
+        OnnxRunner(tmp_path / "out").generate([[1]])
 
 
 def test_sliding_window_decoder(tmp_path: Path) -> None:
