@@ -22,16 +22,23 @@ from torch import Tensor
 
 __all__ = [
     "CANCELLATION_THRESHOLD",
+    "accumulated",
+    "accumulation_dtype",
     "adapted_linear",
     "adapted_output",
+    "aligned_product",
+    "aligned_row_norm",
     "base_product",
     "base_squared_norm",
+    "cancelled_rows",
     "direction",
     "factored_row_norm",
     "merged_weight",
     "output_scale",
     "row_norm",
     "scaled_factor",
+    "wide_product",
+    "wide_transposed_product",
 ]
 
 CANCELLATION_THRESHOLD = 1e-2
@@ -45,6 +52,11 @@ _UPCAST_BYTES = 64 * 2**20
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which sums over these tensors are taken: float64 if any of them is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def accumulated(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype in which sums over it are taken."""
+    return tensor.to(accumulation_dtype(tensor))
 
 
 def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
@@ -75,26 +87,59 @@ def base_squared_norm(weight: Tensor) -> Tensor:
     return torch.cat([weight[rows].to(dtype).square().sum(1) for rows in _row_chunks(weight, dtype)])
 
 
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in :func:`accumulation_dtype`; of a narrower left operand no whole wide copy is made.
+
+    Args:
+        left: ``[m, k]``.
+        right: ``[k, n]``.
+
+    Returns:
+        ``[m, n]``.
+    """
+    dtype = accumulation_dtype(left, right)
+    right = right.to(dtype)
+    chunks = _row_chunks(left, dtype)
+    if len(chunks) == 1:
+        return left.to(dtype) @ right
+    return torch.cat([left[rows].to(dtype) @ right for rows in chunks])
+
+
+def wide_transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` in :func:`accumulation_dtype`; of a narrower right operand no whole wide copy is made.
+
+    Args:
+        left: ``[k, m]``.
+        right: ``[k, n]``, such as W0.
+
+    Returns:
+        ``[m, n]``.
+    """
+    dtype = accumulation_dtype(left, right)
+    if right.dtype == dtype:
+        return left.T.to(dtype) @ right
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=dtype)
+    for rows in _row_chunks(right, dtype):
+        total.addmm_(left[rows].T.to(dtype), right[rows].to(dtype))
+    return total
+
+
 class _FrozenProduct(torch.autograd.Function):
     """``W0 @ A.T`` in a wider dtype than W0's, with gradients for A alone and no wide copy of W0 kept."""
 
     @staticmethod
     def forward(weight: Tensor, A: Tensor) -> Tensor:
-        return torch.cat([weight[rows].to(A.dtype) @ A.T for rows in _row_chunks(weight, A.dtype)])
+        return wide_product(weight, A.T)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
-        ctx.dtype = inputs[1].dtype
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, Tensor]:
         (weight,) = ctx.saved_tensors
         (grad,) = grad_outputs
-        total = grad.new_zeros(grad.shape[1], weight.shape[1])
-        for rows in _row_chunks(weight, ctx.dtype):
-            total.addmm_(grad[rows].T, weight[rows].to(ctx.dtype))
-        return None, total
+        return None, wide_transposed_product(grad, weight)
 
 
 def base_product(weight: Tensor, A: Tensor) -> Tensor:
@@ -114,10 +159,42 @@ def base_product(weight: Tensor, A: Tensor) -> Tensor:
     return product
 
 
-def factored_row_norm(squared_norm: Tensor, product: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """``||W0 + g B A||`` per row without forming ``B A``.
+def aligned_product(product: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``K = V @ A.T = U + g B (A A^T)``: each row's direction along the rows of A, without forming V.
 
-    ``n^2 = ||W0||^2 + 2 g sum(B * U, 1) + g^2 sum((B @ (A @ A.T)) * B, 1)``.
+    Args:
+        product: ``U``, ``[d_out, r]``, from :func:`base_product`.
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        scaling: ``g``.
+
+    Returns:
+        ``[d_out, r]``.
+    """
+    return torch.addmm(product, B, A @ A.T, alpha=scaling)
+
+
+def aligned_row_norm(squared_norm: Tensor, product: Tensor, aligned: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``||W0 + g B A||`` per row from what the factors have in common with W0 and with V.
+
+    ``n^2 = ||W0||^2 + g sum(B * (U + K), 1)``, which is
+    ``||W0||^2 + 2 g sum(B * U, 1) + g^2 sum((B @ (A @ A.T)) * B, 1)``.
+
+    Args:
+        squared_norm: ``[d_out]``, from :func:`base_squared_norm`.
+        product: ``U``, ``[d_out, r]``, from :func:`base_product`.
+        aligned: ``K``, ``[d_out, r]``, from :func:`aligned_product`.
+        B: ``[d_out, r]``.
+        scaling: ``g``.
+
+    Returns:
+        ``[d_out]``.
+    """
+    return _safe_sqrt(squared_norm + scaling * (B * (product + aligned)).sum(1))
+
+
+def factored_row_norm(squared_norm: Tensor, product: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``||W0 + g B A||`` per row without forming ``B A``; :func:`aligned_row_norm` has the formula.
 
     Args:
         squared_norm: ``[d_out]``, from :func:`base_squared_norm`.
@@ -127,13 +204,22 @@ def factored_row_norm(squared_norm: Tensor, product: Tensor, A: Tensor, B: Tenso
         scaling: ``g``.
 
     Returns:
-        ``[d_out]``. Where V nearly cancels (``n < CANCELLATION_THRESHOLD * ||W0||``) its error is large:
-        use :func:`row_norm` for those rows.
+        ``[d_out]``. Where V nearly cancels, see :func:`cancelled_rows`, its error is large: use :func:`row_norm` there.
     """
     dtype = accumulation_dtype(squared_norm, product, A, B)
-    A, B = A.to(dtype), B.to(dtype)
-    inner = (B * (2.0 * scaling * product + scaling**2 * (B @ (A @ A.T)))).sum(1)
-    return _safe_sqrt(squared_norm + inner)
+    A, B, product = A.to(dtype), B.to(dtype), product.to(dtype)
+    return aligned_row_norm(squared_norm, product, aligned_product(product, A, B, scaling), B, scaling)
+
+
+def cancelled_rows(norm: Tensor, squared_norm: Tensor) -> Tensor:
+    """Indices of the rows whose factored norm has lost digits: ``n < CANCELLATION_THRESHOLD * ||W0||``.
+
+    Args:
+        norm: ``[d_out]``, from :func:`factored_row_norm`.
+        squared_norm: ``||W0||^2``, ``[d_out]``.
+    """
+    bound = CANCELLATION_THRESHOLD**2 * squared_norm
+    return (norm.detach().square() < bound).nonzero()[:, 0]
 
 
 def direction(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
