@@ -10,6 +10,7 @@ from types import ModuleType
 
 __all__ = [
     "AdapterFormatError",
+    "BackendError",
     "BaseMismatchError",
     "CheckpointError",
     "ConfigError",
@@ -34,6 +35,10 @@ class DoranError(Exception):
 
 class ConfigError(DoranError, ValueError):
     """A configuration field holds a value that it may not hold."""
+
+
+class BackendError(DoranError, ValueError):
+    """An implementation of the layers was asked for by name and is unknown, or cannot run here."""
 
 
 class AdapterFormatError(DoranError, ValueError):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from doran_core.config import DoranConfig
 from doran_core.errors import ConfigError
+from doran_core.kernels.generate import Networks, fits, generate
 
 __all__ = [
     "FactorBuilder",
@@ -193,6 +194,7 @@ class GeneratedFactors(nn.Module):
             self.block_embedding = block_embedding
         self.d_in, self.d_out = spec.d_in, spec.d_out
         self.share_output = config.share_output
+        self.activation = config.activation
         if self.share_output:
             trunk.add_shared_outputs(spec.d_in, spec.d_out)
             return
@@ -207,12 +209,31 @@ class GeneratedFactors(nn.Module):
         return hidden
 
     def forward(self) -> tuple[Tensor, Tensor]:
+        networks = self.networks()
+        if networks is not None and fits(networks, self.activation):
+            return generate(networks, self.activation)
         hidden_A, hidden_B = self._hidden()
-        trunk = self._trunk[0]
-        w2_A = trunk.output_A[str(self.d_in)] if self.share_output else self.w2_A
-        w2_B = trunk.output_B[str(self.d_out)] if self.share_output else self.w2_B
+        w2_A, w2_B = self._output_weights()
         # A trunk may lie on another device, or in another precision, than this layer.
         return F.linear(hidden_A.to(w2_A), w2_A), F.linear(w2_B, hidden_B.to(w2_B))
+
+    def _output_weights(self) -> tuple[Tensor, Tensor]:
+        if not self.share_output:
+            return self.w2_A, self.w2_B
+        trunk = self._trunk[0]
+        return trunk.output_A[str(self.d_in)], trunk.output_B[str(self.d_out)]
+
+    def networks(self) -> Networks | None:
+        """The parameters as the kernels take them; None for networks of another depth than two."""
+        trunk, block = self._trunk[0], self._block_embedding[0]
+        if len(trunk.A.weights) != 1:
+            return None
+        w2_A, w2_B = self._output_weights()
+        embedding_A: Tensor = trunk.A.embedding
+        embedding_B: Tensor = trunk.B.embedding
+        if block is not None:
+            embedding_A, embedding_B = embedding_A + block.vector, embedding_B + block.vector
+        return Networks(embedding_A, trunk.A.weights[0], w2_A, embedding_B, trunk.B.weights[0], w2_B)
 
 
 class BlockEmbedding(nn.Module):

@@ -81,6 +81,11 @@ class Tau(nn.Module):
         start = groups * self.init_value if self.relative else torch.full_like(groups, self.init_value)
         self.raw.copy_(_inverse_softplus(start.double().clamp_min(_SMALLEST)))
 
+    @property
+    def is_softplus(self) -> bool:
+        """Whether this pass adds ``softplus(raw)`` to the norm, and nothing random."""
+        return self.kind in ("learned", "fixed")
+
     def value(self) -> Tensor:
         """What inference adds to the norm: ``[1]``, per head or row ``[d_out]``, and a scalar 0 for the kind zero."""
         if self.raw is None:

@@ -12,7 +12,10 @@ from doran_core import functional
 from doran_core.config import DoranConfig
 from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.experts import RankOneExperts
-from doran_core.factors import LayerSpec, factor_penalty
+from doran_core.factors import GeneratedFactors, LayerSpec, factor_penalty
+from doran_core.kernels import dispatch
+from doran_core.kernels.generate import SLOPES, Networks, fits
+from doran_core.kernels.layer import without_autocast
 from doran_core.layers.base import BaseView
 from doran_core.tau import Tau
 
@@ -104,14 +107,19 @@ class DoranAdapter(nn.Module):
                     "which gives no access to it; use 'factored'"
                 )
             return functional.row_norm(weight, A, B, self.scaling)
-        if self._is_stale(view):
-            self.reset_base(view)
-        squared_norm = self.base_squared_norm
-        assert squared_norm is not None
+        squared_norm = self.squared_norm_of_base(view)
         norm = functional.factored_row_norm(squared_norm, view.product(A), A, B, self.scaling)
         if self.config.norm_method == "auto" and weight is not None and not torch.compiler.is_compiling():
             norm = self._repair_cancelled(norm, squared_norm, weight, A, B)
         return norm
+
+    def squared_norm_of_base(self, view: BaseView) -> Tensor:
+        """``||W0||^2``, ``[d_out]``: the one at hand, or a new one if the weight has changed."""
+        if self._is_stale(view):
+            self.reset_base(view)
+        squared_norm = self.base_squared_norm
+        assert squared_norm is not None
+        return squared_norm
 
     def _is_stale(self, view: BaseView) -> bool:
         """Whether ``||W0||^2`` is missing or that of another weight; a compiled graph takes it as it is."""
@@ -121,8 +129,7 @@ class DoranAdapter(nn.Module):
 
     def _repair_cancelled(self, norm: Tensor, squared_norm: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The direct norm for the rows in which V nearly cancels."""
-        bound = functional.CANCELLATION_THRESHOLD**2 * squared_norm
-        rows = (norm.detach().square() < bound).nonzero()[:, 0]
+        rows = functional.cancelled_rows(norm, squared_norm)
         if rows.numel() == 0:
             return norm
         return norm.index_put((rows,), functional.row_norm(weight[rows], A, B[rows], self.scaling).to(norm.dtype))
@@ -136,22 +143,55 @@ class DoranAdapter(nn.Module):
 
         Autocast is off here: it would take the norm's products in half precision.
         """
-        with torch.autocast(self.magnitude.device.type, enabled=False):
+        with without_autocast(self.magnitude):
             A, B = self.factor_pair()
             scale = self.output_scale(self.norm(view, A, B))
             return scale, A, functional.scaled_factor(B, scale, self.scaling)
 
-    def forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
+    def forward(self, view: BaseView, x: Tensor, base_output: Tensor | None = None) -> Tensor:
         """The adapted output.
 
         Args:
             view: of the base layer.
             x: the base layer's input.
-            base_output: what the base layer made of it, bias included.
+            base_output: what the base layer made of it, bias included. None leaves the call to the adapter, which can
+                then often spare a copy of the output.
 
         Returns:
-            Shape and dtype of ``base_output``.
+            Shape and dtype of the base layer's output.
+
+        Raises:
+            BackendError: an implementation was asked for by name (doran_core.kernels) and cannot run here.
         """
+        implementation = dispatch.choose_for(view, x, self.magnitude, norm_method=self.config.norm_method)
+        if implementation == "reference":
+            return self._reference_forward(view, x, view.layer(x) if base_output is None else base_output)
+        networks = self._networks() if implementation == "triton" and view.weight() is not None else None
+        tau: Tensor | float | None = self.tau.raw if networks is not None and self.tau.is_softplus else None
+        with without_autocast(self.magnitude):
+            factors = self.factor_pair() if networks is None else networks
+            raw = tau is not None
+            if tau is None:
+                tau = self.tau()
+        return dispatch.run(
+            implementation, view, x, base_output, factors, self.magnitude, tau, self.squared_norm_of_base(view),
+            scaling=self.scaling,
+            detach_norm=self.config.norm_grad == "detached",
+            repair=self.config.norm_method == "auto",
+            dropout=self.config.dropout if self.training else 0.0,
+            slope=None if networks is None else SLOPES[self.config.activation],
+            raw_tau=raw,
+        )  # fmt: skip
+
+    def _networks(self) -> Networks | None:
+        """The factor networks' parameters where the kernels can go all the way from them, and back to them."""
+        if self.experts is not None or not isinstance(self.factors, GeneratedFactors):
+            return None
+        networks = self.factors.networks()
+        return networks if networks is not None and fits(networks, self.config.activation) else None
+
+    def _reference_forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
+        """The formulas under autograd, for every kind of layer."""
         scale, A, scaled_B = self.scale_and_factors(view)
         dtype = base_output.dtype
         if x.is_floating_point():

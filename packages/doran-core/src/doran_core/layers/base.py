@@ -53,6 +53,11 @@ class BaseView(ABC):
         tensors = [*self.layer.parameters(), *self.layer.buffers()]
         return tensors[0].device if tensors else torch.device("cpu")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether calling the layer is ``F.linear(x, weight, bias)`` and nothing else: no hook sees the call."""
+        return False
+
     @abstractmethod
     def weight(self) -> Tensor | None:
         """W0 as a view ``[d_out, d_in]``; None where the layer gives no access to it."""
@@ -89,12 +94,26 @@ class BaseView(ABC):
         return weight
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
 class _LinearView(BaseView):
     """nn.Linear and its like: weight ``[d_out, d_in]``."""
 
     def __init__(self, layer: nn.Module) -> None:
         weight = cast(Tensor, layer.weight)
         super().__init__(layer, weight.shape[0], weight.shape[1])
+
+    @property
+    def is_plain(self) -> bool:
+        layer = self.layer
+        return (
+            type(layer).forward is nn.Linear.forward
+            and "forward" not in vars(layer)
+            and not any(getattr(layer, hooks) for hooks in _HOOKS)
+            and not any(getattr(torch.nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS)
+        )
 
     def weight(self) -> Tensor:
         return cast(Tensor, self.layer.weight)
@@ -229,7 +248,7 @@ def is_adaptable(layer: nn.Module) -> bool:
 
 def _refuse_composed(layer: nn.Module, name: str) -> None:
     """Refuse layers whose weight is computed from others, or that have layers inside."""
-    if parametrize.is_parametrized(layer) or "weight" in (vars(layer).keys() - {"_parameters"}):
+    if parametrize.is_parametrized(layer) or "weight" in vars(layer):
         raise TargetError(
             f"{name}: the weight of this {type(layer).__name__} is computed by a parametrization, such as weight_norm; "
             "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"

@@ -61,6 +61,7 @@ class DoranLayer(nn.Module):
         self.doran_adapter = DoranAdapter(config, spec, factors)
         self.doran_adapter.initialise(view)
         self.base_layer = base_layer
+        self._view = view
         for parameter in base_layer.parameters():
             parameter.requires_grad_(False)
         self.enabled = True
@@ -70,8 +71,12 @@ class DoranLayer(nn.Module):
 
     @property
     def view(self) -> BaseView:
-        """The base layer as a matrix."""
-        return base_view(self.base_layer, self.doran_adapter.spec.name)
+        """The base layer as a matrix. Checked anew when the layer is another one, not at each call."""
+        if torch.compiler.is_compiling():
+            return base_view(self.base_layer, self.doran_adapter.spec.name)
+        if self._view.layer is not self.base_layer:
+            self._view = base_view(self.base_layer, self.doran_adapter.spec.name)
+        return self._view
 
     @property
     def merged(self) -> bool:
@@ -105,9 +110,9 @@ class DoranLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Shapes of the base layer."""
-        base_output: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged or not self.enabled:
-            return base_output
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        base_output = self.base_layer(x, *args, **kwargs) if args or kwargs else None
         adapted: Tensor = self.doran_adapter(self.view, x, base_output)
         return adapted
 

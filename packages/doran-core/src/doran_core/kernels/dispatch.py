@@ -1,0 +1,124 @@
+"""From a base layer's view and an adapter's tensors to the implementation that can run them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from doran_core.kernels.backend import Implementation, choose
+from doran_core.kernels.compiled import adapted_linear_op
+from doran_core.kernels.layer import AdaptedLinear, Facts, Inputs, forward, without_autocast
+
+if TYPE_CHECKING:
+    from doran_core.layers.base import BaseView  # which imports this module
+
+__all__ = ["choose_for", "run"]
+
+
+def choose_for(view: BaseView, x: Tensor, magnitude: Tensor, *, norm_method: str) -> Implementation:
+    """The implementation for one call of a layer.
+
+    The reference computes what the others do not: embeddings and convolutions, a trained bias, a norm that is to be
+    taken directly, tensor subclasses, function transforms, and anything under torch.compile without Triton.
+
+    Raises:
+        BackendError: triton was asked for by name and cannot run on these tensors.
+    """
+    bias = view.bias
+    special = (
+        view.kind in ("embedding", "conv2d")
+        or norm_method == "direct"
+        or not x.is_floating_point()
+        or x.numel() == 0
+        or (bias is not None and bias.requires_grad)
+        or not _is_ordinary(view.weight())
+        or torch._C._are_functorch_transforms_active()
+    )
+    if special:
+        return "reference"
+    wide = magnitude.dtype == torch.float64
+    implementation = choose(x.device, magnitude.dtype if wide else x.dtype)
+    return "reference" if implementation == "torch" and torch.compiler.is_compiling() else implementation
+
+
+def _is_ordinary(weight: Tensor | None) -> bool:
+    return weight is None or (type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad)
+
+
+def run(
+    implementation: Implementation,
+    view: BaseView,
+    x: Tensor,
+    base_output: Tensor | None,
+    factors: tuple[Tensor, ...],
+    magnitude: Tensor,
+    tau: Tensor | float,
+    squared_norm: Tensor,
+    *,
+    scaling: float,
+    detach_norm: bool,
+    repair: bool,
+    dropout: float,
+    slope: float | None = None,
+    raw_tau: bool = False,
+) -> Tensor:
+    """The adapted output, shaped as the base layer's.
+
+    Args:
+        implementation: "torch" or "triton".
+        view: of a linear base layer.
+        x: its input, ``[..., d_in]``.
+        base_output: what it made of x, or None to leave it to this function.
+        factors: A ``[r, d_in]`` and B ``[d_out, r]``, or the parameters of their networks.
+        magnitude: ``[d_out]``.
+        tau: 0, ``[1]`` or ``[d_out]``.
+        squared_norm: ``||W0||^2``, ``[d_out]``.
+        scaling: ``g``.
+        detach_norm: no gradient through the norm.
+        repair: take the norm directly where V nearly cancels.
+        dropout: probability of dropping an element of the branch's input.
+        slope: of the networks' activation left of 0; None if the factors are A and B.
+        raw_tau: tau is given before its softplus.
+    """
+    weight = view.weight()
+    # A compiled graph makes the base's product itself, and then it is free to write to the output later.
+    here = weight is not None and view.is_plain and _same_precision(x, weight) and not torch.compiler.is_compiling()
+    if base_output is None and not here:
+        base_output = view.layer(x)
+    low_rank_input = None if base_output is None else x.to(base_output.dtype)
+    if dropout > 0.0:
+        low_rank_input = F.dropout(x if low_rank_input is None else low_rank_input, dropout)
+    product = None
+    if weight is None:
+        with without_autocast(magnitude), torch.set_grad_enabled(torch.is_grad_enabled() and not detach_norm):
+            product = view.product(factors[0])
+    inputs = Inputs(
+        x=x if base_output is None else None,
+        low_rank_input=low_rank_input,
+        weight=weight,
+        base_output=base_output,
+        product=product,
+        bias=view.bias,
+        squared_norm=squared_norm,
+        magnitude=magnitude,
+        tau=tau if isinstance(tau, Tensor) else magnitude.new_full((1,), tau),
+        factors=factors,
+    )
+    facts = Facts(scaling, detach_norm, repair and weight is not None, implementation, slope, raw_tau)
+    if torch.compiler.is_compiling():
+        return adapted_linear_op(facts, inputs)
+    if not torch.is_grad_enabled():
+        with without_autocast(magnitude):
+            return forward(facts, inputs)[0]
+    return AdaptedLinear.apply(facts, *inputs.spread())  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _same_precision(x: Tensor, weight: Tensor) -> bool:
+    """Whether the base layer would compute in the dtype of its input and weight, also under autocast."""
+    if x.dtype != weight.dtype:
+        return False
+    kind = x.device.type
+    return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == x.dtype
