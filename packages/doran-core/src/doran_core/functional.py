@@ -222,7 +222,7 @@ def cancelled_rows(norm: Tensor, squared_norm: Tensor) -> Tensor:
     return (norm.detach().square() < bound).nonzero()[:, 0]
 
 
-def direction(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def direction(weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, out: Tensor | None = None) -> Tensor:
     """``V = W0 + g B A``, formed in full.
 
     Args:
@@ -230,12 +230,16 @@ def direction(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         A: ``[r, d_in]``.
         B: ``[d_out, r]``.
         scaling: ``g``.
+        out: memory for the result, which then has its dtype; not for autograd.
 
     Returns:
         ``[d_out, d_in]`` in float32, or float64 if any operand is float64.
     """
-    dtype = accumulation_dtype(weight, A, B)
-    return torch.addmm(weight.to(dtype), B.to(dtype), A.to(dtype), alpha=scaling)
+    dtype = accumulation_dtype(weight, A, B) if out is None else out.dtype
+    A, B = A.to(dtype), B.to(dtype)
+    if out is None:
+        return torch.addmm(weight.to(dtype), B, A, alpha=scaling)
+    return out.copy_(weight).addmm_(B, A, alpha=scaling)
 
 
 def row_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -352,8 +356,10 @@ def merged_weight(
     scaling: float,
     magnitude: Tensor,
     tau: Tensor | float,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``W' = m / (||V|| + tau) * V`` in float64, with the direct norm.
+    """``W' = m / (||V|| + tau) * V`` in float64, with the direct norm; not for autograd.
 
     Rows are independent: a caller short of memory passes slices of rows of weight, B, magnitude and tau.
 
@@ -364,11 +370,14 @@ def merged_weight(
         scaling: ``g``.
         magnitude: ``m``, ``[d_out]``.
         tau: a number, ``[1]`` or ``[d_out]``.
+        out: float64 memory for the result, so that a caller with many slices allocates once.
 
     Returns:
         ``[d_out, d_in]`` in float64, so that there is one rounding, the caller's.
     """
-    V = direction(weight.double(), A.double(), B.double(), scaling)
-    norm = _safe_sqrt(V.square().sum(1))
+    if out is None:
+        out = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
+    V = direction(weight, A, B, scaling, out=out)
+    norm = torch.linalg.vector_norm(V, dim=1)
     scale = output_scale(magnitude.double(), norm, tau.double() if isinstance(tau, Tensor) else tau)
     return V.mul_(scale[:, None])
