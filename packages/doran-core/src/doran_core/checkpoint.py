@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from doran_core.errors import CheckpointError, CorruptFileError
@@ -38,11 +39,16 @@ class WeightFile:
         return self.layout.path
 
     def rows(self, step: int) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of `step` rows along the first stored dimension with their values, in the file's dtype."""
+        """Slices of `step` rows along the first stored dimension with their values, in the file's dtype.
+
+        The values of one slice are overwritten by those of the next.
+        """
+        total = self.entry.shape[0]
+        buffer = torch.empty((min(step, total), *self.entry.shape[1:]), dtype=DTYPES[self.entry.dtype])
         with open_for_reading(self.path) as fd:
-            for start in range(0, self.entry.shape[0], step):
-                part = slice(start, min(start + step, self.entry.shape[0]))
-                yield part, read_rows(fd, self.entry, part)
+            for start in range(0, total, step):
+                part = slice(start, min(start + step, total))
+                yield part, read_rows(fd, self.entry, part, out=buffer[: part.stop - start])
 
     def read(self) -> Tensor:
         """The whole tensor in the file's dtype."""

@@ -67,13 +67,14 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     return digest.hexdigest()
 
 
-def read_rows(fd: int, entry: TensorEntry, rows: slice | None = None) -> Tensor:
+def read_rows(fd: int, entry: TensorEntry, rows: slice | None = None, *, out: Tensor | None = None) -> Tensor:
     """Read some rows (or all) of one tensor.
 
     Args:
         fd: file descriptor open for reading.
         entry: where the tensor lies; a dtype of `DTYPES`.
         rows: indices along the first dimension, with start and stop set; None for the whole tensor.
+        out: contiguous tensor of the result's shape and dtype to read into; a new one by default.
 
     Returns:
         ``[rows, ...]`` in the file's dtype.
@@ -86,7 +87,7 @@ def read_rows(fd: int, entry: TensorEntry, rows: slice | None = None) -> Tensor:
     if rows is not None:
         position += rows.start * math.prod(shape[1:]) * dtype.itemsize
         shape = (rows.stop - rows.start, *shape[1:])
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype) if out is None else out
     view = bytes_view(tensor)
     done = 0
     while done < len(view):

@@ -183,10 +183,7 @@ def _write_content(fd: int, entry: TensorEntry, content: Content, advance: Advan
     elif is_transposed(content.updates[0][1].kind):
         _write_transposed(fd, entry, content, dtype, advance)
     else:
-        row_bytes = entry.nbytes // entry.shape[0]
-        for rows, merged in _merged_rows(content):
-            write_tensor(fd, merged.to(dtype), entry.start + rows.start * row_bytes)
-            advance((rows.stop - rows.start) * row_bytes)
+        _write_merged(fd, entry, content, dtype, advance)
 
 
 def _write_converted(fd: int, entry: TensorEntry, content: Copied, dtype: torch.dtype, advance: Advance) -> None:
@@ -201,6 +198,17 @@ def _write_converted(fd: int, entry: TensorEntry, content: Copied, dtype: torch.
         advance((rows.stop - rows.start) * row_bytes)
 
 
+def _write_merged(fd: int, entry: TensorEntry, content: Merged, dtype: torch.dtype, advance: Advance) -> None:
+    """Slice by slice, all through one buffer: fresh memory for each would cost more than the arithmetic."""
+    row_bytes = entry.nbytes // entry.shape[0]
+    buffer = torch.empty((content.updates[0][1].slice_rows, *entry.shape[1:]), dtype=dtype)
+    for rows, merged in _merged_rows(content):
+        rounded = buffer[: rows.stop - rows.start]
+        rounded.copy_(merged.view(rounded.shape))
+        write_tensor(fd, rounded, entry.start + rows.start * row_bytes)
+        advance((rows.stop - rows.start) * row_bytes)
+
+
 def _write_transposed(fd: int, entry: TensorEntry, content: Merged, dtype: torch.dtype, advance: Advance) -> None:
     """Rows of the matrix are columns of the file: gather them, then write once."""
     stored = torch.empty(entry.shape, dtype=dtype)
@@ -212,18 +220,25 @@ def _write_transposed(fd: int, entry: TensorEntry, content: Merged, dtype: torch
 
 
 def _merged_rows(content: Merged) -> Iterator[tuple[slice, Tensor]]:
-    """Merged rows in float64. One adapter of weight 1 gives W'; else W0 + sum of weight * (W' - W0)."""
+    """Merged rows in float64. One adapter of weight 1 gives W'; else W0 + sum of weight * (W' - W0).
+
+    The rows of one slice are overwritten by those of the next.
+    """
     updates = [(weight, module.double()) for weight, module in content.updates]
     weight, first = updates[0]
+    memory, total = (torch.empty((first.slice_rows, first.factors.sizes[1]), dtype=torch.float64) for _ in range(2))
     for rows, base in first.weight_rows():
+        size = rows.stop - rows.start
         if weight == 1.0 and len(updates) == 1:
-            yield rows, first.merged_rows(base, rows)
+            yield rows, first.merged_rows(base, rows, out=memory[:size])
         else:
-            yield rows, _weighted(updates, base.double(), rows)
+            yield rows, _weighted(updates, base, rows, memory[:size], total[:size])
 
 
-def _weighted(updates: Sequence[tuple[float, BoundModule]], base: Tensor, rows: slice) -> Tensor:
-    total = base.clone()
+def _weighted(
+    updates: Sequence[tuple[float, BoundModule]], base: Tensor, rows: slice, memory: Tensor, total: Tensor
+) -> Tensor:
+    total.copy_(base)
     for weight, module in updates:
-        total.add_(module.merged_rows(base, rows).sub_(base), alpha=weight)
+        total.add_(module.merged_rows(base, rows, out=memory).sub_(base), alpha=weight)
     return total
