@@ -8,7 +8,7 @@ from torch import nn
 
 import doran_core
 from doran_core import DoranConfig, adapt, load, read_adapter, read_compiled
-from doran_core.adapter import TrainableAdapter
+from doran_core.adapter import TrainableAdapter, write_trainable
 from doran_core.errors import AdapterFormatError, BaseMismatchError, ConfigError, DoranError, TargetError
 from doran_core.layers import DoranLinear
 from doran_core.targets import find_targets
@@ -192,6 +192,60 @@ def test_loading_what_does_not_fit_changes_nothing(tmp_path):
     handle.save(tmp_path / "c", form="compiled")
     with pytest.raises(AdapterFormatError, match="expected a trainable DoRAN adapter"):
         load(Net(), tmp_path / "c")
+
+
+class Reordered(Net):
+    """The same model, its parts registered from last to first."""
+
+    def __init__(self):
+        super().__init__()
+        for block in self.blocks:
+            block._modules = dict(reversed(block._modules.items()))
+        self._modules = dict(reversed(self._modules.items()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sharing": "model"}, {"sharing": "model", "share_output": True}, {"rank_pattern": {"v_proj": 2}}],
+    ids=str,
+)
+def test_modules_registered_in_another_order(tmp_path, options):
+    net = Net()
+    untouched = copy.deepcopy(net.state_dict())
+    handle = adapt(net, config(target_modules=EVERYTHING, **options))
+    train(handle)
+    handle.save(tmp_path / "a")
+    again = Reordered()
+    again.load_state_dict(untouched)
+    loaded = load(again, tmp_path / "a")
+    assert list(loaded.layers) != list(handle.layers)
+    assert torch.equal(again(TOKENS), net(TOKENS))
+    loaded.save(tmp_path / "b")
+    handle.load(tmp_path / "b")
+    assert torch.equal(again(TOKENS), net(TOKENS))
+
+
+def test_a_shared_part_that_is_there_twice_is_refused(tmp_path):
+    record = adapt(Net(), config())._trainable(None)
+    shared = {key: value for key, value in record.modules["blocks.0.q_proj"].items() if "trunk" in key}
+    record.modules["blocks.0.v_proj"].update(shared)
+    write_trainable(record, tmp_path / "a")
+    with pytest.raises(AdapterFormatError, match=r"does not fit module 'blocks.0.v_proj' \(factors.trunk"):
+        load(Net(), tmp_path / "a", allow_base_mismatch=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alpha": 3.0}, r"blocks.0.q_proj: scaling 4 in the file, 0.75 here"),
+        ({"activation": "gelu"}, r"activation: file 'leaky_relu', here 'gelu'"),
+        ({"tau_kind": "gaussian"}, r"tau_kind: file 'learned', here 'gaussian'"),
+    ],
+)
+def test_loading_into_options_of_another_function_is_refused(tmp_path, options, words):
+    adapt(Net(), config()).save(tmp_path / "a")
+    with pytest.raises(AdapterFormatError, match=words):
+        adapt(Net(), config(**options)).load(tmp_path / "a", allow_base_mismatch=True)
 
 
 def test_saving_refuses_nan_and_other_forms_and_writes_nothing(tmp_path):

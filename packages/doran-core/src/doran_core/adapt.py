@@ -18,12 +18,12 @@ from doran_core.adapter import (
     write_compiled,
     write_trainable,
 )
+from doran_core.adapter.apply import apply_adapter
 from doran_core.adapter.compiled import compile_module
 from doran_core.config import DoranConfig
-from doran_core.errors import AdapterFormatError, BaseMismatchError, ConfigError, DoranError, TargetError
+from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
 from doran_core.factors import FactorBuilder
 from doran_core.fingerprint import fingerprint_weights
-from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView
 from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
 from doran_core.targets import find_targets, matches
@@ -276,10 +276,11 @@ class DoranHandle:
         return Path(path)
 
     def load(self, path: str | os.PathLike[str], *, allow_base_mismatch: bool = False) -> None:
-        """Take over the values of a saved trainable adapter of the same layers and options.
+        """Take over the values of a saved trainable adapter of the same layers, in any order, and the same options.
 
         Raises:
-            AdapterFormatError: if it does not fit; nothing is changed then.
+            AdapterFormatError: if it does not fit, or was made with options that give another function; nothing is
+                changed then.
             BaseMismatchError: if the fingerprints of the base weights differ.
         """
         self._load(_read_trainable(path), path, allow_base_mismatch)
@@ -326,40 +327,15 @@ class DoranHandle:
             for key, value in self.model.get_submodule(name).state_dict().items()
         }
 
-    @torch.no_grad()
     def _load(self, saved: TrainableAdapter, path: str | os.PathLike[str], allow_base_mismatch: bool) -> None:
-        if set(saved.modules) != set(self.layers):
-            missing, extra = (
-                sorted(set(self.layers) - set(saved.modules)),
-                sorted(set(saved.modules) - set(self.layers)),
-            )
-            raise AdapterFormatError(f"{Path(path)}: adapts other modules: missing {missing[:5]}, unknown {extra[:5]}")
-        here = self.base_fingerprint()
-        if saved.base_fingerprint and here and saved.base_fingerprint != here and not allow_base_mismatch:
-            raise BaseMismatchError(
-                f"{Path(path)}: made for base weights {saved.base_fingerprint}, this model has {here}"
-            )
-        states: list[tuple[nn.Module, dict[str, Any]]] = []
-        for name, layer in self.layers.items():
-            states.append((layer.doran_adapter, dict(saved.modules[name])))
-        for name in self.modules_to_save:
-            prefix = f"{name}."
-            values = {key.removeprefix(prefix): v for key, v in saved.extra.items() if key.startswith(prefix)}
-            states.append((self.model.get_submodule(name), values))
-        for module, values in states:
-            _check_fits(module, values, path)
-        for module, values in states:
-            module.load_state_dict(values)
-
-
-def _check_fits(module: nn.Module, values: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    where = module.spec.name if isinstance(module, DoranAdapter) else type(module).__name__
-    expected = {key: list(value.shape) for key, value in module.state_dict().items()}
-    given = {key: list(value.shape) for key, value in values.items()}
-    if expected != given:
-        wrong = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
-        detail = ", ".join(f"{key}: file {given.get(key)}, model {expected.get(key)}" for key in wrong[:5])
-        raise AdapterFormatError(f"{Path(path)}: does not fit module {where!r} ({detail})")
+        apply_adapter(
+            saved,
+            {name: layer.doran_adapter for name, layer in self.layers.items()},
+            {name: self.model.get_submodule(name) for name in self.modules_to_save},
+            self.config,
+            None if allow_base_mismatch else self.base_fingerprint(),
+            Path(path),
+        )
 
 
 def _file_kind(view: BaseView) -> Any:

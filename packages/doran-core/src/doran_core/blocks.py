@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
 from doran_core.config import DoranConfig
 from doran_core.factors import BlockEmbedding, FactorTrunk, GeneratedFactors, LayerSpec
 
-__all__ = ["SharedTrunks", "block_of"]
+__all__ = ["BLOCK_EMBEDDING", "TRUNK", "SharedTrunks", "block_of", "sharing_group", "with_owners_of"]
+
+TRUNK = "factors.trunk."
+"""Start of the names of what a sharing group's first layer owns for all of it, among a layer's tensors."""
+BLOCK_EMBEDDING = "factors.block_embedding."
+"""Likewise for the vector of a block, with ``sharing="model"``."""
+
+_T = TypeVar("_T")
 
 _LAST_NUMBER = re.compile(r"(.*\.|)\d+(?=\.)")
 
@@ -27,11 +36,51 @@ def block_of(name: str, pattern: str | None = None) -> str:
     return match[1] if pattern and match.re.groups else match[0]
 
 
+def sharing_group(name: str, config: DoranConfig) -> tuple[str, int]:
+    """What the layers that share a trunk with the layer of this name have in common, by the names alone."""
+    return _group(config, name, block_of(name, config.block_pattern), config.rank_for(name))
+
+
+def _group(config: DoranConfig, name: str, block: str, rank: int) -> tuple[str, int]:
+    """Layers of one block with different ranks are groups of their own: embeddings have one row per rank."""
+    return {"block": block, "model": "", "none": name}[config.sharing], rank
+
+
+def with_owners_of(
+    owners: Mapping[str, Collection[str]], tensors: Mapping[str, Mapping[str, _T]], config: DoranConfig
+) -> dict[str, dict[str, _T]]:
+    """Saved tensors with what is shared under the layers that own it in a model.
+
+    The first layer of a group owns its trunk, and models may register the same layers in another order.
+
+    Args:
+        owners: names of each layer's tensors in the model.
+        tensors: saved tensors by name, by layer.
+        config: the options that decide the groups.
+    """
+    moved = {layer: dict(parts) for layer, parts in tensors.items()}
+    groups: dict[str, Callable[[str], object]] = {
+        TRUNK: lambda layer: sharing_group(layer, config),
+        BLOCK_EMBEDDING: lambda layer: block_of(layer, config.block_pattern),
+    }
+    for start, group_of in groups.items():
+        here = {group_of(layer): layer for layer, names in owners.items() if _any_starts(names, start)}
+        for layer, parts in tensors.items():
+            owner = here.get(group_of(layer), layer)
+            for name in parts:
+                if name.startswith(start) and name not in moved[owner]:
+                    moved[owner][name] = moved[layer].pop(name)
+    return moved
+
+
+def _any_starts(names: Collection[str], start: str) -> bool:
+    return any(name.startswith(start) for name in names)
+
+
 class SharedTrunks:
     """Builds generated factors layer by layer, giving each sharing group one trunk.
 
-    The first layer of a group that asks owns the trunk. Layers of one block with different ranks are groups of
-    their own, since embeddings have one row per rank.
+    The first layer of a group that asks owns the trunk.
     """
 
     def __init__(self, config: DoranConfig) -> None:
@@ -50,7 +99,7 @@ class SharedTrunks:
             owns_block_embedding: likewise for the block's embedding.
         """
         config = self._config
-        group = ({"block": spec.block, "model": "", "none": spec.name}[config.sharing], spec.rank)
+        group = _group(config, spec.name, spec.block, spec.rank)
         first_of_group = group not in self._trunks
         if first_of_group:
             self._trunks[group] = FactorTrunk(spec.rank, config)

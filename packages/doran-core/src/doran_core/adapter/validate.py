@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from doran_core.blocks import block_of
+from doran_core.blocks import BLOCK_EMBEDDING, TRUNK, sharing_group
 from doran_core.config import DoranConfig
 from doran_core.errors import (
     AdapterFormatError,
@@ -31,8 +31,6 @@ __all__ = [
 ]
 
 _OUTPUTS = ("factors.w2_A", "factors.w2_B")
-_TRUNK = "factors.trunk."
-_BLOCK_EMBEDDING = "factors.block_embedding."
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -166,7 +164,7 @@ def _check_static(where: str, module: str, tensors: Mapping[str, Tensor], rank: 
 def _has_own_generator(modules: Mapping[str, Mapping[str, Tensor]]) -> bool:
     """Whether some factors come from a generator that is not DoRAN's, whose tensors only its author can check."""
     parts = {part for tensors in modules.values() for part in tensors if part.startswith("factors.")}
-    return any(not part.startswith((*_OUTPUTS, _TRUNK, _BLOCK_EMBEDDING)) for part in parts)
+    return any(not part.startswith((*_OUTPUTS, TRUNK, BLOCK_EMBEDDING)) for part in parts)
 
 
 def _check_generated(where: str, config: DoranConfig, module: str, tensors: Mapping[str, Tensor]) -> None:
@@ -188,14 +186,13 @@ def _check_trunks(where: str, config: DoranConfig, modules: Mapping[str, Mapping
     """Refuse modules of a sharing group of which no module holds the trunk, or the shared W2 of their size."""
     groups: dict[object, list[str]] = {}
     for name in modules:
-        block = {"block": block_of(name, config.block_pattern), "model": "", "none": name}[config.sharing]
-        groups.setdefault((block, config.rank_for(name)), []).append(name)
+        groups.setdefault(sharing_group(name, config), []).append(name)
     for names in groups.values():
-        held = {part for name in names for part in modules[name] if part.startswith(_TRUNK)}
+        held = {part for name in names for part in modules[name] if part.startswith(TRUNK)}
         for name in names:
-            wanted = [f"{_TRUNK}A.embedding", f"{_TRUNK}B.embedding"]
+            wanted = [f"{TRUNK}A.embedding", f"{TRUNK}B.embedding"]
             if config.share_output:
-                wanted.append(f"{_TRUNK}output_B.{modules[name]['magnitude'].shape[0]}")
+                wanted.append(f"{TRUNK}output_B.{modules[name]['magnitude'].shape[0]}")
             for part in wanted:
                 if part not in held:
                     raise MissingKeyError(f"{where}: no tensor {part!r} in any of {names}, which {name} needs")
