@@ -187,16 +187,21 @@ def main() -> None:
     parser.add_argument("--targets", choices=sorted(TARGETS), default="qv")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--keep", action="store_true", help="leave the made files, and use those that are there")
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     if arguments.run:
         print(json.dumps(run_one(arguments.run, work)))
         return
-    work.mkdir(parents=True)
+    made = arguments.keep and work.exists()
+    work.mkdir(parents=True, exist_ok=made)
     try:
-        make_base(work / "base", arguments.layers)
-        make_adapters(work, arguments.layers, TARGETS[arguments.targets], arguments.rank)
+        if not made:
+            make_base(work / "base", arguments.layers)
+            make_adapters(work, arguments.layers, TARGETS[arguments.targets], arguments.rank)
+        if arguments.repeats == 0:
+            return
         size = sum(file.stat().st_size for file in (work / "base").iterdir())
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
         for repeat in range(arguments.repeats):
@@ -205,7 +210,8 @@ def main() -> None:
                 print(f"run {repeat + 1}: {way}: {runs[way][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
         print_table(runs, size, arguments)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not arguments.keep:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def print_table(runs: dict[str, list[dict[str, float]]], size: int, arguments: argparse.Namespace) -> None:

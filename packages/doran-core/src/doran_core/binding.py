@@ -18,6 +18,7 @@ from doran_core.adapter.evaluate import LayerFactors, evaluate
 from doran_core.adapter.schema import Kind
 from doran_core.checkpoint import Checkpoint, WeightFile
 from doran_core.errors import AdapterFormatError, BaseMismatchError, CheckpointError
+from doran_core.factors import FactorBuilder
 from doran_core.files import StrPath
 from doran_core.fingerprint import combine_digests, sample_stride, samples_digest, weight_digest
 from doran_core.functional import merged_weight
@@ -127,7 +128,12 @@ class BoundAdapter:
 
 
 def bind(
-    adapter: AnyAdapter, checkpoint: Checkpoint, where: StrPath, *, allow_base_mismatch: bool = False
+    adapter: AnyAdapter,
+    checkpoint: Checkpoint,
+    where: StrPath,
+    *,
+    allow_base_mismatch: bool = False,
+    factor_builder: FactorBuilder | None = None,
 ) -> BoundAdapter:
     """Find every adapted module in a checkpoint and check that it is the one that the adapter was made for.
 
@@ -136,13 +142,15 @@ def bind(
         checkpoint: the base.
         where: the adapter's directory, for messages.
         allow_base_mismatch: accept another fingerprint.
+        factor_builder: as in :func:`~doran_core.adapter.evaluate.evaluate`.
 
     Raises:
+        AdapterFormatError: the adapter's generators do not fit, or need a builder.
         CheckpointError: a module or size that the checkpoint does not have, or an extra tensor whose place there is
             not clear.
         BaseMismatchError: other base weights; names both fingerprints.
     """
-    modules = list(_modules(adapter, checkpoint, str(where)))
+    modules = list(_modules(adapter, checkpoint, str(where), factor_builder))
     expected = None if isinstance(adapter, PeftAdapter) else adapter.base_fingerprint
     found = checkpoint_fingerprint(modules) if expected is not None else None
     if found != expected and not allow_base_mismatch:
@@ -214,7 +222,9 @@ def _prefixes(name: str, key: str) -> tuple[str, str] | None:
     return ("", key.removesuffix(name)) if key.endswith(f".{name}") else None
 
 
-def _modules(adapter: AnyAdapter, checkpoint: Checkpoint, where: str) -> Iterator[BoundModule]:
+def _modules(
+    adapter: AnyAdapter, checkpoint: Checkpoint, where: str, factor_builder: FactorBuilder | None
+) -> Iterator[BoundModule]:
     tied = tied_embedding(checkpoint)
     keys = {name: _weight_key(checkpoint, name, tied) for name in adapter.modules}
     _check_distinct(keys, tied, where)
@@ -225,7 +235,7 @@ def _modules(adapter: AnyAdapter, checkpoint: Checkpoint, where: str) -> Iterato
             for name, parts in adapter.modules.items()
         }
     try:
-        layers = evaluate(adapter, columns)
+        layers = evaluate(adapter, columns, factor_builder=factor_builder)
     except AdapterFormatError as error:
         raise type(error)(f"{where}: {error}") from error
     transposed = _fan_in_fan_out(adapter)

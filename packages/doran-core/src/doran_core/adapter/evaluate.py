@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from doran_core.adapter.schema import AnyAdapter, CompiledAdapter, Kind, TrainableAdapter
+from doran_core.adapter.validate import has_own_generator
+from doran_core.errors import AdapterFormatError
+from doran_core.factors import FactorBuilder
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.rebuild import build_adapters
 
@@ -62,20 +65,26 @@ class LayerFactors:
 
 
 @torch.no_grad()
-def evaluate(adapter: AnyAdapter, d_in: Mapping[str, int] | None = None) -> list[LayerFactors]:
+def evaluate(
+    adapter: AnyAdapter, d_in: Mapping[str, int] | None = None, *, factor_builder: FactorBuilder | None = None
+) -> list[LayerFactors]:
     """The factors of every layer.
 
     Args:
         adapter: of any form.
-        d_in: columns of each module's weight; needed for a trainable adapter whose output layers are shared.
+        d_in: columns of each module's weight; needed for a trainable adapter whose output layers are shared, or whose
+            factors come from a generator of one's own.
+        factor_builder: makes the factors of an adapter that was trained with a generator of one's own; not used for
+            others.
 
     Raises:
-        AdapterFormatError: a trainable adapter whose shared parts are missing or do not fit.
+        AdapterFormatError: a trainable adapter whose shared parts are missing or do not fit, or with a generator that
+            is not DoRAN's and no builder for it.
     """
     if isinstance(adapter, CompiledAdapter):
         return [LayerFactors(m.name, m.A, m.B, 1.0, None, 0.0, m.scale, m.kind) for m in adapter.modules.values()]
     if isinstance(adapter, TrainableAdapter):
-        return _evaluate_trainable(adapter, d_in)
+        return _evaluate_trainable(adapter, d_in, factor_builder)
     return [
         LayerFactors(
             p.name,
@@ -91,8 +100,16 @@ def evaluate(adapter: AnyAdapter, d_in: Mapping[str, int] | None = None) -> list
     ]
 
 
-def _evaluate_trainable(adapter: TrainableAdapter, d_in: Mapping[str, int] | None) -> list[LayerFactors]:
-    built = build_adapters(adapter.config, adapter.modules, d_in)
+def _evaluate_trainable(
+    adapter: TrainableAdapter, d_in: Mapping[str, int] | None, factor_builder: FactorBuilder | None
+) -> list[LayerFactors]:
+    own = has_own_generator(adapter.config, adapter.modules)
+    if own and factor_builder is None:
+        raise AdapterFormatError(
+            "its factors come from a generator that is not DoRAN's: give what builds it (factor_builder, or "
+            "--factor-builder MODULE:NAME of the doran command), or use the compiled form"
+        )
+    built = build_adapters(adapter.config, adapter.modules, d_in, factor_builder if own else None)
     return [layer_factors(name, module, adapter.module_kinds.get(name)) for name, module in built.items()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from doran_core.adapter import write_compiled
+from doran_core.cli.options import add_adapter_options, load_factor_builder
 from doran_core.convert import compile_adapter, to_peft_dora
 from doran_core.progress import ProgressBar
 
@@ -24,9 +25,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--base", required=True, metavar="DIR", help="checkpoint directory that the adapter adapts")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --out already")
-    parser.add_argument(
-        "--allow-base-mismatch", action="store_true", help="accept an adapter made for other base weights"
-    )
+    add_adapter_options(parser)
     parser.set_defaults(func=_run)
 
 
@@ -36,6 +35,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.adapter,
             arguments.base,
             allow_base_mismatch=arguments.allow_base_mismatch,
+            factor_builder=load_factor_builder(arguments.factor_builder),
             progress=progress,
         )
     write = write_compiled if arguments.to == "compiled" else to_peft_dora

@@ -6,7 +6,9 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from doran_core.cli.options import add_adapter_options, load_factor_builder
 from doran_core.diagnostics.inspect import AdapterReport, LayerReport, Spread, inspect_adapter
+from doran_core.diagnostics.plot import plot_report, require_plotting
 
 __all__ = ["format_table", "register"]
 
@@ -23,22 +25,25 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--base", metavar="DIR", help="its base checkpoint")
     parser.add_argument("--plot", metavar="FILE", help="draw it, e.g. out.png (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument(
-        "--allow-base-mismatch", action="store_true", help="accept an adapter made for other base weights"
-    )
+    add_adapter_options(parser)
     parser.set_defaults(func=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    report = inspect_adapter(arguments.adapter, arguments.base, allow_base_mismatch=arguments.allow_base_mismatch)
+    if arguments.plot:
+        require_plotting()
+    report = inspect_adapter(
+        arguments.adapter,
+        arguments.base,
+        allow_base_mismatch=arguments.allow_base_mismatch,
+        factor_builder=load_factor_builder(arguments.factor_builder),
+    )
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         print(_summary(report))
         print(format_table(*_layer_table(report.layers)))
     if arguments.plot:
-        from doran_core.diagnostics.plot import plot_report
-
         plot_report(report, arguments.plot)
     return 0
 

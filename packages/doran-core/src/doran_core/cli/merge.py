@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from doran_core.cli.options import add_adapter_options, load_factor_builder
 from doran_core.errors import ConfigError
 from doran_core.merge import merge_checkpoint
 from doran_core.progress import ProgressBar
@@ -38,9 +39,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: that of each base tensor")
-    parser.add_argument(
-        "--allow-base-mismatch", action="store_true", help="accept an adapter made for other base weights"
-    )
+    add_adapter_options(parser)
     parser.set_defaults(func=_run)
 
 
@@ -56,6 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 arguments.out,
                 dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
                 allow_base_mismatch=arguments.allow_base_mismatch,
+                factor_builder=load_factor_builder(arguments.factor_builder),
                 progress=progress,
             )
         except KeyboardInterrupt:

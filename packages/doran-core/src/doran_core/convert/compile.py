@@ -9,6 +9,7 @@ from doran_core.adapter.compiled import compile_layer
 from doran_core.binding import BoundModule, bind, checkpoint_fingerprint
 from doran_core.checkpoint import Checkpoint
 from doran_core.errors import AdapterFormatError
+from doran_core.factors import FactorBuilder
 from doran_core.files import StrPath
 
 __all__ = ["compile_adapter", "from_peft"]
@@ -21,6 +22,7 @@ def compile_adapter(
     base_dir: StrPath,
     *,
     allow_base_mismatch: bool = False,
+    factor_builder: FactorBuilder | None = None,
     progress: Progress | None = None,
 ) -> CompiledAdapter:
     """Compile an adapter directory of any form against its base checkpoint.
@@ -32,6 +34,7 @@ def compile_adapter(
         adapter_dir: trainable, compiled, or a PEFT LoRA or DoRA adapter.
         base_dir: the checkpoint that it adapts.
         allow_base_mismatch: accept base weights with another fingerprint.
+        factor_builder: the one given to :func:`doran_core.adapt`, for an adapter that was trained with one.
         progress: called with (modules done, modules in all).
 
     Raises:
@@ -41,7 +44,13 @@ def compile_adapter(
     """
     adapter = read_adapter(adapter_dir)
     checkpoint = Checkpoint(base_dir)
-    bound = bind(adapter, checkpoint, adapter_dir, allow_base_mismatch=allow_base_mismatch)
+    bound = bind(
+        adapter,
+        checkpoint,
+        adapter_dir,
+        allow_base_mismatch=allow_base_mismatch,
+        factor_builder=factor_builder,
+    )
     if isinstance(adapter, CompiledAdapter):
         return adapter
     modules = {}

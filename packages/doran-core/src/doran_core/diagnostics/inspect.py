@@ -11,10 +11,12 @@ from torch import Tensor
 
 from doran_core.adapter import AnyAdapter, CompiledAdapter, TrainableAdapter, read_adapter
 from doran_core.adapter.evaluate import LayerFactors, evaluate
+from doran_core.adapter.validate import has_own_generator
 from doran_core.binding import BoundModule, bind
 from doran_core.checkpoint import Checkpoint
 from doran_core.diagnostics.factors import effective_rank, singular_values
 from doran_core.errors import ConfigError
+from doran_core.factors import FactorBuilder
 from doran_core.files import StrPath
 from doran_core.functional import output_scale, row_norm
 
@@ -94,7 +96,11 @@ class AdapterReport:
 
 @torch.no_grad()
 def inspect_adapter(
-    directory: StrPath, base_dir: StrPath | None = None, *, allow_base_mismatch: bool = False
+    directory: StrPath,
+    base_dir: StrPath | None = None,
+    *,
+    allow_base_mismatch: bool = False,
+    factor_builder: FactorBuilder | None = None,
 ) -> AdapterReport:
     """Read an adapter of any form and measure its layers.
 
@@ -102,20 +108,27 @@ def inspect_adapter(
         directory: the adapter.
         base_dir: its base checkpoint, for what depends on the base weights.
         allow_base_mismatch: accept base weights with another fingerprint.
+        factor_builder: the one given to :func:`doran_core.adapt`, for an adapter that was trained with one.
 
     Raises:
         AdapterFormatError: the adapter is not valid.
         BaseMismatchError, CheckpointError: the base is another one or cannot be read.
-        ConfigError: a trainable adapter with shared output layers, whose sizes only the base tells, without a base.
+        ConfigError: a trainable adapter whose sizes only the base tells (shared output layers, or a generator of one's
+            own), without a base.
     """
     adapter = read_adapter(directory)
     if base_dir is not None:
-        bound = bind(adapter, Checkpoint(base_dir), directory, allow_base_mismatch=allow_base_mismatch)
+        bound = bind(
+            adapter,
+            Checkpoint(base_dir),
+            directory,
+            allow_base_mismatch=allow_base_mismatch,
+            factor_builder=factor_builder,
+        )
         layers = [_bound_report(module) for module in bound.modules]
     else:
-        if isinstance(adapter, TrainableAdapter) and adapter.config.share_output:
-            raise ConfigError(f"{directory}: its output layers are shared, so that sizes are in the base only: give it")
-        layers = [_report(factors) for factors in evaluate(adapter)]
+        _check_sizes_known(adapter, directory)
+        layers = [_report(factors) for factors in evaluate(adapter, factor_builder=factor_builder)]
     peft = not isinstance(adapter, TrainableAdapter | CompiledAdapter)
     return AdapterReport(
         directory=str(directory),
@@ -128,6 +141,14 @@ def inspect_adapter(
         extra=sorted(adapter.extra),
         layers=sorted(layers, key=lambda layer: _natural(layer.name)),
     )
+
+
+def _check_sizes_known(adapter: AnyAdapter, directory: StrPath) -> None:
+    if isinstance(adapter, TrainableAdapter) and (
+        adapter.config.share_output or has_own_generator(adapter.config, adapter.modules)
+    ):
+        what = "output layers are shared" if adapter.config.share_output else "generator is not DoRAN's"
+        raise ConfigError(f"{directory}: its {what}, so that sizes are in the base only: give it (--base)")
 
 
 def _form(adapter: AnyAdapter) -> str:

@@ -10,7 +10,16 @@ from doran_core.diagnostics.inspect import AdapterReport, LayerReport, Spread
 from doran_core.errors import CheckpointError, require
 from doran_core.files import StrPath
 
-__all__ = ["plot_report"]
+__all__ = ["plot_report", "require_plotting"]
+
+
+def require_plotting() -> None:
+    """Raise before any work is done if there is nothing to draw with.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require("matplotlib", package="doran-core", extra="plot", purpose="drawing the adapter")
 
 
 def plot_report(report: AdapterReport, path: StrPath) -> Path:
@@ -27,7 +36,7 @@ def plot_report(report: AdapterReport, path: StrPath) -> Path:
         MissingDependencyError: matplotlib is not installed.
         CheckpointError: the image cannot be written.
     """
-    require("matplotlib", package="doran-core", extra="plot", purpose="drawing the adapter")
+    require_plotting()
     from matplotlib.figure import Figure
 
     groups: dict[str, list[LayerReport]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from doran_core.blocks import SharedTrunks, block_of
 from doran_core.config import DoranConfig
 from doran_core.errors import MissingKeyError, TensorShapeError, UnexpectedKeyError
-from doran_core.factors import GeneratedFactors, LayerSpec, StaticFactors
+from doran_core.factors import FactorBuilder, LayerSpec, StaticFactors
 from doran_core.layers.adapter import DoranAdapter
 
 __all__ = ["build_adapters"]
@@ -30,13 +31,16 @@ def build_adapters(
     config: DoranConfig,
     tensors: Mapping[str, Mapping[str, Tensor]],
     d_in: Mapping[str, int] | None = None,
+    factor_builder: FactorBuilder | None = None,
 ) -> dict[str, DoranAdapter]:
     """Adapters with the saved values, in eval mode.
 
     Args:
         config: the options that they were made with.
         tensors: for each module name, in the model's order, its tensors by their names in :class:`DoranAdapter`.
-        d_in: columns of each module's weight; needed where ``share_output`` leaves them out of the file.
+        d_in: columns of each module's weight; needed where they are not in the file: with ``share_output``, and for a
+            generator of one's own.
+        factor_builder: that of :func:`doran_core.adapt`, if they were trained with one.
 
     Returns:
         One adapter per module.
@@ -60,21 +64,20 @@ def build_adapters(
             config.scaling_for(module),
         )
         with torch.random.fork_rng(devices=[]):
-            adapters[module] = DoranAdapter(config, spec, _factors(trunks, spec, config, tensors[module])).eval()
+            factors = (factor_builder or _saved_factors(trunks, config, tensors[module]))(spec)
+            adapters[module] = DoranAdapter(config, spec, factors).eval()
     # Only now does each trunk hold every shared output of its group.
     for module, adapter in adapters.items():
         _load(adapter, tensors[module], module)
     return adapters
 
 
-def _factors(
-    trunks: SharedTrunks, spec: LayerSpec, config: DoranConfig, tensors: Mapping[str, Tensor]
-) -> StaticFactors | GeneratedFactors:
-    """The factors of one module; who owns what is shared is as in the file."""
+def _saved_factors(trunks: SharedTrunks, config: DoranConfig, tensors: Mapping[str, Tensor]) -> FactorBuilder:
+    """The builder of one module's factors; who owns what is shared is as in the file."""
     if config.factors == "static":
-        return StaticFactors(spec)
-    return trunks.build(
-        spec,
+        return StaticFactors
+    return partial(
+        trunks.build,
         owns_trunk=any(key.startswith("factors.trunk.") for key in tensors),
         owns_block_embedding="factors.block_embedding.vector" in tensors,
     )
@@ -93,3 +96,16 @@ def _load(adapter: DoranAdapter, tensors: Mapping[str, Tensor], module: str) -> 
                 f"module {module!r}, tensor {key!r}: expected shape {list(value.shape)}, got {list(tensors[key].shape)}"
             )
     adapter.load_state_dict({key: tensors[key] for key in expected})
+    _check_pair(adapter, module)
+
+
+@torch.no_grad()
+def _check_pair(adapter: DoranAdapter, module: str) -> None:
+    """Refuse a generator that gives factors of other sizes than the layer's."""
+    A, B = adapter.factor_pair()
+    spec, shapes = adapter.spec, [list(A.shape), list(B.shape)]
+    if shapes != [[spec.rank, spec.d_in], [spec.d_out, spec.rank]]:
+        raise TensorShapeError(
+            f"module {module!r}: {type(adapter.factors).__name__} gives A {shapes[0]} and B {shapes[1]}, expected "
+            f"A [{spec.rank}, {spec.d_in}] and B [{spec.d_out}, {spec.rank}]"
+        )

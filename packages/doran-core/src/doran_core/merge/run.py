@@ -19,6 +19,7 @@ from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
 from doran_core.binding import BoundAdapter, bind
 from doran_core.checkpoint import INDEX_FILE, Checkpoint
 from doran_core.errors import CheckpointError, ConfigError
+from doran_core.factors import FactorBuilder
 from doran_core.files import StrPath
 from doran_core.merge.companions import write_companions
 from doran_core.merge.plan import MergePlan, ShardPlan, make_plan
@@ -41,6 +42,7 @@ def merge_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     allow_base_mismatch: bool = False,
+    factor_builder: FactorBuilder | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Merge adapters into a Hugging Face checkpoint and write the result as a new checkpoint directory.
@@ -62,6 +64,7 @@ def merge_checkpoint(
         out_dir: the new checkpoint; must not exist, or be empty.
         dtype: floating dtype of the result; None keeps that of each tensor.
         allow_base_mismatch: accept an adapter made for base weights with another fingerprint.
+        factor_builder: the one given to :func:`doran_core.adapt`, for the adapters that were trained with one.
         progress: called with (bytes written, bytes in all), possibly from another thread.
 
     Returns:
@@ -78,12 +81,19 @@ def merge_checkpoint(
         raise ConfigError(f"dtype {dtype}, expected one of {list(map(str, _DTYPES))} or None")
     out = Path(out_dir).resolve()
     checkpoint = Checkpoint(base_dir)
-    bound = [
-        (weight, bind(read_adapter(folder), checkpoint, folder, allow_base_mismatch=allow_base_mismatch))
-        for folder, weight in weighted
-    ]
+
+    def bind_one(folder: Path) -> BoundAdapter:
+        return bind(
+            read_adapter(folder),
+            checkpoint,
+            folder,
+            allow_base_mismatch=allow_base_mismatch,
+            factor_builder=factor_builder,
+        )
+
+    bound = [(weight, bind_one(folder)) for folder, weight in weighted]
     plan = make_plan(checkpoint, bound, dtype)
-    with open_staging(out, _identity(checkpoint, weighted, dtype)) as staging:
+    with open_staging(out, _identity(checkpoint, weighted, dtype, factor_builder)) as staging:
         if not staging.finished:
             try:
                 _write(checkpoint, plan, [adapter for _, adapter in bound], dtype, staging, progress)
@@ -110,15 +120,19 @@ def _is_pair(value: tuple[Any, ...]) -> bool:
 
 
 def _identity(
-    checkpoint: Checkpoint, weighted: Sequence[tuple[Path, float]], dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    weighted: Sequence[tuple[Path, float]],
+    dtype: torch.dtype | None,
+    factor_builder: FactorBuilder | None,
 ) -> dict[str, Any]:
-    """What decides the bytes of the result; JSON-ready."""
+    """What decides the bytes of the result; JSON-ready. Of a factor builder it can tell the name only."""
     files = [shard.path for shard in checkpoint.shards]
     files += [path for name in (INDEX_FILE, "config.json") if (path := checkpoint.directory / name).exists()]
     return {
         "merge_format": _MERGE_FORMAT,
         "torch": torch.__version__,
         "dtype": str(dtype),
+        "factor_builder": getattr(factor_builder, "__qualname__", type(factor_builder).__qualname__),
         "base": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
         "adapters": [[_adapter_digest(folder), weight] for folder, weight in weighted],
     }

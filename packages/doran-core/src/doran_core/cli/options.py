@@ -1,0 +1,50 @@
+"""Options that several subcommands have, and how their values are understood."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from doran_core.errors import ConfigError
+from doran_core.factors import FactorBuilder
+
+__all__ = ["add_adapter_options", "load_factor_builder"]
+
+
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """What every subcommand that evaluates an adapter may be told about it."""
+    parser.add_argument(
+        "--allow-base-mismatch", action="store_true", help="accept an adapter made for other base weights"
+    )
+    parser.add_argument(
+        "--factor-builder",
+        metavar="MODULE:NAME",
+        help="for an adapter that was trained with a generator of your own: what was given to adapt() as "
+        "factor_builder. MODULE is imported, and its code run; the current directory is searched first",
+    )
+
+
+def load_factor_builder(given: str | None) -> FactorBuilder | None:
+    """Import what ``MODULE:NAME`` names.
+
+    Raises:
+        ConfigError: it is not of that form, cannot be imported, or cannot be called.
+    """
+    if given is None:
+        return None
+    module, _, name = given.partition(":")
+    if not module or not name:
+        raise ConfigError(f"--factor-builder {given!r}: expected MODULE:NAME, such as my_generators:Fourier")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        builder = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--factor-builder {given}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    if not callable(builder):
+        raise ConfigError(f"--factor-builder {given}: is a {type(builder).__name__}, expected something to call")
+    return builder  # type: ignore[no-any-return]
