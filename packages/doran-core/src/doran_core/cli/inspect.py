@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from doran_core.cli.options import add_adapter_options, load_factor_builder
 from doran_core.diagnostics.inspect import AdapterReport, LayerReport, Spread, inspect_adapter
 from doran_core.diagnostics.plot import plot_report, require_plotting
+from doran_core.diagnostics.similarity import LayerSimilarity
 
 __all__ = ["format_table", "register"]
 
@@ -43,6 +44,8 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         print(_summary(report))
         print(format_table(*_layer_table(report.layers)))
+        if report.similarities:
+            print("\n" + format_table(*_similarity_table(report.similarities)))
     if arguments.plot:
         plot_report(report, arguments.plot)
     return 0
@@ -91,6 +94,16 @@ def _layer_table(layers: Sequence[LayerReport]) -> tuple[list[str], list[list[st
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     rows = [[layer.name, *(cells[index] for cells in shown.values())] for index, layer in enumerate(layers)]
     return ["layer", *shown], rows
+
+
+def _similarity_table(similarities: Sequence[LayerSimilarity]) -> tuple[list[str], list[list[str]]]:
+    header = ["cosine between layers", "layers", "mean", "least", "largest"]
+    rows = []
+    for group in similarities:
+        others = [value for i, row in enumerate(group.update) for j, value in enumerate(row) if i != j]
+        numbers = (group.mean_update(), min(others), max(others))
+        rows.append([f"B A of {group.projection}", str(len(group.layers)), *(f"{number:.3f}" for number in numbers)])
+    return header, rows
 
 
 def _spread(spread: Spread | None) -> str:

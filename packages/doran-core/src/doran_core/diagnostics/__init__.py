@@ -3,14 +3,17 @@
 from doran_core.diagnostics.factors import delta_similarity, effective_rank, singular_values
 from doran_core.diagnostics.gradient import GradientProbe, GradientSplit, gradient_split
 from doran_core.diagnostics.inspect import AdapterReport, LayerReport, inspect_adapter
+from doran_core.diagnostics.similarity import LayerSimilarity, factor_similarity
 
 __all__ = [
     "AdapterReport",
     "GradientProbe",
     "GradientSplit",
     "LayerReport",
+    "LayerSimilarity",
     "delta_similarity",
     "effective_rank",
+    "factor_similarity",
     "gradient_split",
     "inspect_adapter",
     "singular_values",

@@ -15,6 +15,7 @@ from doran_core.adapter.validate import has_own_generator
 from doran_core.binding import BoundModule, bind
 from doran_core.checkpoint import Checkpoint
 from doran_core.diagnostics.factors import effective_rank, singular_values
+from doran_core.diagnostics.similarity import LayerSimilarity, layer_similarities
 from doran_core.errors import ConfigError
 from doran_core.factors import FactorBuilder
 from doran_core.files import StrPath
@@ -77,6 +78,7 @@ class AdapterReport:
         parameters: numbers stored for the adapted layers.
         extra: names of the tensors that replace base parameters in full.
         layers: in natural order of their names.
+        similarities: between the layers of each projection, in the same order.
     """
 
     directory: str
@@ -88,6 +90,7 @@ class AdapterReport:
     parameters: int
     extra: list[str]
     layers: list[LayerReport]
+    similarities: list[LayerSimilarity]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
@@ -125,10 +128,13 @@ def inspect_adapter(
             allow_base_mismatch=allow_base_mismatch,
             factor_builder=factor_builder,
         )
-        layers = [_bound_report(module) for module in bound.modules]
+        modules = sorted(bound.modules, key=lambda module: _natural(module.name))
+        factors = [module.factors for module in modules]
+        layers = [_bound_report(module) for module in modules]
     else:
         _check_sizes_known(adapter, directory)
-        layers = [_report(factors) for factors in evaluate(adapter, factor_builder=factor_builder)]
+        factors = sorted(evaluate(adapter, factor_builder=factor_builder), key=lambda layer: _natural(layer.name))
+        layers = [_report(layer) for layer in factors]
     peft = not isinstance(adapter, TrainableAdapter | CompiledAdapter)
     return AdapterReport(
         directory=str(directory),
@@ -139,15 +145,17 @@ def inspect_adapter(
         task_type=adapter.task_type,
         parameters=_parameters(adapter),
         extra=sorted(adapter.extra),
-        layers=sorted(layers, key=lambda layer: _natural(layer.name)),
+        layers=layers,
+        similarities=layer_similarities(factors),
     )
 
 
 def _check_sizes_known(adapter: AnyAdapter, directory: StrPath) -> None:
-    if isinstance(adapter, TrainableAdapter) and (
-        adapter.config.share_output or has_own_generator(adapter.config, adapter.modules)
-    ):
-        what = "output layers are shared" if adapter.config.share_output else "generator is not DoRAN's"
+    if not isinstance(adapter, TrainableAdapter):
+        return
+    own = has_own_generator(adapter.config, adapter.modules)
+    if own or adapter.config.share_output:
+        what = "generator is not DoRAN's" if own else "output layers are shared"
         raise ConfigError(f"{directory}: its {what}, so that sizes are in the base only: give it (--base)")
 
 

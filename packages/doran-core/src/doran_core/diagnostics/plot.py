@@ -1,12 +1,15 @@
-"""Draw an adapter report: what was learned in each layer, layer by layer. Needs matplotlib."""
+"""Draw an adapter report: what was learned in each block, one line per kind of projection. Needs matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from doran_core.blocks import block_of
 from doran_core.diagnostics.inspect import AdapterReport, LayerReport, Spread
+from doran_core.diagnostics.similarity import LayerSimilarity
 from doran_core.errors import CheckpointError, require
 from doran_core.files import StrPath
 
@@ -23,7 +26,10 @@ def require_plotting() -> None:
 
 
 def plot_report(report: AdapterReport, path: StrPath) -> Path:
-    """Draw tau, output scale, effective rank and spectrum over the layers, one line per kind of projection.
+    """Draw tau, output scale, norm, effective rank, change and spectrum, as far as the report knows them.
+
+    Lines are means of a layer and bands reach from its least to its largest value; in the spectrum they are the median
+    layer and all layers.
 
     Args:
         report: from :func:`~doran_core.diagnostics.inspect_adapter`.
@@ -38,19 +44,32 @@ def plot_report(report: AdapterReport, path: StrPath) -> Path:
     """
     require_plotting()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    groups: dict[str, list[LayerReport]] = {}
-    for layer in report.layers:
-        groups.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    groups = _by_projection(report.layers)
     panels = [panel for panel in _PANELS if any(panel[1](layer) is not None for layer in report.layers)]
-    figure = Figure(figsize=(9.0, 2.6 * (len(panels) + 1)), layout="constrained")
-    axes = figure.subplots(len(panels) + 1, 1, squeeze=False)[:, 0]
+    drawn = len(panels) + 1 + bool(report.similarities)
+    rows = math.ceil(drawn / 2)
+    figure = Figure(figsize=(10.0, 0.8 + 2.7 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
     for axis, (title, value) in zip(axes, panels, strict=False):
-        _draw_lines(axis, title, value, groups)
-    _draw_spectra(axes[-1], groups)
-    figure.suptitle(f"{Path(report.directory).name} ({report.form}, {len(report.layers)} layers)")
+        _draw_layers(axis, value, groups)
+        axis.set_title(title, fontsize="medium", loc="left")
+        axis.set_xlabel("block")
+    _draw_spectra(axes[len(panels)], groups)
+    if report.similarities:
+        _draw_similarities(axes[len(panels) + 1], report.similarities)
+    for axis in axes[:drawn]:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[drawn:]:
+        axis.remove()
+    figure.suptitle(f"{Path(report.directory).resolve().name}: {report.form}, {len(report.layers)} layers")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False)
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     return Path(path)
@@ -63,40 +82,64 @@ def _spread_of(name: str) -> Callable[[LayerReport], Spread | None]:
 _PANELS: list[tuple[str, Callable[[LayerReport], Spread | float | None]]] = [
     ("tau", _spread_of("tau")),
     ("output scale c", _spread_of("scale")),
-    ("row norm n", _spread_of("norm")),
-    ("effective rank of BA", lambda layer: layer.effective_rank),
-    ("relative change of the weight", lambda layer: layer.change),
+    ("row norm n of W0 + g B A", _spread_of("norm")),
+    ("effective rank of B A", lambda layer: layer.effective_rank),
+    ("change of the weight, |W' - W0| / |W0|", lambda layer: layer.change),
 ]
 
 
-def _draw_lines(
-    axis: Any, title: str, value: Callable[[LayerReport], Spread | float | None], groups: dict[str, list[LayerReport]]
+def _by_projection(layers: list[LayerReport]) -> dict[str, list[tuple[int, LayerReport]]]:
+    """Layers by the last part of their names, each with the number of its block from 0 on, in the given order."""
+    blocks: dict[str, int] = {}
+    groups: dict[str, list[tuple[int, LayerReport]]] = {}
+    for layer in layers:
+        number = blocks.setdefault(block_of(layer.name) or layer.name, len(blocks))
+        groups.setdefault(layer.name.rpartition(".")[2], []).append((number, layer))
+    if any(len({number for number, _ in group}) < len(group) for group in groups.values()):
+        return {"layers": list(enumerate(layers))}  # names do not tell the layers of a block apart
+    return groups
+
+
+def _draw_layers(
+    axis: Any,
+    value: Callable[[LayerReport], Spread | float | None],
+    groups: dict[str, list[tuple[int, LayerReport]]],
 ) -> None:
     for name, layers in groups.items():
-        known = [(index, found) for index, layer in enumerate(layers) if (found := value(layer)) is not None]
-        positions = [index for index, _ in known]
+        known = [(number, found) for number, layer in layers if (found := value(layer)) is not None]
+        numbers = [number for number, _ in known]
         means = [found.mean if isinstance(found, Spread) else found for _, found in known]
-        (line,) = axis.plot(positions, means, marker=".", label=name)
+        (line,) = axis.plot(numbers, means, marker="o", markersize=3, linewidth=1.2, label=name)
         spreads = [found for _, found in known if isinstance(found, Spread)]
-        if spreads:
-            axis.fill_between(
-                positions,
-                [spread.least for spread in spreads],
-                [spread.largest for spread in spreads],
-                color=line.get_color(),
-                alpha=0.15,
-            )
-    axis.set_ylabel(title)
-    axis.set_xlabel("adapted layer")
-    axis.legend(fontsize="small")
+        if any(spread.least < spread.largest for spread in spreads):
+            least, largest = [spread.least for spread in spreads], [spread.largest for spread in spreads]
+            axis.fill_between(numbers, least, largest, color=line.get_color(), alpha=0.12, linewidth=0)
 
 
-def _draw_spectra(axis: Any, groups: dict[str, list[LayerReport]]) -> None:
-    for number, (name, layers) in enumerate(groups.items()):
-        for index, layer in enumerate(layers):
-            values = [value for value in layer.singular_values if value > 0]
-            label = name if index == 0 else None
-            axis.semilogy(range(1, len(values) + 1), values, color=f"C{number}", alpha=0.5, label=label)
-    axis.set_ylabel("singular values of BA")
+def _draw_spectra(axis: Any, groups: dict[str, list[tuple[int, LayerReport]]]) -> None:
+    for name, layers in groups.items():
+        ranks = min(len(layer.singular_values) for _, layer in layers)
+        values = [sorted(layer.singular_values[index] for _, layer in layers) for index in range(ranks)]
+        positions = range(1, ranks + 1)
+        (line,) = axis.plot(positions, [row[len(row) // 2] for row in values], marker="o", markersize=3, label=name)
+        least, largest = [row[0] for row in values], [row[-1] for row in values]
+        axis.fill_between(positions, least, largest, color=line.get_color(), alpha=0.12, linewidth=0)
+    if any(layer.singular_values[0] > 0 for layers in groups.values() for _, layer in layers):
+        axis.set_yscale("log")
+    axis.set_title("singular values of g B A", fontsize="medium", loc="left")
     axis.set_xlabel("index")
-    axis.legend(fontsize="small")
+
+
+def _draw_similarities(axis: Any, similarities: Sequence[LayerSimilarity]) -> None:
+    """The mean cosine of the updates of layers that are so many layers apart."""
+    for group in similarities:
+        distances = range(1, len(group.layers))
+        means = [
+            sum(group.update[i][i + distance] for i in range(len(group.layers) - distance))
+            / (len(group.layers) - distance)
+            for distance in distances
+        ]
+        axis.plot(distances, means, marker="o", markersize=3, linewidth=1.2, label=group.projection)
+    axis.axhline(0.0, color="grey", linewidth=0.8)
+    axis.set_title("cosine of B A between two layers", fontsize="medium", loc="left")
+    axis.set_xlabel("layers apart")
