@@ -1,0 +1,266 @@
+"""The handle of an adapted model: its trainable parameters, saving, loading, merging and taking the adapters out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from doran_core.adapter import (
+    CompiledAdapter,
+    TrainableAdapter,
+    read_adapter,
+    write_compiled,
+    write_trainable,
+)
+from doran_core.adapter.apply import apply_adapter
+from doran_core.adapter.compiled import compile_module
+from doran_core.config import DoranConfig
+from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
+from doran_core.fingerprint import fingerprint_weights
+from doran_core.layers.base import BaseView
+from doran_core.layers.modules import DoranLayer
+
+__all__ = ["DoranHandle", "read_trainable", "set_trained"]
+
+
+def set_trained(trained: list[tuple[nn.Parameter, bool]]) -> None:
+    """Make parameters trainable or not, as recorded."""
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)
+
+
+def read_trainable(path: str | os.PathLike[str]) -> TrainableAdapter:
+    """Read a directory that must hold a trainable adapter.
+
+    Raises:
+        AdapterFormatError: it does not.
+    """
+    saved = read_adapter(path)
+    if not isinstance(saved, TrainableAdapter):
+        raise AdapterFormatError(
+            f"{Path(path)}: expected a trainable DoRAN adapter (peft_type DORAN), got {type(saved).__name__}"
+        )
+    return saved
+
+
+class DoranHandle:
+    """What :func:`~doran_core.adapt` returns.
+
+    Attributes:
+        model: the adapted model, changed in place.
+        config: the options.
+        layers: the adapted layers by their names, in the model's order.
+        modules_to_save: names of the modules that are trained in full.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DoranConfig,
+        layers: dict[str, DoranLayer],
+        modules_to_save: list[str],
+        places: list[tuple[str, DoranLayer]],
+        trained: list[tuple[nn.Parameter, bool]],
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.layers = layers
+        self.modules_to_save = modules_to_save
+        self._places = places
+        self._trained = trained
+        self._removed = False
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable parameters: those of the adapters and of ``modules_to_save``, each once."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters, for an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def penalty(self) -> Tensor:
+        """The factors' penalty, the mean over the layers: add it to the loss. 0 if ``factor_penalty`` is 0."""
+        if self.config.factor_penalty == 0.0:
+            return torch.zeros(())
+        return torch.stack([layer.doran_adapter.penalty() for layer in self.layers.values()]).mean()
+
+    def tau(self) -> dict[str, Tensor]:
+        """tau of each layer as inference uses it, detached: ``[1]``, or ``[d_out]`` per head or row."""
+        return {name: layer.doran_adapter.tau.value().detach() for name, layer in self.layers.items()}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """A context in which the model is the base model, merged or not."""
+        self._refuse_removed()
+        before = [(layer, layer.enabled, layer.merged) for layer in self.layers.values()]
+        try:
+            for layer in self.layers.values():
+                layer.unmerge()
+                layer.enabled = False
+            yield
+        finally:
+            for layer, enabled, merged in before:
+                layer.enabled = enabled
+                if merged:
+                    layer.merge()
+
+    def merge(self, *, check_finite: bool = False) -> None:
+        """Put every W' in place of its W0. Memory: each W0 is kept for :meth:`unmerge`.
+
+        Raises:
+            NonFiniteError: if a merged weight is not finite and ``check_finite``; nothing stays merged then.
+            TargetError: if a base layer gives no access to its weight.
+            DoranError: after :meth:`remove`.
+        """
+        self._refuse_removed()
+        try:
+            for layer in self.layers.values():
+                layer.merge(check_finite=check_finite)
+        except Exception:
+            self.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Put every W0 back, bit for bit."""
+        self._refuse_removed()
+        for layer in self.layers.values():
+            layer.unmerge()
+
+    def remove(self, *, merged: bool = False) -> nn.Module:
+        """Take the adapters out; the handle is of no use afterwards.
+
+        Args:
+            merged: leave W' in the layers instead of W0.
+
+        Returns:
+            The model, with its own layers again, and trainable where it was before :func:`adapt`.
+
+        Raises:
+            DoranError: if they were taken out before.
+        """
+        (self.merge if merged else self.unmerge)()
+        for place, layer in self._places:
+            self.model.set_submodule(place, layer.base_layer)
+        set_trained(self._trained)
+        self._removed = True
+        return self.model
+
+    def _refuse_removed(self) -> None:
+        if self._removed:
+            raise DoranError("this handle's adapters were removed from the model; call adapt() for a new one")
+
+    def base_fingerprint(self) -> str | None:
+        """Fingerprint of the weights that are adapted; None if one is quantized or float16 and so not exact."""
+        weights = []
+        for name, layer in self.layers.items():
+            original = layer.original_weight()
+            if original is None or original.dtype == torch.float16:
+                return None
+            weights.append((name, original.detach()))
+        return fingerprint_weights(weights)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        form: Literal["trainable", "compiled"] = "trainable",
+        base_model: str | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the adapter directory, atomically.
+
+        Args:
+            path: the directory.
+            form: "trainable" to train on; "compiled" (A, B and c, a valid PEFT DoRA adapter) to serve and share.
+            base_model: name or path of the base model, a hint for readers.
+            overwrite: replace what is there.
+
+        Raises:
+            ConfigError: for another form.
+            AdapterFormatError: if a parameter is not finite; nothing is written then.
+            DoranError: if an adapter is there already and ``overwrite`` is not set.
+        """
+        if form == "trainable":
+            write_trainable(self._trainable(base_model), path, overwrite=overwrite)
+        elif form == "compiled":
+            write_compiled(self.compiled(base_model), path, overwrite=overwrite)
+        else:
+            raise ConfigError(f"form: expected 'trainable' or 'compiled', got {form!r}")
+        return Path(path)
+
+    def load(self, path: str | os.PathLike[str], *, allow_base_mismatch: bool = False) -> None:
+        """Take over the values of a saved trainable adapter of the same layers, in any order, and the same options.
+
+        Raises:
+            AdapterFormatError: if it does not fit, or was made with options that give another function; nothing is
+                changed then.
+            BaseMismatchError: if the fingerprints of the base weights differ.
+        """
+        self.load_record(read_trainable(path), path, allow_base_mismatch)
+
+    @torch.no_grad()
+    def compiled(self, base_model: str | None = None) -> CompiledAdapter:
+        """The compiled form, in memory: the networks run once, g and experts baked into B."""
+        modules = {}
+        for name, layer in self.layers.items():
+            view = layer.view
+            weight = layer.original_weight()
+            if weight is None:
+                raise TargetError(f"{name}: compiling needs the base weight, which {type(view.layer).__name__} hides")
+            modules[name] = compile_module(
+                name, layer.doran_adapter, weight, kind=_file_kind(view), kernel=_kernel(view)
+            )
+        return CompiledAdapter(
+            modules,
+            extra=self._extra(),
+            base_fingerprint=self.base_fingerprint(),
+            base_model=base_model,
+            modules_to_save=self.config.modules_to_save,
+        )
+
+    def _trainable(self, base_model: str | None) -> TrainableAdapter:
+        return TrainableAdapter(
+            config=self.config,
+            modules={
+                name: {key: value.detach().cpu() for key, value in layer.doran_adapter.state_dict().items()}
+                for name, layer in self.layers.items()
+            },
+            extra=self._extra(),
+            base_fingerprint=self.base_fingerprint(),
+            base_model=base_model,
+            module_kinds={
+                name: kind for name, layer in self.layers.items() if (kind := _file_kind(layer.view)) != "linear"
+            },
+        )
+
+    def _extra(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value.detach().cpu().clone()
+            for name in self.modules_to_save
+            for key, value in self.model.get_submodule(name).state_dict().items()
+        }
+
+    def load_record(self, saved: TrainableAdapter, path: str | os.PathLike[str], allow_base_mismatch: bool) -> None:
+        """As :meth:`load`, from an adapter that was read already; `path` is for messages."""
+        apply_adapter(
+            saved,
+            {name: layer.doran_adapter for name, layer in self.layers.items()},
+            {name: self.model.get_submodule(name) for name in self.modules_to_save},
+            self.config,
+            None if allow_base_mismatch else self.base_fingerprint(),
+            Path(path),
+        )
+
+
+def _file_kind(view: BaseView) -> Any:
+    return "linear" if view.kind == "opaque" else view.kind
+
+
+def _kernel(view: BaseView) -> tuple[int, ...] | None:
+    return tuple(view.layer.weight.shape[1:]) if isinstance(view.layer, nn.Conv2d) else None
