@@ -75,8 +75,16 @@ def test_inspect_plot(folder):
 
 def test_plot_without_matplotlib_says_what_to_install(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'doran-core[plot]'" in fails(capsys, "inspect", "adapter", "--plot", "adapter.png")
     assert not (folder / "adapter.png").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere/adapter.png", "adapter.unknown"])
+def test_a_plot_that_cannot_be_written(folder, capsys, name):
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    assert f"cannot write {name}" in fails(capsys, "inspect", "adapter", "--plot", name)
+    assert not (folder / name).exists()
 
 
 @pytest.mark.parametrize(
@@ -98,11 +106,23 @@ def test_errors_of_the_user(folder, capsys, command, words):
     assert made.folder_bytes(folder) == before
 
 
-def test_another_base_names_both_fingerprints(folder, capsys):
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge --base other --adapter adapter --out out",
+        "convert adapter --to compiled --base other --out out",
+        "inspect adapter --base other --plot out",
+    ],
+)
+def test_another_base_names_both_fingerprints(folder, capsys, command):
+    if "--plot" in command:
+        pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     made.write_base(folder / "other", {key: weight * 2 for key, weight in made.base_weights().items()})
-    assert fails(capsys, *["merge", "--base", "other", "--adapter", "adapter", "--out", "out"]).count("sha256:") == 2
-    assert not (folder / "out").exists()
-    assert main(["merge", "--base", "other", "--adapter", "adapter", "--out", "out", "--allow-base-mismatch"]) == 0
+    before = made.folder_bytes(folder)
+    assert fails(capsys, *command.split()).count("sha256:") == 2
+    assert made.folder_bytes(folder) == before
+    command = command.replace("--plot out", "--plot out.png")
+    assert main([*command.split(), "--allow-base-mismatch"]) == 0
 
 
 def test_debug_shows_the_traceback(folder):

@@ -55,8 +55,10 @@ def test_killed_at_ten_random_moments(folder, processes):
     process.join()
     assert process.exitcode == 0
     duration = time.monotonic() - begin
-    moments, killed = random.Random(20), 0
-    for _ in range(10):
+    moments, killed, attempts = random.Random(20), 0, 0
+    while killed < 10:
+        attempts += 1
+        assert attempts < 40
         if (folder / "out").exists():  # the one before was done before its signal came
             assert made.folder_bytes(folder / "out") == expected
             shutil.rmtree(folder / "out")
@@ -65,7 +67,6 @@ def test_killed_at_ten_random_moments(folder, processes):
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-    assert killed >= 7
     if not (folder / "out").exists():
         process = start(processes, folder)
         process.join()
