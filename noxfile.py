@@ -65,12 +65,12 @@ def core(session: nox.Session) -> None:
 
 @nox.session
 def identities(session: nox.Session) -> None:
-    """doran-core against PEFT's LoRA and DoRA, which doran-core itself never imports."""
-    install(session, "core", extra={"core": "[test]"})
+    """doran-core against PEFT's LoRA and DoRA, which doran-core itself never imports, and with what it may use."""
+    install(session, "core", extra={"core": "[plot,test]"})
     session.install("peft>=0.21,<0.22", "transformers>=5.16,<5.20", "accelerate>=1.10")
     install_models(session, "smollm2")
     session.env["DORAN_REQUIRE_MODELS"] = "1"
-    test(session, "packages/doran-core/tests_peft")
+    test(session, "packages/doran-core/tests_peft", "packages/doran-core/tests/test_cli.py")
 
 
 @nox.session
