@@ -130,17 +130,17 @@ def test_debug_shows_the_traceback(folder):
         main(["--debug", "inspect", "nowhere"])
 
 
-def test_installed_command():
-    def doran(*arguments):
-        return subprocess.run([sys.executable, "-m", "doran_core.cli", *arguments], capture_output=True, text=True)
-
-    version = doran("--version")
-    assert version.returncode == 0
-    assert version.stdout.startswith("doran-core 0.")
-    help_text = doran("--help").stdout
-    assert all(name in help_text for name in ("merge", "inspect", "convert"))
-    assert doran("unknown").returncode == 2
-    assert doran().returncode == 2
+def test_installed_command(capsys):
+    done = subprocess.run([sys.executable, "-m", "doran_core.cli", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("doran-core 0.")
+    for arguments, code in (["--help"], 0), (["unknown"], 2), ([], 2):
+        with pytest.raises(SystemExit) as exited:
+            main(arguments)
+        assert exited.value.code == code
+    printed = capsys.readouterr()
+    assert all(name in printed.out for name in ("merge", "inspect", "convert"))
+    assert "invalid choice: 'unknown'" in printed.err
 
 
 def test_an_interrupt_is_not_a_traceback(folder, capsys, monkeypatch):

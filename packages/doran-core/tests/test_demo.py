@@ -1,8 +1,9 @@
 """examples/end_to_end.py says in one sentence what it lacks, before it does anything; `nox -s demo` runs it whole."""
 
 import os
-import subprocess
+import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import made
@@ -11,42 +12,39 @@ import pytest
 DEMO = Path(__file__).parents[3] / "examples" / "end_to_end.py"
 
 
-def fails(folder, *arguments):
-    done = subprocess.run(
-        [sys.executable, DEMO, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder / "installed")},
-        capture_output=True,
-        text=True,
-    )
-    lines = [line for line in done.stderr.splitlines() if "Warning" not in line and "_conversion" not in line]
-    assert done.returncode == 1
-    assert len(lines) == 1
-    assert lines[0].startswith("end_to_end.py: error: ")
-    assert not (folder / "report").exists()
-    return lines[0]
+@pytest.fixture
+def fails(tmp_path, monkeypatch):
+    """Run the demo in a folder of its own; returns what it exits with: a string, printed with exit code 1."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(DEMO), *arguments])
+        with pytest.raises(SystemExit) as exited:
+            runpy.run_path(str(DEMO), run_name="__main__")
+        message = exited.value.code
+        assert message.startswith("end_to_end.py: error: ")
+        assert "\n" not in message
+        assert not (tmp_path / "report").exists()
+        return message
+
+    return run
 
 
-def test_a_wrong_model_path(tmp_path):
-    assert "nowhere: no such checkpoint directory" in fails(tmp_path, "--base", "nowhere")
+def test_a_wrong_model_path(tmp_path, fails):
+    assert "nowhere: no such checkpoint directory" in fails("--base", "nowhere")
     made.write_base(tmp_path / "base")
-    assert "base: no tokenizer_config.json there" in fails(tmp_path, "--base", "base")
+    assert "base: no tokenizer_config.json there" in fails("--base", "base")
     (tmp_path / "base" / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors is missing" in fails(tmp_path, "--base", "base")
+    assert "model-00002-of-00002.safetensors is missing" in fails("--base", "base")
 
 
-@pytest.mark.parametrize("present", [[], ["doran_hf", "doran_export"]])
-def test_a_missing_package(tmp_path, present):
-    for name in present:
-        (tmp_path / "installed" / name).mkdir(parents=True)
-        (tmp_path / "installed" / name / "__init__.py").touch()
-    missing = ["doran_hf", "doran_export", "onnxruntime"][len(present)]
-    if missing in ("doran_hf", "onnxruntime") and _is_installed(missing):
+@pytest.mark.parametrize("missing", ["doran_hf", "onnxruntime"])
+def test_a_missing_package(tmp_path, monkeypatch, fails, missing):
+    if find_spec(missing) is not None:
         pytest.skip(f"{missing} is installed here")
-    assert f"the demo needs {missing}, which is not installed: pip install ./packages/doran-" in fails(tmp_path)
-
-
-def _is_installed(name):
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("doran_hf", "doran_export"):
+        if name != missing:
+            (tmp_path / f"{name}.py").touch()
+    assert f"the demo needs {missing}, which is not installed: pip install ./packages/doran-" in fails()
