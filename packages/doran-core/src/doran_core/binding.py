@@ -18,6 +18,7 @@ from doran_core.adapter.evaluate import LayerFactors, evaluate
 from doran_core.adapter.schema import Kind
 from doran_core.checkpoint import Checkpoint, WeightFile
 from doran_core.errors import AdapterFormatError, BaseMismatchError, CheckpointError
+from doran_core.extras import by_base_names, without_copies
 from doran_core.factors import FactorBuilder
 from doran_core.files import StrPath
 from doran_core.fingerprint import combine_digests, sample_stride, samples_digest, weight_digest
@@ -160,66 +161,10 @@ def bind(
             f"{where} was made for base weights with fingerprint {expected}, but {checkpoint.directory} has "
             f"{found}{hint}; pass allow_base_mismatch if you know that they fit"
         )
-    kept = _without_copies(adapter, checkpoint, modules, where)
-    extra = _by_base_names(kept, checkpoint, modules, where)
+    weights = {f"{module.name}.weight": module.file for module in modules}
+    kept = without_copies(adapter.extra, checkpoint, weights, where)
+    extra = by_base_names(kept, checkpoint, weights, where)
     return BoundAdapter(adapter, checkpoint, modules, extra, kept, found)
-
-
-def _without_copies(
-    adapter: AnyAdapter, checkpoint: Checkpoint, modules: list[BoundModule], where: StrPath
-) -> dict[str, Tensor]:
-    """The extra tensors that mean something: PEFT also saves the base weight of an adapted or tied embedding."""
-    own = {f"{module.name}.weight": module.file for module in modules}
-    if (embedding := tied_embedding(checkpoint)) is not None:
-        own.setdefault(OUTPUT_KEY, checkpoint.file(embedding))
-    copies = {name for name, tensor in adapter.extra.items() if name in own and _equal(own[name], tensor)}
-    for module in modules:
-        name = f"{module.name}.weight"
-        if name in adapter.extra and name not in copies:
-            raise CheckpointError(
-                f"{where}: brings a base weight of its own for the adapted {name}, of shape "
-                f"{list(adapter.extra[name].shape)}; it is not that of {module.file.path}"
-            )
-    return {name: tensor for name, tensor in adapter.extra.items() if name not in copies}
-
-
-def _equal(file: WeightFile, tensor: Tensor) -> bool:
-    return file.entry.shape == tuple(tensor.shape) and torch.equal(file.read().to(tensor.dtype), tensor)
-
-
-def _by_base_names(
-    extra: Mapping[str, Tensor], checkpoint: Checkpoint, modules: list[BoundModule], where: StrPath
-) -> dict[str, Tensor]:
-    """Extra tensors by the names that their parameters have in the checkpoint, or their own where it has none.
-
-    Names may differ by the prefix that the adapted modules show, and by no other: ``head.norm.weight`` is not a base's
-    ``norm.weight``.
-    """
-    shown = {_prefixes(f"{module.name}.weight", module.file.entry.key) for module in modules}
-    differences = {pair for pair in shown if pair is not None} or {("", "")}
-    named: dict[str, Tensor] = {}
-    for name, tensor in extra.items():
-        candidates = [base + name.removeprefix(own) for own, base in differences if name.startswith(own)]
-        found = sorted({key for key in candidates if key in checkpoint})
-        if len(found) > 1:
-            raise CheckpointError(f"{where}: {name} could replace any of {found} in {checkpoint.directory}")
-        if not found and name in checkpoint:
-            raise CheckpointError(
-                f"{where}: {name} is new to the model, whose names differ from those in {checkpoint.directory} by the "
-                f"prefix {sorted(own or base for own, base in differences)}, but it has another tensor of this name"
-            )
-        key = found[0] if found else name
-        if key in named:
-            raise CheckpointError(f"{where}: {name} and another tensor both replace {key} of {checkpoint.directory}")
-        named[key] = tensor
-    return named
-
-
-def _prefixes(name: str, key: str) -> tuple[str, str] | None:
-    """The prefixes that an adapter's name and the base's key have before what is common; None for a tied weight."""
-    if name == key or name.endswith(f".{key}"):
-        return name.removesuffix(key), ""
-    return ("", key.removesuffix(name)) if key.endswith(f".{name}") else None
 
 
 def _modules(
@@ -292,8 +237,3 @@ def _digest(module: BoundModule) -> bytes:
     for rows, weight in module.weight_rows():
         samples.append(weight.flatten()[-rows.start * shape[1] % stride :: stride].clone())
     return samples_digest(module.name, shape, torch.cat(samples))
-
-
-def extra_keys(extra: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
-    """For each extra tensor of a BoundAdapter the base tensor that it replaces; absent where there is none."""
-    return {name: name for name in extra if name in checkpoint}

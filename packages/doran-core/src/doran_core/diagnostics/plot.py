@@ -51,7 +51,7 @@ def plot_report(report: AdapterReport, path: StrPath) -> Path:
     drawn = len(panels) + 1 + bool(report.similarities)
     rows = math.ceil(drawn / 2)
     figure = Figure(figsize=(10.0, 0.8 + 2.7 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
+    axes: list[Any] = list(figure.subplots(rows, 2, squeeze=False).flat)
     for axis, (title, value) in zip(axes, panels, strict=False):
         _draw_layers(axis, value, groups)
         axis.set_title(title, fontsize="medium", loc="left")

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from doran_core.binding import BoundAdapter, BoundModule, extra_keys
+from doran_core.binding import BoundAdapter, BoundModule
 from doran_core.checkpoint import Checkpoint, WeightFile
 from doran_core.errors import CheckpointError, ConfigError
+from doran_core.extras import extra_keys
 from doran_core.files.layout import DTYPES, Layout, TensorEntry, compose_header, dtype_name
 from doran_core.tied import OUTPUT_KEY, tied_embedding
 
