@@ -179,9 +179,9 @@ def check_before_starting(out: Path, base: str | None) -> None:
 def check_base(directory: Path) -> None:
     """Refuse a --base that is not a model directory: its weights' headers are read, and its small files looked for."""
     Checkpoint(directory)
-    for name in ("config.json", "tokenizer_config.json"):
-        if not (directory / name).is_file():
-            raise CheckpointError(f"--base {directory}: no {name} there, expected a Hugging Face model directory")
+    for names in (("config.json",), ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        if not any((directory / name).is_file() for name in names):
+            raise CheckpointError(f"--base {directory}: no {names[0]} there, expected a Hugging Face model directory")
 
 
 def package_folder(module: str) -> Path:

@@ -34,7 +34,8 @@ def fails(tmp_path, monkeypatch):
 def test_a_wrong_model_path(tmp_path, fails):
     assert "nowhere: no such checkpoint directory" in fails("--base", "nowhere")
     made.write_base(tmp_path / "base")
-    assert "base: no tokenizer_config.json there" in fails("--base", "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    assert "base: no tokenizer.json there" in fails("--base", "base")
     (tmp_path / "base" / "model-00002-of-00002.safetensors").unlink()
     assert "model-00002-of-00002.safetensors is missing" in fails("--base", "base")
 
