@@ -47,6 +47,7 @@ def trained(tmp_path, monkeypatch):
     """A base checkpoint of two layers, an adapter of it with generators of its own, and the adapted model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_generators.py").write_text(SOURCE)
+    (tmp_path / "broken_generators.py").write_text("1 / 0")
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 12))
     (tmp_path / "base").mkdir()
@@ -102,7 +103,10 @@ def test_inspected(trained, capsys):
 @pytest.mark.parametrize("use", [merge_checkpoint, compile_adapter], ids=lambda use: use.__name__)
 def test_without_the_builder_the_error_says_what_to_give(trained, use):
     arguments = ("base", "adapter", "merged") if use is merge_checkpoint else ("adapter", "base")
-    with pytest.raises(AdapterFormatError, match=r"adapter: .*factor_builder.*--factor-builder.*compiled form"):
+    with pytest.raises(
+        AdapterFormatError,
+        match=r"adapter: .*\(factors.B, factors.frequencies\).*factor_builder.*--factor-builder.*compiled form",
+    ):
         use(*arguments)
 
 
@@ -124,8 +128,9 @@ def test_a_builder_that_does_not_fit(trained):
     [
         ("my_generators", "expected MODULE:NAME"),
         ("nowhere_at_all:Cosines", "No module named"),
+        ("broken_generators:Cosines", "ZeroDivisionError: division by zero"),
         ("my_generators:Sines", "has no attribute"),
-        ("my_generators:not_callable", "is a int"),
+        ("my_generators:not_callable", "expected something to call, got 3"),
     ],
 )
 def test_a_builder_that_cannot_be_had(trained, capsys, given, words):

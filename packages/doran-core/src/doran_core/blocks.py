@@ -55,7 +55,7 @@ def with_owners_of(
 
     Args:
         owners: names of each layer's tensors in the model.
-        tensors: saved tensors by name, by layer.
+        tensors: saved tensors by name, of the same layers.
         config: the options that decide the groups.
     """
     moved = {layer: dict(parts) for layer, parts in tensors.items()}

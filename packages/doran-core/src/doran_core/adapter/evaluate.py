@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from doran_core.adapter.schema import AnyAdapter, CompiledAdapter, Kind, TrainableAdapter
-from doran_core.adapter.validate import has_own_generator
+from doran_core.adapter.validate import own_generator_parts
 from doran_core.errors import AdapterFormatError
 from doran_core.factors import FactorBuilder
 from doran_core.layers.adapter import DoranAdapter
@@ -103,11 +103,11 @@ def evaluate(
 def _evaluate_trainable(
     adapter: TrainableAdapter, d_in: Mapping[str, int] | None, factor_builder: FactorBuilder | None
 ) -> list[LayerFactors]:
-    own = has_own_generator(adapter.config, adapter.modules)
+    own = own_generator_parts(adapter.config, adapter.modules)
     if own and factor_builder is None:
         raise AdapterFormatError(
-            "its factors come from a generator that is not DoRAN's: give what builds it (factor_builder, or "
-            "--factor-builder MODULE:NAME of the doran command), or use the compiled form"
+            f"its factors come from a generator that is not DoRAN's ({', '.join(own[:5])}): give what builds it "
+            "(factor_builder, or --factor-builder MODULE:NAME of the doran command), or use the compiled form"
         )
     built = build_adapters(adapter.config, adapter.modules, d_in, factor_builder if own else None)
     return [layer_factors(name, module, adapter.module_kinds.get(name)) for name, module in built.items()]

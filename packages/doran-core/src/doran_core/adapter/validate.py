@@ -28,7 +28,7 @@ __all__ = [
     "check_tensors",
     "check_trainable_modules",
     "check_vector",
-    "has_own_generator",
+    "own_generator_parts",
 ]
 
 _OUTPUTS = ("factors.w2_A", "factors.w2_B")
@@ -113,7 +113,7 @@ def check_trainable_modules(where: str, config: DoranConfig, modules: Mapping[st
     """
     for name, tensors in modules.items():
         _check_module(where, config, name, tensors)
-    if config.factors == "generated" and not has_own_generator(config, modules):
+    if config.factors == "generated" and not own_generator_parts(config, modules):
         for name, tensors in modules.items():
             _check_generated(where, config, name, tensors)
         _check_trunks(where, config, modules)
@@ -162,17 +162,17 @@ def _check_static(where: str, module: str, tensors: Mapping[str, Tensor], rank: 
         raise TensorShapeError(f"{where}: {module}.factors.B: {B.shape[0]} rows, magnitude has {rows}")
 
 
-def has_own_generator(config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> bool:
-    """Whether some factors come from a generator that is not DoRAN's, whose tensors only its author can check.
+def own_generator_parts(config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Names of the tensors of a generator that is not DoRAN's, which only its author can check; none for DoRAN's own.
 
     Args:
         config: the options.
         modules: tensors by part, by module.
     """
     if config.factors == "static":
-        return False
+        return []
     parts = {part for tensors in modules.values() for part in tensors if part.startswith("factors.")}
-    return any(not part.startswith((*_OUTPUTS, TRUNK, BLOCK_EMBEDDING)) for part in parts)
+    return sorted(part for part in parts if not part.startswith((*_OUTPUTS, TRUNK, BLOCK_EMBEDDING)))
 
 
 def _check_generated(where: str, config: DoranConfig, module: str, tensors: Mapping[str, Tensor]) -> None:

@@ -41,10 +41,10 @@ def load_factor_builder(given: str | None) -> FactorBuilder | None:
     sys.path.insert(0, here)
     try:
         builder = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--factor-builder {given}: {error}") from error
+    except Exception as error:  # whatever the user's own code raises
+        raise ConfigError(f"--factor-builder {given}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
     if not callable(builder):
-        raise ConfigError(f"--factor-builder {given}: is a {type(builder).__name__}, expected something to call")
+        raise ConfigError(f"--factor-builder {given}: expected something to call, got {builder!r}")
     return builder  # type: ignore[no-any-return]

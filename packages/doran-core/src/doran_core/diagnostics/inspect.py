@@ -11,7 +11,7 @@ from torch import Tensor
 
 from doran_core.adapter import AnyAdapter, CompiledAdapter, TrainableAdapter, read_adapter
 from doran_core.adapter.evaluate import LayerFactors, evaluate
-from doran_core.adapter.validate import has_own_generator
+from doran_core.adapter.validate import own_generator_parts
 from doran_core.binding import BoundModule, bind
 from doran_core.checkpoint import Checkpoint
 from doran_core.diagnostics.factors import effective_rank, singular_values
@@ -153,7 +153,7 @@ def inspect_adapter(
 def _check_sizes_known(adapter: AnyAdapter, directory: StrPath) -> None:
     if not isinstance(adapter, TrainableAdapter):
         return
-    own = has_own_generator(adapter.config, adapter.modules)
+    own = own_generator_parts(adapter.config, adapter.modules)
     if own or adapter.config.share_output:
         what = "generator is not DoRAN's" if own else "output layers are shared"
         raise ConfigError(f"{directory}: its {what}, so that sizes are in the base only: give it (--base)")
