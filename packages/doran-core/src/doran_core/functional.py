@@ -242,7 +242,7 @@ def direction(weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, out: Tens
     return out.copy_(weight).addmm_(B, A, alpha=scaling)
 
 
-def row_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def row_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, out: Tensor | None = None) -> Tensor:
     """``||W0 + g B A||`` per row, directly: forms V, so for merging, tests and rows that cancel.
 
     Args:
@@ -250,11 +250,13 @@ def row_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         A: ``[r, d_in]``.
         B: ``[d_out, r]``.
         scaling: ``g``.
+        out: memory for V, which then has its dtype; not for autograd.
 
     Returns:
         ``[d_out]`` in float32, or float64 if any operand is float64.
     """
-    return _safe_sqrt(direction(weight, A, B, scaling).square().sum(1))
+    V = direction(weight, A, B, scaling, out=out)
+    return _safe_sqrt(V.square().sum(1)) if out is None else torch.linalg.vector_norm(V, dim=1)
 
 
 def output_scale(magnitude: Tensor, norm: Tensor, tau: Tensor | float) -> Tensor:
