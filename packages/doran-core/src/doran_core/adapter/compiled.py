@@ -15,7 +15,7 @@ from doran_core.layers.adapter import DoranAdapter
 
 __all__ = ["compile_layer", "compile_module"]
 
-_PIECE_ELEMENTS = 2**20
+_PIECE_ELEMENTS = 2**18
 
 _SMALLEST_NORM = math.sqrt(torch.finfo(torch.float32).tiny)
 """Below it the squares that a float32 norm sums underflow, and PEFT's norm may be 0."""
@@ -58,8 +58,7 @@ def compile_layer(
     """
     # The norm belongs to the factors as they are stored: scaling joins B, and both are rounded, before it is taken.
     A, B = layer.A.float().contiguous(), (layer.B.double() * layer.scaling).float().contiguous()
-    exact_A, exact_B = A.double(), B.double()
-    norm = torch.cat([row_norm(weight.double(), exact_A, exact_B[rows], 1.0) for rows, weight in weight_rows])
+    norm = torch.cat(list(_norms(weight_rows, A.double(), B.double())))
     exact = layer.double()
     if exact.scale is not None:
         scale = exact.scale
@@ -68,6 +67,15 @@ def compile_layer(
         scale = output_scale(exact.magnitude, norm, exact.tau)
     zero_rows = tuple(torch.nonzero(norm < _SMALLEST_NORM).flatten().tolist())
     return CompiledModule(layer.name, A, B, scale.float(), (scale * norm).float(), kind, kernel, zero_rows)
+
+
+def _norms(weight_rows: Iterable[tuple[slice, Tensor]], A: Tensor, B: Tensor) -> Iterator[Tensor]:
+    """``||W0 + B A||`` of each slice of rows, all through the memory of the first and largest."""
+    memory = None
+    for rows, weight in weight_rows:
+        if memory is None:
+            memory = torch.empty(weight.shape, dtype=torch.float64)
+        yield row_norm(weight, A, B[rows], 1.0, out=memory[: weight.shape[0]])
 
 
 def _pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
