@@ -6,6 +6,7 @@ from pathlib import Path
 import made
 import pytest
 import torch
+from own_generators import Cosines
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,38 +17,13 @@ from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import AdapterFormatError, ConfigError, MissingKeyError, TensorShapeError
 from doran_core.merge import merge_checkpoint
 
-SOURCE = '''
-import torch
-from torch import nn
-
-
-class Cosines(nn.Module):
-    """A from learned frequencies, B free."""
-
-    def __init__(self, spec):
-        super().__init__()
-        self.d_in = spec.d_in
-        self.frequencies = nn.Parameter(torch.linspace(0.5, 3.0, spec.rank))
-        self.B = nn.Parameter(torch.zeros(spec.d_out, spec.rank))
-
-    def forward(self):
-        grid = torch.linspace(0, 6.28, self.d_in)
-        return torch.cos(self.frequencies[:, None] * grid) / self.d_in**0.5, self.B
-
-
-not_callable = 3
-'''
-own = {}
-exec(SOURCE, own)
-Cosines = own["Cosines"]
-
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     """A base checkpoint of two layers, an adapter of it with generators of its own, and the adapted model."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_generators.py").write_text(SOURCE)
-    (tmp_path / "broken_generators.py").write_text("1 / 0")
+    (tmp_path / "here.py").write_text("from own_generators import Cosines\n\nnot_callable = 3\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 12))
     (tmp_path / "base").mkdir()
@@ -78,7 +54,7 @@ def test_merged_from_python_and_from_the_command_line(trained):
     x = torch.randn(5, 12)
     merge_checkpoint("base", "adapter", "merged", factor_builder=Cosines)
     torch.testing.assert_close(merged_outputs(base, x), model(x))
-    command = "merge --base base --adapter adapter --factor-builder my_generators:Cosines --out again"
+    command = "merge --base base --adapter adapter --factor-builder here:Cosines --out again"
     assert main(command.split()) == 0
     assert made.folder_bytes(Path("again")) == made.folder_bytes(Path("merged"))
 
@@ -86,7 +62,7 @@ def test_merged_from_python_and_from_the_command_line(trained):
 def test_compiled_and_then_merged_without_it(trained):
     base, model = trained
     x = torch.randn(5, 12)
-    command = "convert adapter --to compiled --base base --factor-builder my_generators:Cosines --out compiled"
+    command = "convert adapter --to compiled --base base --factor-builder here:Cosines --out compiled"
     assert main(command.split()) == 0
     merge_checkpoint("base", "compiled", "merged")
     torch.testing.assert_close(merged_outputs(base, x), model(x))
@@ -95,7 +71,7 @@ def test_compiled_and_then_merged_without_it(trained):
 def test_inspected(trained, capsys):
     report = inspect_adapter("adapter", "base", factor_builder=Cosines)
     assert [layer.rank for layer in report.layers] == [3, 3]
-    assert main(["inspect", "adapter", "--base", "base", "--factor-builder", "my_generators:Cosines"]) == 0
+    assert main(["inspect", "adapter", "--base", "base", "--factor-builder", "here:Cosines"]) == 0
     with pytest.raises(ConfigError, match="generator is not DoRAN's"):
         inspect_adapter("adapter", factor_builder=Cosines)
 
@@ -126,11 +102,11 @@ def test_a_builder_that_does_not_fit(trained):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("my_generators", "expected MODULE:NAME"),
+        ("here", "expected MODULE:NAME"),
         ("nowhere_at_all:Cosines", "No module named"),
-        ("broken_generators:Cosines", "ZeroDivisionError: division by zero"),
-        ("my_generators:Sines", "has no attribute"),
-        ("my_generators:not_callable", "expected something to call, got 3"),
+        ("broken:Cosines", "ZeroDivisionError: division by zero"),
+        ("here:Sines", "has no attribute"),
+        ("here:not_callable", "expected something to call, got 3"),
     ],
 )
 def test_a_builder_that_cannot_be_had(trained, capsys, given, words):
