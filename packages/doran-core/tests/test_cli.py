@@ -8,7 +8,7 @@ import made
 import pytest
 
 from doran_core.adapter import CompiledAdapter, PeftAdapter, read_adapter
-from doran_core.cli.main import main
+from doran_core.cli.main import build_parser, main
 from doran_core.merge import merge_checkpoint
 
 
@@ -165,3 +165,21 @@ def test_a_command_that_cannot_be_loaded_does_not_stop_the_others(folder, capsys
     monkeypatch.setattr(cli, "entry_points", lambda group: [*real(group=group), Broken()])
     assert cli.main(["inspect", "adapter"]) == 0
     assert "'broken' cannot be loaded" in capsys.readouterr().err
+
+
+def test_only_the_command_asked_for_is_loaded(monkeypatch):
+    class Entry:
+        def __init__(self, name):
+            self.name = name
+
+        def load(self):
+            loaded.append(self.name)
+            return lambda subparsers: subparsers.add_parser(self.name)
+
+    loaded = []
+    monkeypatch.setattr("doran_core.cli.main.entry_points", lambda group: [Entry("train"), Entry("merge")])
+    build_parser(["--debug", "merge", "--base", "x"])
+    assert loaded == ["merge"]
+    loaded.clear()
+    assert "train" in build_parser(["--help"]).format_help()
+    assert loaded == ["merge", "train"]

@@ -15,15 +15,21 @@ __all__ = ["build_parser", "main"]
 _GROUP = "doran.commands"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with every installed subcommand. One that cannot be loaded is left out with a warning."""
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser with every installed subcommand. One that cannot be loaded is left out with a warning.
+
+    Args:
+        argv: the command line. If it names a subcommand, that one alone is loaded: others may import large packages.
+    """
     parser = argparse.ArgumentParser(
         prog="doran", description="Train, merge, convert, export and serve DoRAN adapters."
     )
     parser.add_argument("--version", action="version", version=created_by())
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
+    entries = sorted(entry_points(group=_GROUP), key=lambda entry: entry.name)
+    wanted = next((argument for argument in argv if not argument.startswith("-")), None)
+    for entry in [entry for entry in entries if entry.name == wanted] or entries:
         try:
             register = entry.load()
         except Exception as error:
@@ -35,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, 2 for an error of the user, 130 for an interrupt."""
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(argv).parse_args(argv)
     try:
         return int(arguments.func(arguments))
     except DoranError as error:
