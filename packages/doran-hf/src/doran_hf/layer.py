@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from doran_core.config import DoranConfig as CoreConfig
 from doran_core.factors import FactorBuilder
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
 from doran_core.layers.modules import layer_spec
+from doran_hf.mixed import check_rows
 
 __all__ = ["DoranConv2d", "DoranEmbedding", "DoranLayer", "DoranLinear", "doran_layers", "layer_class"]
 
@@ -47,11 +48,17 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         self.doran_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._swap = WeightSwap()
+        self._view: tuple[BaseView, torch.dtype | None] | None = None
 
     @property
     def view(self) -> BaseView:
-        """The base layer as a matrix ``[d_out, d_in]``."""
-        return base_view(self.get_base_layer(), self.name)
+        """The base layer as a matrix ``[d_out, d_in]``; checked anew if the layer was exchanged or quantized."""
+        layer = self.get_base_layer()
+        weight = layer._parameters.get("weight")
+        dtype = None if weight is None else weight.dtype
+        if self._view is None or self._view[0].layer is not layer or self._view[1] != dtype:
+            self._view = base_view(layer, self.name), dtype
+        return self._view[0]
 
     def original_weight(self) -> Tensor | None:
         """W0 ``[d_out, d_in]``, also while adapters are merged; None if the layer gives no access to it."""
@@ -82,12 +89,28 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         """The adapter of this name."""
         return cast(DoranAdapter, self.doran_adapter[name])
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Shapes and dtype of the base layer."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """Shapes and dtype of the base layer.
+
+        Args:
+            x: the base layer's input, ``[batch, ...]`` with ``adapter_names``.
+            args: passed on to the base layer.
+            adapter_names: inference only: the adapter of each row of x, "__base__" for none; see
+                :func:`doran_hf.mixed.adapter_per_row`.
+            kwargs: passed on to the base layer.
+
+        Raises:
+            ConfigError: ``adapter_names`` of another length than x, or while adapters are merged.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         base_output: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
+            return base_output
+        if adapter_names is not None:
+            check_rows(self.name, len(x), adapter_names, merged=self.merged)
+            return self._forward_rows(x, base_output, adapter_names)
+        if self.merged:
             return base_output
         names = [name for name in self.active_adapters if name in self.doran_adapter]
         if not names:
@@ -97,6 +120,14 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         output = outputs[0]
         for other in outputs[1:]:
             output = output + (other - base_output)
+        return output
+
+    def _forward_rows(self, x: Tensor, base_output: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        output, view = base_output.clone(), self.view
+        for name in dict.fromkeys(adapter_names):
+            if name in self.doran_adapter:
+                rows = torch.tensor([row for row, of in enumerate(adapter_names) if of == name], device=x.device)
+                output[rows] = self.adapter(name)(view, x[rows], base_output[rows])
         return output
 
     @torch.no_grad()

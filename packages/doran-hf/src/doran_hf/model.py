@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.config import PeftConfig
@@ -18,6 +20,7 @@ from doran_hf.base import base_fingerprint, check_base, module_kinds
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
 from doran_hf.layer import DoranLayer, doran_layers, layer_class
+from doran_hf.mixed import adapter_per_row
 from doran_hf.penalty import PenaltyHook
 from doran_hf.register import PREFIX
 from doran_hf.targets import check_targets, fill_targets
@@ -90,6 +93,20 @@ class DoranModel(BaseTuner):
             return
         layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT calls this around forward and generate, and takes adapter_names out of the arguments itself.
+        known = {name for layer in doran_layers(self.model) for name in layer.doran_adapter}
+        beams = kwargs.get("num_beams")
+        with adapter_per_row(
+            self.model,
+            kwargs.get("adapter_names"),
+            known,
+            beams if isinstance(beams, int) else 1,
+            DoranLayer,
+        ):
+            yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         PenaltyHook.detach(self.model)

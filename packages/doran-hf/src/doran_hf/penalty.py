@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from doran_hf.diagnostics import factor_penalty
 
@@ -12,7 +15,7 @@ __all__ = ["PenaltyHook"]
 
 
 class PenaltyHook:
-    """A forward hook on the base model: ``loss + penalty`` in training, when the model was given labels.
+    """A forward hook on the base model: ``loss + penalty`` in training, wherever the model's output has a loss.
 
     On the base model, because there it works for PeftModel and for transformers' own ``add_adapter`` alike. A class
     rather than a closure, so that the model can still be copied and pickled.
@@ -32,22 +35,63 @@ class PenaltyHook:
             model._forward_hooks_with_kwargs.pop(key, None)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        labels = kwargs.get("labels")
-        if not model.training or labels is None:
+        loss = _loss_of(output)
+        if not model.training or loss is None:
             return None
         penalty = factor_penalty(model)
         if penalty is None:
             return None
-        items = kwargs.get("num_items_in_batch")
-        if items is not None:
-            # Trainer sums such losses over the micro-batches of a step: each takes its share of the penalty.
-            penalty = penalty * ((labels != -100).sum().to(penalty.device) / items)
-        if isinstance(output, tuple):
-            return (_add(output[0], penalty), *output[1:])
-        if isinstance(getattr(output, "loss", None), Tensor):
-            output.loss = _add(output.loss, penalty)
+        return _with_loss(output, loss + (penalty * _share_of_step(model, args, kwargs)).to(loss.device))
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in a model's output: a field of that name, or a tuple's first member if it is a scalar that trains."""
+    if isinstance(output, Mapping):
+        found = output.get("loss")
+    elif isinstance(output, tuple):
+        found = output[0] if output else None
+    else:
+        found = getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) and found.dim() == 0 and found.requires_grad else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, Mapping):
+        output["loss"] = loss  # type: ignore[index]  # dict, or transformers' ModelOutput
         return output
+    if isinstance(output, tuple) and not hasattr(output, "_fields"):
+        return (loss, *output[1:])
+    if isinstance(output, tuple):
+        return type(output)(loss, *output[1:])
+    output.loss = loss
+    return output
 
 
-def _add(loss: Tensor, penalty: Tensor) -> Tensor:
-    return loss + penalty.to(loss.device)
+def _share_of_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float:
+    """How much of the penalty this pass adds.
+
+    Trainer hands over the number of labels in the whole step and sums the losses of its micro-batches: each of them
+    then adds the share of the penalty that it has of the labels. Elsewhere a pass is a step.
+    """
+    items = kwargs.get("num_items_in_batch")
+    if items is None:
+        return 1.0
+    labels = kwargs.get("shift_labels")
+    if labels is None:
+        labels = kwargs["labels"] if "labels" in kwargs else _positional(model, args, "labels")
+        if labels is not None and _shifts_labels(model):
+            labels = labels[..., 1:]
+    if labels is None:
+        return 1.0
+    return (labels != -100).sum() / items  # type: ignore[no-any-return]
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether the loss leaves out the first label, as Trainer does in counting."""
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    return loss is ForCausalLMLoss and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def _positional(model: nn.Module, args: tuple[Any, ...], name: str) -> Any:
+    names = list(inspect.signature(model.forward).parameters)[: len(args)]
+    return args[names.index(name)] if name in names else None
