@@ -164,6 +164,8 @@ def test_a_command_that_cannot_be_loaded_does_not_stop_the_others(folder, capsys
     real = cli.entry_points
     monkeypatch.setattr(cli, "entry_points", lambda group: [*real(group=group), Broken()])
     assert cli.main(["inspect", "adapter"]) == 0
+    assert "broken" not in capsys.readouterr().err
+    assert "inspect" in cli.build_parser(["--help"]).format_help()
     assert "'broken' cannot be loaded" in capsys.readouterr().err
 
 
@@ -174,7 +176,7 @@ def test_only_the_command_asked_for_is_loaded(monkeypatch):
 
         def load(self):
             loaded.append(self.name)
-            return lambda subparsers: subparsers.add_parser(self.name)
+            return lambda subparsers: subparsers.add_parser(self.name, help="a command")
 
     loaded = []
     monkeypatch.setattr("doran_core.cli.main.entry_points", lambda group: [Entry("train"), Entry("merge")])

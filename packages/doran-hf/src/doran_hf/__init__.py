@@ -1,6 +1,6 @@
 """DoRAN as a PEFT method. Importing this package registers it; the math is doran_core's."""
 
-from doran_hf.callbacks import TauCallback
+from doran_hf.callbacks import LayerMetricsCallback
 from doran_hf.config import DoranConfig
 from doran_hf.diagnostics import factor_penalty, tau_by_layer
 from doran_hf.layer import DoranLayer
@@ -12,7 +12,7 @@ __all__ = [
     "DoranLayer",
     "DoranModel",
     "DoranPeftType",
-    "TauCallback",
+    "LayerMetricsCallback",
     "factor_penalty",
     "register",
     "tau_by_layer",

@@ -1,64 +1,173 @@
-"""Trainer callbacks that watch the adapters."""
+"""A Trainer callback that watches the adapters layer by layer."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy
 
-from doran_hf.diagnostics import tau_by_layer
+from doran_core.diagnostics import GradientProbe, GradientSplit
+from doran_hf.diagnostics import LayerState, layer_states, probed_layers
+from doran_hf.layer_table import read_states, write_states
 
-__all__ = ["TauCallback"]
+__all__ = ["LayerMetricsCallback"]
+
+_PREFIX = "doran/"
+_MEASURES = [entry.name for entry in dataclasses.fields(LayerState) if entry.name not in ("step", "layer")]
 
 
-class TauCallback(TrainerCallback):
-    """Records tau of each layer at the start, whenever the Trainer logs, and at the end.
+class LayerMetricsCallback(TrainerCallback):
+    """Records tau, norm, scale, effective rank and gradient split of each layer whenever the Trainer logs.
+
+    Passed as ``Trainer(callbacks=[...])`` it fills :attr:`states`, the parquet file and, with the mean, least and
+    largest tau, the Trainer's log history. Trainer calls the callbacks of TensorBoard, W&B and the like before those it
+    was given, so for these to get the numbers of each layer, too, call :meth:`attach` instead.
+
+    The gradient is that of the first forward and backward pass of a logged step, as it comes (a gradient scaler's
+    factor included). It is seen with ``logging_strategy="steps"``, without ``torch_compile``, and on linear layers
+    whose weight can be read. A logged step costs one more product of the size of the weight's gradient per layer.
 
     Attributes:
-        history: one entry per record: ``{"step": int, "tau": {module name: [float, ...]}}``.
+        states: all records, from the first step on.
 
     Args:
-        file: also write the records there, one JSON object a line; None for no file. Only the main process writes.
+        file: also write them there, as parquet (needs pyarrow): at the end, with every checkpoint, and in between
+            when there are a tenth more. A resumed training goes on with the file's rows. Only the main process writes.
         adapter_name: which adapter; None for the active one.
+        gradients: record the gradient split.
     """
 
-    def __init__(self, file: str | Path | None = None, adapter_name: str | None = None) -> None:
-        self.history: list[dict[str, Any]] = []
+    def __init__(
+        self, file: str | Path | None = None, adapter_name: str | None = None, *, gradients: bool = True
+    ) -> None:
+        self.states: list[LayerState] = []
         self._file = None if file is None else Path(file)
         self._adapter_name = adapter_name
+        self._gradients = gradients
+        self._probe: GradientProbe | None = None
+        self._splits: dict[str, GradientSplit] = {}
+        self._written = 0
+
+    def attach(self, trainer: Any) -> LayerMetricsCallback:
+        """Add this callback to a Trainer, in front of those that report, and return it.
+
+        Each layer's numbers then go to whatever the Trainer reports to, as ``doran/tau/model.layers.0...``; the
+        progress bar and the console do not print them.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+        printers = [i for i, other in enumerate(callbacks) if isinstance(other, PrinterCallback | ProgressCallback)]
+        callbacks.insert(min(printers, default=len(callbacks)), _Hide())
+        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the start, or where a resumed run goes on."""
-        self._record(state, kwargs.get("model"))
+        """Record the start, or take over what a resumed run has recorded."""
+        self.states = []
+        if state.global_step and self._file is not None and self._file.is_file():
+            self.states = [row for row in read_states(self._file) if row.step <= state.global_step]
+        if not self.states:
+            self._record(state, kwargs["model"])
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Record, and put the mean into the Trainer's log history."""
-        taus = self._record(state, kwargs.get("model"))
-        if taus and state.log_history:
-            values = [value for layer in taus.values() for value in layer]
-            state.log_history[-1].update(tau_mean=sum(values) / len(values), tau_min=min(values), tau_max=max(values))
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch the gradients of a step that will be logged."""
+        if self._gradients and not args.torch_compile and _will_log(args, state):
+            layers = probed_layers(kwargs["model"], self._adapter_name)
+            if any(layer.can_be_split for layer in layers.values()):
+                self._probe = GradientProbe(layers, first_pass_only=True)
+                self._probe.__enter__()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take what was seen, while the weights are still those of the gradient."""
+        self._end_probe()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record; every layer's numbers join the logs, the range of tau joins the history."""
+        if logs is None or "loss" not in logs:
+            return
+        rows = self._record(state, kwargs["model"])
+        for row in rows:
+            values = {name: getattr(row, name) for name in _MEASURES}
+            logs.update({f"{_PREFIX}{name}/{row.layer}": v for name, v in values.items() if v is not None})
+        if rows and state.log_history:
+            taus = [row.tau for row in rows]
+            state.log_history[-1].update(tau_mean=sum(taus) / len(taus), tau_min=min(taus), tau_max=max(taus))
+        if len(self.states) > 1.1 * self._written:
+            self._write(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the file, so that a run resumed from this checkpoint finds all that came before."""
+        self._write(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the end."""
-        self._record(state, kwargs.get("model"))
+        """Record the end, if it was not logged, and write the file."""
+        self._end_probe()
+        if not self.states or self.states[-1].step != state.global_step:
+            self._record(state, kwargs["model"])
+        self._write(state)
 
-    def _record(self, state: TrainerState, model: nn.Module | None) -> dict[str, list[float]]:
-        if model is None:
-            return {}
-        taus = {name: tau.tolist() for name, tau in tau_by_layer(model, self._adapter_name).items()}
-        if self.history and self.history[-1]["step"] == state.global_step:
-            return taus  # the end of training logs, too
-        entry = {"step": state.global_step, "tau": taus}
-        self.history.append(entry)
-        if self._file is not None and state.is_world_process_zero:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
-        return taus
+    def _end_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.__exit__(None, None, None)
+            self._splits = self._probe.splits() if self._probe.saw_gradients else {}
+            self._probe = None
+
+    def _record(self, state: TrainerState, model: Any) -> Sequence[LayerState]:
+        rows = layer_states(model, state.global_step, self._splits, self._adapter_name)
+        self.states += rows
+        self._splits = {}
+        return rows
+
+    def _write(self, state: TrainerState) -> None:
+        if self._file is not None and state.is_world_process_zero and len(self.states) > self._written:
+            write_states(self._file, self.states)
+            self._written = len(self.states)
+
+
+class _Hide(TrainerCallback):
+    """Stands between those that report and those that print, and takes the numbers of single layers out of the logs."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in [name for name in logs or {} if name.startswith(_PREFIX)]:
+            del logs[name]  # type: ignore[union-attr]  # there are none in None
+
+
+def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
+    return args.logging_strategy == IntervalStrategy.STEPS and step % max(1, int(state.logging_steps)) == 0

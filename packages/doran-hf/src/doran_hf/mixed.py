@@ -30,7 +30,9 @@ def check_rows(where: str, rows: int, adapter_names: Sequence[str], *, merged: b
     if rows != len(adapter_names):
         raise ConfigError(f"{where}: got {len(adapter_names)} adapter_names for {rows} inputs, expected one for each")
     if merged:
-        raise ConfigError(f"{where}: adapter_names cannot be used while adapters are merged; call unmerge_adapter first")
+        raise ConfigError(
+            f"{where}: adapter_names cannot be used while adapters are merged; call unmerge_adapter first"
+        )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What an adapter has learned, as plain data: spectra, effective ranks, tau and norms per layer, similarities."""
 
 from doran_core.diagnostics.factors import delta_similarity, effective_rank, singular_values
-from doran_core.diagnostics.gradient import GradientProbe, GradientSplit, gradient_split
+from doran_core.diagnostics.gradient import GradientProbe, GradientSplit, ProbedLayer, gradient_split
 from doran_core.diagnostics.inspect import AdapterReport, LayerReport, inspect_adapter
 from doran_core.diagnostics.similarity import LayerSimilarity, factor_similarity
 
@@ -11,6 +11,7 @@ __all__ = [
     "GradientSplit",
     "LayerReport",
     "LayerSimilarity",
+    "ProbedLayer",
     "delta_similarity",
     "effective_rank",
     "factor_similarity",

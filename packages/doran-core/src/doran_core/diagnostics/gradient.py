@@ -5,7 +5,7 @@ With G = dL/dW' and v = V / ||V||, DoRAN's gradient per row is ``c (G_orthogonal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -15,9 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from doran_core import functional
 from doran_core.errors import DoranError, TargetError
+from doran_core.layers.adapter import DoranAdapter
+from doran_core.layers.base import BaseView
 from doran_core.layers.modules import DoranLayer
 
-__all__ = ["GradientProbe", "GradientSplit", "gradient_split"]
+__all__ = ["GradientProbe", "GradientSplit", "ProbedLayer", "gradient_split"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,20 @@ def gradient_split(gradient: Tensor, direction: Tensor, tau: Tensor | float) -> 
     )
 
 
+@dataclass(frozen=True)
+class ProbedLayer:
+    """A layer to watch: the module whose call takes x ``[..., d_in]`` to ``[..., d_out]``, its base, its adapter."""
+
+    module: nn.Module
+    view: BaseView
+    adapter: DoranAdapter
+
+    @property
+    def can_be_split(self) -> bool:
+        """Whether it is a linear layer whose weight can be read."""
+        return self.view.kind in ("linear", "conv1d")
+
+
 class GradientProbe:
     """Records the gradient split of every adapted linear layer in the backward passes inside a ``with``.
 
@@ -70,26 +86,28 @@ class GradientProbe:
         probe.splits()["model.layers.0.self_attn.q_proj"].kept_parallel
 
     Args:
-        model: an adapted model.
+        model: a model adapted by :func:`doran_core.adapt`, or the layers themselves by name, for other owners of
+            adapters.
+        first_pass_only: keep the split of the first pass through each layer instead of the gradients ``[d_out, d_in]``
+            added up over all of them: less memory, for use beside a training.
 
     Raises:
-        TargetError: if the model has no adapted linear layer.
+        TargetError: if there is no adapted linear layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = {
-            module.doran_adapter.spec.name or name: module
-            for name, module in model.named_modules()
-            if isinstance(module, DoranLayer) and module.view.kind in ("linear", "conv1d")
-        }
+    def __init__(self, model: nn.Module | Mapping[str, ProbedLayer], *, first_pass_only: bool = False) -> None:
+        layers = dict(_layers_of(model)) if isinstance(model, nn.Module) else model
+        self._layers = {name: layer for name, layer in layers.items() if layer.can_be_split}
         if not self._layers:
-            raise TargetError(f"this {type(model).__name__} has no linear layer adapted by doran_core.adapt")
+            raise TargetError(f"this {type(model).__name__} has no linear layer adapted by doran_core")
+        self._first_pass_only = first_pass_only
         self._gradients: dict[str, Tensor] = {}
+        self._splits: dict[str, GradientSplit] = {}
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> GradientProbe:
         for name, layer in self._layers.items():
-            self._hooks.append(layer.register_forward_hook(self._watch(name)))
+            self._hooks.append(layer.module.register_forward_hook(self._watch(name)))
         return self
 
     def __exit__(
@@ -99,16 +117,27 @@ class GradientProbe:
             hook.remove()
         self._hooks.clear()
 
+    @property
+    def saw_gradients(self) -> bool:
+        """Whether a backward pass reached an adapted layer."""
+        return bool(self._splits or self._gradients)
+
     def _watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def after_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad or name in self._splits:
+                return
             x = args[0].detach().reshape(-1, args[0].shape[-1])
 
+            @torch.no_grad()
             def after_backward(grad: Tensor) -> None:
-                product = grad.reshape(-1, grad.shape[-1]).T.double() @ x.double()
-                self._gradients[name] = self._gradients.get(name, 0) + product
+                grad = grad.reshape(-1, grad.shape[-1])
+                if not self._first_pass_only:
+                    self._gradients[name] = self._gradients.get(name, 0) + grad.T.double() @ x.double()
+                elif name not in self._splits:
+                    wide = functional.accumulation_dtype(grad)
+                    self._splits[name] = self._split(name, grad.T.to(wide) @ x.to(wide))
 
-            if output.requires_grad:
-                output.register_hook(after_backward)  # type: ignore[no-untyped-call]
+            output.register_hook(after_backward)  # type: ignore[no-untyped-call]
 
         return after_forward
 
@@ -119,18 +148,22 @@ class GradientProbe:
         Raises:
             DoranError: if no backward pass was seen.
         """
-        if not self._gradients:
+        if not self.saw_gradients:
             raise DoranError("GradientProbe saw no backward pass: run forward and backward inside its `with`")
-        return {
-            name: gradient_split(gradient, self._direction(name), self._layers[name].doran_adapter.tau.value())
-            for name, gradient in self._gradients.items()
-        }
+        return self._splits | {name: self._split(name, gradient) for name, gradient in self._gradients.items()}
 
-    def _direction(self, name: str) -> Tensor:
+    def _split(self, name: str, gradient: Tensor) -> GradientSplit:
         layer = self._layers[name]
-        weight = layer.view.weight()
-        if weight is None:
-            raise TargetError(f"{name}: the gradient split needs the base weight, which its layer does not give")
-        with layer.doran_adapter.inference_mode_of_method():
-            A, B = layer.doran_adapter.factor_pair()
-        return functional.direction(weight.double(), A, B, layer.doran_adapter.scaling)
+        weight, adapter = layer.view.weight(), layer.adapter
+        assert weight is not None
+        with adapter.inference_mode_of_method():
+            A, B = adapter.factor_pair()
+        direction = functional.direction(weight.to(gradient.dtype), A, B, adapter.scaling)
+        return gradient_split(gradient, direction, adapter.tau.value())
+
+
+def _layers_of(model: nn.Module) -> Iterator[tuple[str, ProbedLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, DoranLayer):
+            adapter = module.doran_adapter
+            yield adapter.spec.name or name, ProbedLayer(module, module.view, adapter)

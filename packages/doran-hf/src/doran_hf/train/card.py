@@ -1,0 +1,108 @@
+"""The model card of a trained adapter: what it is, how it was made, how well it does, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from doran_core.adapter.schema import created_by
+from doran_hf.train.config import TrainConfig
+
+__all__ = ["model_card"]
+
+_LOADERS = {
+    "causal-lm": ("AutoPeftModelForCausalLM", "text-generation"),
+    "sequence-classification": ("AutoPeftModelForSequenceClassification", "text-classification"),
+    "image-classification": ("AutoModelForImageClassification", "image-classification"),
+}
+
+_CARD = """---
+{header}---
+
+# {title}
+
+A [DoRAN](https://arxiv.org/abs/2510.04331) adapter for `{base}`, {task}, made with {made_by}.
+
+## Load
+
+```python
+import doran_hf  # before loading: it makes PEFT know DoRAN; without it PEFT stops with KeyError: 'DORAN'
+{loading}
+```
+
+`doran merge --base BASE --adapter DIR --out DIR` makes a plain checkpoint of it, which needs neither doran nor PEFT.
+
+## Results
+
+{results}
+
+## Training
+
+{training}
+
+Settings that are not defaults:
+
+```yaml
+{settings}```
+"""
+
+
+def model_card(config: TrainConfig, metrics: Mapping[str, Any]) -> str:
+    """The card as Markdown, with the metadata that the hub reads."""
+    loader, pipeline = _LOADERS[config.task]
+    header = {
+        "base_model": config.base,
+        "library_name": "peft",
+        "pipeline_tag": pipeline,
+        "tags": ["doran", "lora", f"base_model:adapter:{config.base}"],
+    }
+    facts = metrics["training"]
+    source = Path(config.data.train)
+    return _CARD.format(
+        header=yaml.safe_dump(header, sort_keys=False),
+        title=Path(config.output).resolve().name,
+        base=config.base,
+        task=config.task,
+        made_by=created_by().replace("doran-core", "doran-hf with doran-core"),
+        loading=_loading(config, loader),
+        results=_results(metrics),
+        training=f"{facts['steps']} steps on {facts['examples']:,} examples of `{source.name or source}`, "
+        f"{facts['trainable_parameters']:,} trained parameters, mean loss {facts['loss']:.4f}, seed {config.seed}.",
+        settings=yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True),
+    )
+
+
+def _loading(config: TrainConfig, loader: str) -> str:
+    if config.task != "image-classification":
+        return f'from peft import {loader}\n\nmodel = {loader}.from_pretrained("this-directory")'
+    return (
+        f"from peft import PeftModel\nfrom transformers import {loader}\n\n"
+        f"base = {loader}.from_pretrained({config.base!r}, num_labels=..., ignore_mismatched_sizes=True)\n"
+        'model = PeftModel.from_pretrained(base, "this-directory")'
+    )
+
+
+def _results(metrics: Mapping[str, Any]) -> str:
+    base, adapter = metrics.get("base") or {}, metrics.get("adapter") or {}
+    names = [name for name, value in adapter.items() if isinstance(value, float) and name != "epoch"]
+    if not names:
+        return "Not evaluated: no examples were held out."
+    rows = [f"| {name} | {_number(base.get(name))} | {_number(adapter[name])} |" for name in names]
+    return "\n".join(["| on the held-out examples | base | this adapter |", "|---|---|---|", *rows])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What the user chose; paths of the machine shortened to names."""
+    defaults = type(config.data)(train="-")
+    data = {name: value for name, value in vars(config.data).items() if value != getattr(defaults, name)}
+    for name in ("train", "eval"):
+        if data.get(name):
+            data[name] = Path(data[name]).name
+    return {"seed": config.seed, "data": data, "adapter": config.adapter, "trainer": config.trainer}

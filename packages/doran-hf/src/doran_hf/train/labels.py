@@ -1,0 +1,70 @@
+"""Classes: their names, and the number of each label in the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from doran_core.errors import ConfigError
+from doran_hf.train.config import DataConfig
+
+__all__ = ["Labels"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Names of the classes, in the order of their numbers; ``numbers`` maps what stands in the data."""
+
+    names: list[str]
+    numbers: dict[Any, int]
+
+    @classmethod
+    def of(cls, config: DataConfig, rows: Any) -> Labels:
+        """The classes of a dataset: those that the configuration, the dataset itself or its labels name.
+
+        Raises:
+            ConfigError: no column of labels, labels that are neither numbers nor names, or too few names.
+        """
+        if config.label not in rows.column_names:
+            raise ConfigError(f"data.label: no column {config.label!r}; the columns are {sorted(rows.column_names)}")
+        declared = config.label_names or getattr(rows.features[config.label], "names", None)
+        values = sorted(set(rows.with_format(None)[config.label]), key=lambda value: (str(type(value)), value))
+        if all(isinstance(value, str) for value in values):
+            names = list(declared or values)
+            unknown = sorted(set(values) - set(names))
+            if unknown:
+                raise ConfigError(f"data.label_names: the label {unknown[0]!r} of the data is not among {names}")
+            return cls(names, {name: index for index, name in enumerate(names)})
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+            odd = next(value for value in values if not isinstance(value, int) or isinstance(value, bool))
+            raise ConfigError(f"data.label: expected whole numbers or names, got {odd!r} in column {config.label!r}")
+        names = list(declared or map(str, range(max(values) + 1)))
+        if values[0] < 0 or values[-1] >= len(names):
+            raise ConfigError(f"data.label: labels from {values[0]} to {values[-1]}, but there are {len(names)} names")
+        return cls(names, {index: index for index in range(len(names))})
+
+    def check_same(self, config: DataConfig, rows: Any) -> None:
+        """Refuse examples to evaluate on whose numbers stand for other classes.
+
+        Raises:
+            ConfigError: other classes, or no column of labels.
+        """
+        if config.label not in rows.column_names:
+            raise ConfigError(f"data.label: no column {config.label!r} in data.eval, but {sorted(rows.column_names)}")
+        declared = getattr(rows.features[config.label], "names", None)
+        if declared is not None and list(declared) != self.names:
+            raise ConfigError(f"data.eval: its classes are {declared}, those of data.train {self.names}")
+
+    def index(self, value: Any) -> int:
+        """The number of a label of the data.
+
+        Raises:
+            ConfigError: a label that the training data do not have.
+        """
+        if value not in self.numbers:
+            raise ConfigError(f"data: the label {value!r} is none of the classes {self.names}")
+        return self.numbers[value]
+
+    def name(self, value: Any) -> str:
+        """The name of a label of the data."""
+        return self.names[self.index(value)]

@@ -1,0 +1,178 @@
+"""One training from configuration to adapter: plan, train or resume, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments, set_seed
+
+from doran_core.errors import ConfigError
+from doran_core.files.atomic import new_directory
+from doran_hf.callbacks import LayerMetricsCallback
+from doran_hf.diagnostics import tau_by_layer
+from doran_hf.train.card import model_card
+from doran_hf.train.config import OWN_TRAINER_FIELDS, TrainConfig
+from doran_hf.train.data import load_examples
+from doran_hf.train.rundir import RunDirectory
+from doran_hf.train.tasks import Prepared, TaskRecipe, recipe_for
+
+__all__ = ["train"]
+
+
+def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Train an adapter, or go on with a run that was interrupted.
+
+    Args:
+        config: what to do.
+        overwrite: remove an earlier run in the output directory.
+        dry_run: print the plan, train nothing and write nothing.
+
+    Returns:
+        The metrics, as in the run's metrics.json: of a run that is done already without training again.
+
+    Raises:
+        DoranError: of one kind or another, saying what is wrong with the configuration, the data or the base.
+    """
+    run = None if dry_run else RunDirectory(config, overwrite=overwrite)
+    if run is not None and run.done:
+        print(f"{run.path} is done; --overwrite trains again")
+        return run.read("metrics.json") or {}
+    set_seed(config.seed)
+    recipe = recipe_for(config, load_examples(config.data, config.seed))
+    prepared = recipe.prepare()
+    model = _adapted(config, recipe)
+    checkpoint = None if run is None else run.last_checkpoint()
+    trainer = _trainer(config, recipe, prepared, model, Path(config.output) / "checkpoints")
+    print(_plan(config, prepared, model, trainer, checkpoint), flush=True)
+    if run is None:
+        return {}
+    callback = LayerMetricsCallback(run.layers).attach(trainer)
+    if (
+        config.evaluate_base
+        and config.task == "causal-lm"
+        and prepared.held_out is not None
+        and not run.read("base.json")
+    ):
+        run.write("base.json", _evaluate(trainer, recipe, "evaluating the base"))
+    set_seed(config.seed)
+    started = time.monotonic()
+    trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics: dict[str, Any] = {"base": run.read("base.json") or {}} if config.evaluate_base else {}
+    metrics["adapter"] = _evaluate(trainer, recipe, "evaluating the adapter") if prepared.held_out is not None else {}
+    metrics["training"] = {
+        "loss": trained.training_loss,
+        "steps": trainer.state.global_step,
+        "examples": len(prepared.train),
+        "seconds": round(time.monotonic() - started, 1),
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "trainable_parameters": _trainable(model),
+    }
+    metrics["tau"] = {name: float(tau.mean()) for name, tau in tau_by_layer(model).items()}
+    metrics["versions"] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    if trainer.is_world_process_zero():
+        _save(run, config, recipe, model, metrics, callback)
+    return metrics
+
+
+def _adapted(config: TrainConfig, recipe: TaskRecipe) -> Any:
+    model, adapter = recipe.model(), config.adapter_config()
+    head = recipe.head(model)
+    if head is not None:
+        adapter.modules_to_save = head
+    return get_peft_model(model, adapter)
+
+
+def _trainer(config: TrainConfig, recipe: TaskRecipe, prepared: Prepared, model: Any, folder: Path) -> Trainer:
+    values = OWN_TRAINER_FIELDS | config.trainer | {"output_dir": str(folder), "seed": config.seed}
+    values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    values.setdefault("remove_unused_columns", config.task != "image-classification")
+    values.setdefault("label_names", ["labels"])
+    if config.task == "causal-lm":
+        values.setdefault("prediction_loss_only", True)
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"trainer: {error}") from error
+    if arguments.label_smoothing_factor and config.adapter_config().factor_penalty:
+        raise ConfigError(
+            "trainer.label_smoothing_factor leaves no loss for adapter.factor_penalty to join: set one only"
+        )
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
+        data_collator=recipe.collator(),
+        processing_class=recipe.processor,
+        compute_metrics=recipe.compute_metrics,
+    )
+
+
+def _plan(config: TrainConfig, prepared: Prepared, model: Any, trainer: Trainer, checkpoint: Path | None) -> str:
+    arguments = trainer.args
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = math.ceil(arguments.num_train_epochs * math.ceil(len(prepared.train) / batch))
+    layers, trainable = tau_by_layer(model), _trainable(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    adapter = config.adapter_config()
+    dropped = f", {prepared.dropped} left out with nothing to learn" if prepared.dropped else ""
+    facts = {
+        "task": config.task,
+        "base": f"{config.base} ({type(model.get_base_model()).__name__}, {model.dtype}, on {arguments.device})",
+        "train": f"{config.data.train}: {len(prepared.train)} examples{dropped}",
+        "eval": "none" if prepared.held_out is None else f"{len(prepared.held_out)} examples",
+        "an example": prepared.sample,
+        "adapter": f"rank {adapter.rank}, tau {adapter.tau_kind}, factors {adapter.factors}, {len(layers)} layers",
+        "parameters": f"{trainable:,} of {total:,} train ({100 * trainable / total:.2f}%)",
+        "steps": f"{steps} of {batch} examples, learning rate {arguments.learning_rate:g}",
+        "output": config.output,
+        "resuming": None if checkpoint is None else f"from {checkpoint.name}",
+    }
+    width = max(map(len, facts))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items() if value is not None)
+
+
+def _trainable(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _evaluate(trainer: Trainer, recipe: TaskRecipe, label: str) -> dict[str, float]:
+    found = trainer.evaluate()
+    metrics = {name.removeprefix("eval_"): value for name, value in found.items() if name.startswith("eval_")}
+    for name in ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"):
+        metrics.pop(name, None)
+    if recipe.config.task == "causal-lm":
+        metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
+    return metrics | recipe.evaluate(trainer.model, label)
+
+
+def _save(
+    run: RunDirectory,
+    config: TrainConfig,
+    recipe: TaskRecipe,
+    model: Any,
+    metrics: dict[str, Any],
+    callback: LayerMetricsCallback,
+) -> None:
+    names = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+    with new_directory(run.adapter, overwrite=True, owned=names) as folder:
+        model.save_pretrained(folder)
+        recipe.processor.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+    run.write("metrics.json", metrics)
+    if not config.keep_checkpoints:
+        run.remove_checkpoints()
+    print(f"\nwrote {run.adapter}, {run.path / 'metrics.json'} and {run.layers} ({len(callback.states)} rows)")

@@ -1,0 +1,141 @@
+"""The directory of a run: what it holds, whether a rerun goes on with it, and whole files only.
+
+RUN/config.yaml      the configuration, all defaults filled in
+RUN/base.json        metrics of the untouched base model
+RUN/checkpoints/     the Trainer's, until the run is done
+RUN/layers.parquet   tau, norm, rank and gradients of each layer
+RUN/adapter/         the adapter, its tokenizer or image processor, and a model card
+RUN/metrics.json     written last: a run that has it is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from doran_core.errors import CheckpointError, ConfigError
+from doran_hf.layer_table import FILE_NAME
+from doran_hf.train.config import TrainConfig
+from doran_hf.train.fields import parse_yaml
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory:
+    """One run's directory, made or taken up again.
+
+    Args:
+        config: the configuration.
+        overwrite: remove an earlier run with another configuration, or one that is done.
+
+    Raises:
+        ConfigError: the directory holds a run with another configuration, naming the fields.
+        CheckpointError: the directory holds something else, or cannot be written.
+    """
+
+    def __init__(self, config: TrainConfig, *, overwrite: bool = False) -> None:
+        self.path = Path(config.output)
+        self.config_file = self.path / "config.yaml"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+        self.layers = self.path / FILE_NAME
+        self._files = (self.config_file, self.path / "base.json", self.path / "metrics.json", self.layers)
+        try:
+            if overwrite and self.config_file.is_file():
+                self._remove_run()
+            self._take_up(config)
+        except OSError as error:
+            raise CheckpointError(f"output: cannot write {self.path}: {error.strerror or error}") from error
+
+    def _take_up(self, config: TrainConfig) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"output: {self.path} exists and is not a directory")
+        if self.config_file.is_file():
+            changed = _differences(
+                parse_yaml(self.config_file.read_text("utf-8"), str(self.config_file)), config.to_dict()
+            )
+            if changed:
+                raise ConfigError(
+                    f"output: {self.path} holds a run with other settings: {'; '.join(changed)}. "
+                    "Choose another output, or remove that run with --overwrite"
+                )
+            return
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise CheckpointError(f"output: {self.path} is not empty and holds no run of doran train")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write("config.yaml", config.to_yaml())
+
+    def _remove_run(self) -> None:
+        for folder in (self.adapter, self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in self._files:
+            file.unlink(missing_ok=True)
+
+    @property
+    def done(self) -> bool:
+        """Whether all was written."""
+        return (self.path / "metrics.json").is_file()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint. What a kill left half-written is removed."""
+        found = sorted(self.checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
+        for folder in found:
+            if _is_whole(folder):
+                return folder
+            shutil.rmtree(folder)
+        return None
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run, or None."""
+        file = self.path / name
+        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+
+    def write(self, name: str, content: str | Mapping[str, Any]) -> None:
+        """Write a text, or data as JSON; the file appears in one step."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        part = self.path / f"{name}.part"
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(self.path / name)
+
+    def remove_checkpoints(self) -> None:
+        """The run is done and does not need them any more."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _is_whole(folder: Path) -> bool:
+    """The Trainer writes its state last."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and "global_step" in state
+
+
+def _differences(old: Any, new: dict[str, Any]) -> list[str]:
+    before, after = _flat(old if isinstance(old, dict) else {}), _flat(new)
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return [f"{name} was {before.get(name)!r}, now {after.get(name)!r}" for name in names if name != "output"]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and not prefix:
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[prefix + str(name)] = value
+    return flat

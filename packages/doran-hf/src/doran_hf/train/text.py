@@ -1,0 +1,160 @@
+"""Texts as tokens and labels for a causal LM: plain text, prompt and completion, or a chat by its template.
+
+The text is rendered whole and tokenized once; which tokens the loss is taken on follows from their place in the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from doran_core.errors import ConfigError
+from doran_hf.train.config import DataConfig
+
+__all__ = ["IGNORED", "TextEncoder", "fill"]
+
+IGNORED = -100
+"""Label of a token that the loss leaves out."""
+
+Shape = Literal["text", "prompt", "messages"]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A text and the spans in it that are to be learned; whether the tokenizer adds its special tokens."""
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+    add_special_tokens: bool
+
+
+def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+    """A column's text, or a template with the columns' values in braces.
+
+    Raises:
+        ConfigError: naming the column that is not there.
+    """
+    if template in row:
+        return str(row[template])
+    try:
+        return template.format_map(row)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{where}: {template!r} needs {error}; the columns are {sorted(row)}") from error
+
+
+class TextEncoder:
+    """Turns rows into ``input_ids`` and ``labels``.
+
+    Args:
+        config: the data section.
+        tokenizer: a fast tokenizer, with a chat template where chats are asked for.
+        columns: of the examples; they decide what an example is if the configuration does not say.
+
+    Raises:
+        ConfigError: no column to take text from, no chat template, or a tokenizer without offsets.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any, columns: Sequence[str]) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.shape = _shape(config, columns)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"base: {type(tokenizer).__name__} gives no places of tokens in the text (not a fast one)"
+            )
+        if (self.shape == "messages" or config.chat) and not tokenizer.chat_template:
+            raise ConfigError(
+                "base: its tokenizer has no chat template; use data.prompt and data.completion without chat"
+            )
+        if config.choices is not None and self.shape != "prompt":
+            raise ConfigError(f"data.choices: needs data.prompt and data.completion, but the examples are {self.shape}")
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Tokens of one row, cut to ``max_length``, and their labels; ``IGNORED`` where nothing is to be learned."""
+        if self.shape == "messages":
+            return self._encode(self._chat(row[self.config.messages or "messages"]))
+        if self.shape == "text":
+            text = fill(self.config.text or "text", row, "data.text")
+            return self._encode(_Rendered(text, [(0, len(text))], add_special_tokens=True))
+        return self.encode_pair(*self.pair(row))
+
+    def pair(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """Prompt and completion of one row."""
+        prompt = fill(self.config.prompt or "prompt", row, "data.prompt")
+        return prompt, fill(self.config.completion or "completion", row, "data.completion")
+
+    def encode_pair(self, prompt: str, completion: str) -> dict[str, list[int]]:
+        """Tokens and labels of one prompt and completion."""
+        if self.config.chat:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            return self._encode(self._chat(turns))
+        text = prompt + completion
+        return self._encode(_Rendered(text, [(len(prompt), len(text))], add_special_tokens=True))
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> _Rendered:
+        if not isinstance(messages, list) or not all("role" in turn and "content" in turn for turn in messages):
+            raise ConfigError(f'data.messages: expected a list of {{"role", "content"}}, got {messages!r}')
+        turns = [dict(turn) for turn in messages]
+        if self.config.system is not None:
+            turns.insert(0, {"role": "system", "content": self.config.system})
+        text = self._template(turns)
+        spans = []
+        for index, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            start = len(self._prefix_of(text, turns[:index], add_generation_prompt=True))
+            spans.append((start, len(self._prefix_of(text, turns[: index + 1]))))
+        if not spans:
+            raise ConfigError(f"data.messages: no turn of the assistant, nothing to learn, in {messages!r}")
+        return _Rendered(text, spans, add_special_tokens=False)
+
+    def _template(self, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
+
+    def _prefix_of(self, text: str, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        prefix = self._template(turns, **options) if turns else ""
+        if not text.startswith(prefix):
+            raise ConfigError(
+                "base: its chat template renders the beginning of a chat in another way than the whole, so that the "
+                f"turns of the assistant cannot be told: {prefix[-80:]!r} is not in {text[:160]!r}"
+            )
+        return prefix
+
+    def _encode(self, rendered: _Rendered) -> dict[str, list[int]]:
+        encoded = self.tokenizer(
+            rendered.text, add_special_tokens=rendered.add_special_tokens, return_offsets_mapping=True
+        )
+        ids: list[int] = list(encoded["input_ids"])
+        spans = rendered.spans if self.config.completion_only else [(0, len(rendered.text))]
+        labels = [
+            # A token that reaches over the beginning of a span is learned: it is what has to be said there.
+            token if any(start < last and first < stop for first, last in spans) and stop > start else IGNORED
+            for token, (start, stop) in zip(ids, encoded["offset_mapping"], strict=True)
+        ]
+        ending = self.tokenizer.eos_token_id
+        if self.config.append_eos and rendered.add_special_tokens and ending is not None and ids[-1:] != [ending]:
+            ids.append(ending)
+            labels.append(ending)
+        return {"input_ids": ids[: self.config.max_length], "labels": labels[: self.config.max_length]}
+
+
+def _shape(config: DataConfig, columns: Sequence[str]) -> Shape:
+    asked: dict[Shape, str | None] = {"messages": config.messages, "prompt": config.prompt, "text": config.text}
+    given: list[Shape] = [shape for shape, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"data: {' and '.join(given)} are both set; an example is one of them")
+    if given:
+        if given[0] == "messages" and config.messages not in columns:
+            raise ConfigError(f"data.messages: no column {config.messages!r}; the columns are {sorted(columns)}")
+        return given[0]
+    if "messages" in columns:
+        return "messages"
+    if {"prompt", "completion"} <= set(columns):
+        return "prompt"
+    if "text" in columns:
+        return "text"
+    raise ConfigError(
+        "data: set data.text, data.messages, or data.prompt and data.completion; "
+        f"none of the usual names is among the columns {sorted(columns)}"
+    )
