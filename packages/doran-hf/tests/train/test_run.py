@@ -1,0 +1,265 @@
+"""`doran train` from files to an adapter, on tiny models: every task, every format, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_bases import make_tokenizer, save_image_base, save_text_base
+from transformers import AutoModelForSequenceClassification, ViTForImageClassification
+
+from doran_core.cli.main import main
+from doran_core.errors import CheckpointError, ConfigError
+from doran_hf.layer_table import read_states
+from doran_hf.train import load_config, train
+from doran_hf.train.config import DataConfig
+from doran_hf.train.data import load_examples
+
+ROWS = [
+    {"text": f"{letter} {number}", "sentiment": "positive" if letter in "abc" else "negative"}
+    for number in range(8)
+    for letter in "abcdef"
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_rows(file: str, rows: list[dict[str, Any]] = ROWS) -> str:
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "base": str(save_text_base(Path("base"))),
+        "output": "run",
+        "data.train": write_rows("train.jsonl"),
+        "data.eval": write_rows("test.jsonl", ROWS[::5]),
+        "data.prompt": "Review: {text} Sentiment:",
+        "data.completion": " {sentiment}",
+        "data.choices": [" positive", " negative"],
+        "data.append_eos": False,
+        "adapter.rank": 4,
+        "trainer.max_steps": 30,
+        "trainer.learning_rate": 2e-2,
+        "trainer.logging_steps": 5,
+        "trainer.save_steps": 10,
+        "trainer.disable_tqdm": True,
+        "trainer.use_cpu": True,
+    }
+    return values | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def run(**changes: Any) -> dict[str, Any]:
+    return train(load_config(None, {k: v for k, v in settings(**changes).items() if v != "unset"}))
+
+
+def test_causal_lm_learns_and_leaves_all_that_it_should(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = run()
+    assert metrics["adapter"]["accuracy"] > max(0.95, metrics["base"]["accuracy"])
+    assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
+    assert json.loads(Path("run/metrics.json").read_text()) == metrics
+    assert sorted(os.listdir("run")) == [
+        "adapter", "base.json", "config.yaml", "layers.parquet", "metrics.json"
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "learned: 'positive'" in printed or "learned: 'negative'" in printed
+    assert "30 of 8 examples" in printed
+
+    states = read_states("run/layers.parquet")
+    assert sorted({row.step for row in states}) == [0, 5, 10, 15, 20, 25, 30]
+    assert {row.layer for row in states} == set(metrics["tau"])
+    last = {row.layer: row.tau for row in states if row.step == 30}
+    assert last == pytest.approx(metrics["tau"])
+
+    card = Path("run/adapter/README.md").read_text()
+    assert "import doran_hf" in card
+    assert f"| accuracy | {metrics['base']['accuracy']:.4f} | {metrics['adapter']['accuracy']:.4f} |" in card
+    model = AutoPeftModelForCausalLM.from_pretrained("run/adapter").eval()
+    tokenizer = make_tokenizer()
+    right = 0
+    for row in ROWS[::5]:
+        ids = tokenizer(f"Review: {row['text']} Sentiment:", return_tensors="pt").input_ids
+        with torch.no_grad():
+            right += tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax()) == row["sentiment"]
+    assert right == round(metrics["adapter"]["accuracy"] * len(ROWS[::5]))
+
+    assert main(["plot", "run"]) == 0
+    assert Image.open("run/layers.png").size[0] > 300
+
+
+def test_a_run_that_is_done_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(trainer__max_steps=2)
+    before = Path("run/metrics.json").stat().st_mtime_ns
+    assert run(trainer__max_steps=2) == first
+    assert "run is done; --overwrite trains again" in capsys.readouterr().out
+    assert Path("run/metrics.json").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"trainer.max_steps was 2, now 3"):
+        run(trainer__max_steps=3)
+    train(load_config(None, settings(trainer__max_steps=3)), overwrite=True)
+    assert json.loads(Path("run/metrics.json").read_text())["training"]["steps"] == 3
+
+
+def test_killed_and_run_again_it_ends_as_if_it_had_not_been() -> None:
+    """Killed by SIGKILL after the first checkpoint; a second, half-written checkpoint lies about, too."""
+    flags = [x for name, value in settings(trainer__save_steps=4).items() for x in (f"--{name}", _text(value))]
+    command = [sys.executable, "-m", "doran_core.cli", "train", *flags]
+    slow = {"DORAN_TEST_SLOW_STEPS": "0.2", "PYTHONPATH": str(Path(__file__).parent / "slow")}
+    process = subprocess.Popen(command, env=os.environ | slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not Path("run/checkpoints/checkpoint-4/trainer_state.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path("run/metrics.json").exists()
+    half = Path("run/checkpoints/checkpoint-999")
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"global_step": 9')
+    second = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert re.search(r"resuming +from checkpoint-4\n", second.stdout)
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["training"]["resumed_from"] == "checkpoint-4"
+
+    flags[flags.index("--output") + 1] = "whole"
+    subprocess.run([*command[:4], *flags], check=True, capture_output=True)
+    expected = load_file("whole/adapter/adapter_model.safetensors")
+    found = load_file("run/adapter/adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    whole = json.loads(Path("whole/metrics.json").read_text())
+    assert (metrics["base"], metrics["adapter"], metrics["tau"]) == (whole["base"], whole["adapter"], whole["tau"])
+    assert read_states("run/layers.parquet") == read_states("whole/layers.parquet")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def test_sequence_classification_with_names_as_labels() -> None:
+    metrics = run(
+        base=str(save_text_base(Path("bert"), "bert")),
+        task="sequence-classification",
+        data__prompt="unset",
+        data__completion="unset",
+        data__choices="unset",
+        data__append_eos="unset",
+        data__label="sentiment",
+        adapter__target_modules="all-linear",
+        trainer__max_steps=60,
+    )
+    assert metrics["adapter"]["accuracy"] > 0.95
+    assert metrics["adapter"]["macro_f1"] > 0.95
+    config = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    assert "classifier" in config["modules_to_save"]
+    base = AutoModelForSequenceClassification.from_pretrained("bert", num_labels=2, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(base, "run/adapter").eval()
+    rows = ROWS[::5]
+    ids = make_tokenizer()([row["text"] for row in rows], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        found = [["negative", "positive"][int(index)] for index in model(**ids).logits.argmax(-1)]
+    right = sum(name == row["sentiment"] for name, row in zip(found, rows, strict=True))
+    assert right / len(rows) == metrics["adapter"]["accuracy"]
+
+
+def test_image_classification_of_a_folder() -> None:
+    for index in range(24):
+        name = ("dark", "light")[index % 2]
+        folder = Path(f"images/{'train' if index < 16 else 'test'}/{name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.full((8, 8), 40 if name == "dark" else 210, dtype=torch.uint8)
+        pixels[index % 8] = 100
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    metrics = run(
+        base=str(save_image_base(Path("vit"))),
+        task="image-classification",
+        data__train="images",
+        data__eval="images",
+        data__prompt="unset",
+        data__completion="unset",
+        data__choices="unset",
+        data__append_eos="unset",
+    )
+    assert metrics["training"]["examples"] == 16
+    assert metrics["adapter"]["accuracy"] == 1.0
+    assert json.loads(Path("run/adapter/adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    base = ViTForImageClassification.from_pretrained("vit", num_labels=2, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(base, "run/adapter")
+    light = torch.full((1, 1, 8, 8), 210 / 255 * 2 - 1)
+    with torch.no_grad():
+        assert model.eval()(pixel_values=light).logits.argmax() == 1
+
+
+def test_every_format_gives_the_same_rows() -> None:
+    import pandas
+
+    frame = pandas.DataFrame(ROWS)
+    write_rows("a.jsonl")
+    frame.to_csv("a.csv", index=False)
+    frame.to_csv("a.tsv", index=False, sep="\t")
+    frame.to_parquet("a.parquet")
+    frame.to_json("a.json", orient="records")
+    for file in ("a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.json"):
+        assert list(load_examples(DataConfig(train=file), seed=0).train) == ROWS, file
+    Path("a.txt").write_text("\n".join(row["text"] for row in ROWS))
+    assert [row["text"] for row in load_examples(DataConfig(train="a.txt"), seed=0).train] == [r["text"] for r in ROWS]
+
+
+def test_held_out_examples_are_the_seeds_and_apart() -> None:
+    write_rows("a.jsonl")
+    first, again, other = (load_examples(DataConfig(train="a.jsonl", eval_size=10), seed=s) for s in (1, 1, 2))
+    assert list(first.eval) == list(again.eval) != list(other.eval)
+    assert sorted(r["text"] for part in (first.train, first.eval) for r in part) == sorted(r["text"] for r in ROWS)
+    assert len(load_examples(DataConfig(train="a.jsonl", max_train=3), seed=0).train) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "nowhere"}, r"base: cannot load the tokenizer of 'nowhere'"),
+        ({"data__train": "nowhere.jsonl"}, r"data.train: 'nowhere.jsonl' does not exist"),
+        ({"data__eval": "base"}, r"data.eval: .*imagefolder"),
+        ({"data__train": "odd.xyz"}, r"data.train: cannot tell the format of 'odd.xyz'"),
+        ({"data__train": "broken.jsonl"}, r"data.train: cannot read 'broken.jsonl' as json"),
+        ({"data__completion": " {mood}"}, r"data.completion: .*'mood'.*'sentiment', 'text'"),
+        ({"data__choices": [" yes", " no"]}, r"data.choices: the completion ' .*tive' of an example is not among"),
+        ({"data__max_length": 2}, r"data.train: nothing to learn is left of 48 examples cut to 2 tokens"),
+        ({"adapter__target_modules": ["q_prj"]}, r"'q_prj' matches no module .*q_proj"),
+        ({"trainer__eval_strategy": "sometimes"}, r"trainer: .*sometimes"),
+        ({"output": "base"}, r"output: base is not empty and holds no run"),
+        ({"output": "train.jsonl"}, r"output: train.jsonl exists and is not a directory"),
+    ],
+)
+def test_one_clear_error(changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("odd.xyz").write_text("x")
+    Path("broken.jsonl").write_text('{"text": ')
+    flags = [x for name, value in settings(**changes).items() for x in (f"--{name}", _text(value))]
+    assert main(["train", *flags]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("doran: error: ")]
+    assert len(errors) == 1
+    assert re.search(message, errors[0]), errors[0]
+    assert not Path("run/adapter").exists()
+
+
+def test_plot_says_what_it_needs() -> None:
+    with pytest.raises(CheckpointError, match="cannot read missing.parquet"):
+        read_states("missing.parquet")
+    assert main(["plot", "."]) == 2
