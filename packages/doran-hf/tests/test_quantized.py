@@ -1,4 +1,4 @@
-"""A base layer whose weight cannot be read, as in quantized models: made here, so that it runs anywhere."""
+"""Quantized bases: bitsandbytes in 8 and 4 bits on the CPU, and a layer made here whose weight cannot be read."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import disturb, logits, make_llama
-from peft import PeftModel, get_peft_model
+from conftest import disturb, load_quantized, logits, make_llama
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from doran_core.errors import TargetError
 from doran_hf import DoranConfig
+from doran_hf.layer import doran_layers
 
 
 class PackedLinear(nn.Module):
@@ -59,3 +60,44 @@ def test_merging_in_place_is_refused_with_a_way_out() -> None:
     model = get_peft_model(make_packed_llama(), DoranConfig())
     with pytest.raises(TargetError, match=r"PackedLinear.*doran merge"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_bitsandbytes(bits: int, prepared: bool, saved_base: Path, tmp_path: Path) -> None:
+    """On bitsandbytes' CPU backend: the start is the quantized base, training moves it, a saved adapter comes back."""
+    base = load_quantized(saved_base, bits)
+    expected = logits(base)
+    if prepared:
+        base = prepare_model_for_kbit_training(base)
+    model = get_peft_model(base, DoranConfig(rank=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    kinds = {layer.view.kind for layer in doran_layers(model)}
+    assert kinds == {"opaque"}
+    assert (logits(model) - expected).abs().max() < 2e-3 * expected.abs().max()
+    ids = torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.3
+    adapted = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load_quantized(saved_base, bits), tmp_path)
+    if not prepared:  # the preparation casts norms and head to float32
+        torch.testing.assert_close(logits(loaded), adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_norm_of_a_quantized_layer_is_that_of_its_weight(saved_base: Path) -> None:
+    model = get_peft_model(load_quantized(saved_base, 4), DoranConfig(rank=4, target_modules="all-linear"))
+    disturb(model)
+    for layer in doran_layers(model):
+        adapter, base = layer.adapter("default"), layer.get_base_layer()
+        with torch.no_grad():
+            A, B = adapter.factor_pair()
+            weight = base(torch.eye(base.in_features)).T - (0 if base.bias is None else base.bias[:, None])
+            expected = (weight.double() + adapter.scaling * B.double() @ A.double()).norm(dim=1)
+            torch.testing.assert_close(adapter.norm(layer.view, A, B).double(), expected, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from doran_hf import DoranConfig, TauCallback, factor_penalty, tau_by_layer
+from doran_hf import DoranConfig, factor_penalty
 from doran_hf.penalty import PenaltyHook
 
 
@@ -59,20 +58,12 @@ def test_trainer_learns_and_leaves_the_base_alone(tmp_path: Path) -> None:
     model = adapted(target_modules="all-linear")
     base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     start = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
-    callback = TauCallback(tmp_path / "tau.jsonl")
-    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=Sentences(), callbacks=[callback])
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=Sentences())
     trainer.train()
     found = losses(trainer)
     assert found[20] < found[1] - 0.2
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, base[name]) if name in base else not torch.equal(parameter, start[name])
-
-    assert [entry["step"] for entry in callback.history] == list(range(21))
-    assert callback.history[-1]["tau"] == {name: tau.tolist() for name, tau in tau_by_layer(model).items()}
-    assert callback.history[0]["tau"] != callback.history[-1]["tau"]
-    written = [json.loads(line) for line in (tmp_path / "tau.jsonl").read_text().splitlines()]
-    assert written == callback.history
-    assert all("tau_mean" in entry for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_resuming_from_a_checkpoint_gives_equal_losses(tmp_path: Path) -> None:
@@ -178,6 +169,38 @@ def test_penalty_joins_the_loss_in_training_only() -> None:
     assert model(input_ids=ids).loss is None
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("w2_A"))
+
+
+def test_penalty_finds_the_loss_however_it_comes() -> None:
+    model = adapted(factor_penalty=0.5).train()
+    ids = make_inputs("llama")["input_ids"]
+    mask = torch.ones_like(ids)
+    penalty = factor_penalty(model)
+    assert penalty is not None
+    plain = adapted()(input_ids=ids, labels=ids).loss
+    base = model.get_base_model()
+    assert torch.allclose(model(input_ids=ids, labels=ids, return_dict=False)[0], plain + penalty)
+    assert torch.allclose(base(ids, mask, None, None, None, ids).loss, plain + penalty)  # labels by place
+    items = ids.numel() - len(ids)
+    shares = [base(ids[rows], mask[rows], None, None, None, ids[rows], num_items_in_batch=items).loss for rows in
+              (slice(0, 1), slice(1, None))]  # fmt: skip
+    assert torch.allclose(sum(shares), plain + penalty)
+
+    class Own(torch.nn.Module):
+        def __init__(self, form: type) -> None:
+            super().__init__()
+            self.layer, self.form = torch.nn.Linear(4, 4), form
+
+        def forward(self, x: Tensor, target: Tensor) -> Any:
+            loss = (self.layer(x) - target).square().mean()
+            return {"loss": loss} if self.form is dict else (loss, x)
+
+    for form in (dict, tuple):
+        own = get_peft_model(Own(form), DoranConfig(target_modules=["layer"], factor_penalty=0.5)).train()
+        found = own(torch.ones(2, 4), torch.zeros(2, 4))
+        with torch.no_grad():
+            expected = (own.base_model.model.layer(torch.ones(2, 4))).square().mean() + factor_penalty(own)
+        assert torch.allclose(found["loss"] if form is dict else found[0], expected)
 
 
 def test_penalty_counts_once_a_step_whatever_the_accumulation(tmp_path: Path) -> None:

@@ -11,31 +11,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 SPECIAL = ["<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<system>", "<end>"]
-WORDS = [
-    *[
-        "Review:",
-        "Sentiment:",
-        "positive",
-        "negative",
-        "a",
-        "b",
-        "c",
-        "d",
-        "e",
-        "f",
-        "g",
-        "h",
-        "i",
-        "j",
-        "k",
-        "l",
-        "m",
-        "n",
-        "o",
-        "p",
-    ],
-    *map(str, range(40)),
-]
+WORDS = ["Review:", "Sentiment:", "positive", "negative", *"abcdefghijklmnop", *map(str, range(40))]
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"

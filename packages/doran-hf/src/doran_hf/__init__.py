@@ -2,9 +2,10 @@
 
 from doran_hf.callbacks import LayerMetricsCallback
 from doran_hf.config import DoranConfig
-from doran_hf.diagnostics import factor_penalty, tau_by_layer
+from doran_hf.diagnostics import LayerState, factor_penalty, layer_states, tau_by_layer
 from doran_hf.layer import DoranLayer
 from doran_hf.model import DoranModel
+from doran_hf.precision import restore_start
 from doran_hf.register import DoranPeftType, register
 
 __all__ = [
@@ -13,8 +14,11 @@ __all__ = [
     "DoranModel",
     "DoranPeftType",
     "LayerMetricsCallback",
+    "LayerState",
     "factor_penalty",
+    "layer_states",
     "register",
+    "restore_start",
     "tau_by_layer",
 ]
 

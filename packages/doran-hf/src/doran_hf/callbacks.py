@@ -170,4 +170,4 @@ def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
     step = state.global_step + 1
     if step == 1 and args.logging_first_step:
         return True
-    return args.logging_strategy == IntervalStrategy.STEPS and step % max(1, int(state.logging_steps)) == 0
+    return bool(args.logging_strategy == IntervalStrategy.STEPS) and step % max(1, int(state.logging_steps)) == 0

@@ -35,6 +35,7 @@ class DoranConfig(PeftConfig):
         bias: which biases train: "none", "all", or "doran_only" (those of the adapted layers).
         layers_to_transform: indices of the blocks to adapt, with a list of target_modules.
         layers_pattern: name of the list of blocks, for layers_to_transform.
+        trainable_token_indices: tokens whose embeddings train, too; for the input embedding, or by module name.
         fan_in_fan_out: accepted for LoRA's sake. Conv1D is recognised by itself; no other layer stores its weight so.
         format_version: of the adapter file.
         created_by: what wrote it.
@@ -117,6 +118,10 @@ class DoranConfig(PeftConfig):
     )
     layers_pattern: str | list[str] | None = field(
         default=None, metadata={"help": "Name of the list of blocks, for layers_to_transform."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Tokens whose embeddings train, too: indices, or by name of the embedding module."},
     )
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Accepted for LoRA's sake; Conv1D is recognised."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the adapter file; leave it alone."})
@@ -203,6 +208,7 @@ _FROM_LORA = {
     "fan_in_fan_out": "fan_in_fan_out",
     "layers_to_transform": "layers_to_transform",
     "layers_pattern": "layers_pattern",
+    "trainable_token_indices": "trainable_token_indices",
     "task_type": "task_type",
     "base_model_name_or_path": "base_model_name_or_path",
     "revision": "revision",

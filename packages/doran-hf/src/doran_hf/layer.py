@@ -37,6 +37,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     # BaseTunerLayer's own, for a type checker that does not read PEFT.
     active_adapters: list[str]
+    merged: bool
     get_base_layer: Callable[[], nn.Module]
     set_adapter: Callable[..., None]
 

@@ -60,7 +60,8 @@ def adapter_per_row(
     if unknown:
         raise ConfigError(f"adapter_names: no adapter {unknown[0]!r}; there are {sorted(known)} and {BASE!r}")
     repeated = [name for name in adapter_names for _ in range(num_beams)]
-    encoder = model.get_encoder() if num_beams > 1 and hasattr(model, "get_encoder") else None
+    get_encoder: Any = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if num_beams > 1 and get_encoder is not None else None
     inside = set() if encoder is None or encoder is model else {id(module) for module in encoder.modules()}
     with ExitStack() as stack:
         for module in model.modules():

@@ -49,7 +49,7 @@ def plot_states(states: Sequence[LayerState], path: str | Path, title: str = "")
         kinds.setdefault(layer.rpartition(".")[2], []).append(layer)
     measures = [name for name in _MEASURES if any(getattr(state, name) is not None for state in states)]
     figure = Figure(figsize=(3.6 * len(kinds) + 1, 2.4 * len(measures)), layout="constrained")
-    axes = figure.subplots(len(measures), len(kinds), squeeze=False, sharex=True, sharey="row")
+    axes: Any = figure.subplots(len(measures), len(kinds), squeeze=False, sharex=True, sharey="row")
     colours = matplotlib.colormaps["viridis"]
     for column, (kind, members) in enumerate(kinds.items()):
         axes[0, column].set_title(f"{kind} (first layer dark, last light)", fontsize="small")

@@ -76,9 +76,8 @@ def test_causal_lm_learns_and_leaves_all_that_it_should(capsys: pytest.CaptureFi
     assert metrics["adapter"]["accuracy"] > max(0.95, metrics["base"]["accuracy"])
     assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
     assert json.loads(Path("run/metrics.json").read_text()) == metrics
-    assert sorted(os.listdir("run")) == [
-        "adapter", "base.json", "config.yaml", "layers.parquet", "metrics.json"
-    ]  # fmt: skip
+    names = {"adapter", "base.json", "config.yaml", "layers.parquet", "metrics.json"}
+    assert {path.name for path in Path("run").iterdir()} == names
     printed = capsys.readouterr().out
     assert "learned: 'positive'" in printed or "learned: 'negative'" in printed
     assert "30 of 8 examples" in printed
@@ -103,6 +102,14 @@ def test_causal_lm_learns_and_leaves_all_that_it_should(capsys: pytest.CaptureFi
 
     assert main(["plot", "run"]) == 0
     assert Image.open("run/layers.png").size[0] > 300
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    values = settings()
+    before = sorted(Path().iterdir())
+    assert train(load_config(None, values), dry_run=True) == {}
+    assert "30 of 8 examples" in capsys.readouterr().out
+    assert [path for path in sorted(Path().iterdir()) if path.name != "cache"] == before
 
 
 def test_a_run_that_is_done_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,6 +267,6 @@ def test_one_clear_error(changes: dict[str, Any], message: str, capsys: pytest.C
 
 
 def test_plot_says_what_it_needs() -> None:
-    with pytest.raises(CheckpointError, match="cannot read missing.parquet"):
+    with pytest.raises(CheckpointError, match=r"cannot read missing\.parquet"):
         read_states("missing.parquet")
     assert main(["plot", "."]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
     prepared = recipe.prepare()
     model = _adapted(config, recipe)
     checkpoint = None if run is None else run.last_checkpoint()
-    trainer = _trainer(config, recipe, prepared, model, Path(config.output) / "checkpoints")
+    with tempfile.TemporaryDirectory() as nowhere:  # a Trainer makes its directory even if it never trains
+        trainer = _trainer(config, recipe, prepared, model, Path(nowhere) if run is None else run.checkpoints)
     print(_plan(config, prepared, model, trainer, checkpoint), flush=True)
     if run is None:
         return {}

@@ -1,0 +1,30 @@
+"""Puts back what another library has rounded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from doran_hf.layer import doran_layers
+
+__all__ = ["restore_start"]
+
+
+@torch.no_grad()
+def restore_start(model: nn.Module, adapter_name: str = "default") -> None:
+    """Make an untrained adapter float32 again, starting at the base model exactly.
+
+    For TRL's SFTTrainer on a quantized base: it rounds every trained parameter to bfloat16, but for DoRA's magnitude,
+    which it knows by name. Call this on the trainer's model before training.
+
+    Args:
+        model: with DoRAN adapters, wrapped by PEFT or not.
+        adapter_name: which adapter.
+
+    Raises:
+        ConfigError: the adapter has been trained (its B is not 0).
+    """
+    for layer in doran_layers(model, adapter_name):
+        adapter = layer.adapter(adapter_name)
+        adapter.float()
+        adapter.initialise(layer.view)

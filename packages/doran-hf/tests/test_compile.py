@@ -1,0 +1,88 @@
+"""torch.compile: one graph, the same numbers forward and backward, for every kind of adapter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import MAKERS, disturb, make_inputs
+from peft import get_peft_model
+from torch import nn
+
+from doran_hf import DoranConfig
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"target_modules": "all-linear", "factors": "static", "tau_granularity": "row"},
+    {"target_modules": "all-linear", "sharing": "model", "share_output": True},
+    {"tau_kind": "zero", "norm_grad": "detached", "experts": True},
+    {"norm_method": "direct", "dropout": 0.0},
+]
+
+
+def run(model: nn.Module, family: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    logits = model(**make_inputs(family)).logits
+    logits.square().mean().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_graph_and_the_same_numbers(options: dict[str, Any]) -> None:
+    check("llama", options)
+
+
+@pytest.mark.parametrize("family", sorted(set(MAKERS) - {"llama"}))
+def test_other_families(family: str) -> None:
+    check(family, {"target_modules": "all-linear"})
+
+
+def check(family: str, options: dict[str, Any]) -> None:
+    model = get_peft_model(MAKERS[family](), DoranConfig(**options))
+    disturb(model)
+    expected, gradients = run(copy.deepcopy(model).train(), family)
+    compiled = copy.deepcopy(model).train()
+    compiled.compile(fullgraph=True, backend="aot_eager")  # raises at a graph break
+    for _ in range(2):
+        found, found_gradients = run(compiled, family)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert found_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found_gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_training_with_the_penalty_and_labels_is_one_graph() -> None:
+    model = get_peft_model(MAKERS["llama"](), DoranConfig(factor_penalty=0.5)).train()
+    disturb(model)
+    ids = make_inputs("llama")["input_ids"]
+    expected = model(input_ids=ids, labels=ids).loss
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(input_ids=ids, labels=ids).loss, expected)
+
+
+def test_the_masks_and_noise_are_drawn_anew_in_every_pass() -> None:
+    options = {"tau_kind": "gaussian", "experts": True, "expert_mask": "expert", "expert_dropout": 0.5, "dropout": 0.2}
+    model = get_peft_model(MAKERS["llama"](), DoranConfig(**options)).train()
+    disturb(model)
+    model.compile(fullgraph=True, backend="aot_eager")
+    first, second = (model(**make_inputs("llama")).logits for _ in range(2))
+    assert not torch.allclose(first, second)
+
+
+def test_inductor_compiles_a_whole_training_step() -> None:
+    model = get_peft_model(MAKERS["llama"](), DoranConfig(target_modules="all-linear")).train()
+    disturb(model)
+    expected, gradients = run(copy.deepcopy(model), "llama")
+    model.compile(fullgraph=True)
+    found, found_gradients = run(model, "llama")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=1e-5, rtol=1e-3)
