@@ -43,8 +43,9 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
-        base_view(base_layer, name)
+        view = base_view(base_layer, name)
         self.base_layer = base_layer
+        self.in_features, self.out_features = view.d_in, view.d_out
         self.name = name
         self.doran_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []

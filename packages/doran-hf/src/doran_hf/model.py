@@ -161,7 +161,9 @@ class DoranModel(BaseTuner):
         unknown = sorted(key for key in remapped if _MARK in key and key not in expected)
         if unknown:
             raise UnexpectedKeyError(f"adapter {adapter_name!r}: no layer of this model has the tensor {unknown[0]!r}")
-        return remapped
+        # With low_cpu_mem_usage these very tensors become the parameters. In a safetensors buffer they lie unaligned, and
+        # sums over them then differ in the last bit from those of the model that was saved.
+        return {key: tensor.clone() if _MARK in key else tensor for key, tensor in remapped.items()}
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
@@ -180,7 +182,8 @@ def _note_untied(model: Any) -> None:
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is not None and head is not None and embedding.weight is not head.weight:
+    weight = getattr(embedding, "weight", None)
+    if weight is not None and getattr(head, "weight", weight) is not weight:
         config.tie_word_embeddings = False
 
 

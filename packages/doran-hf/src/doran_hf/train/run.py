@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,6 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
     ):
         run.write("base.json", _evaluate(trainer, recipe, "evaluating the base"))
     set_seed(config.seed)
-    started = time.monotonic()
     trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics: dict[str, Any] = {"base": run.read("base.json") or {}} if config.evaluate_base else {}
     metrics["adapter"] = _evaluate(trainer, recipe, "evaluating the adapter") if prepared.held_out is not None else {}
@@ -72,7 +70,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
         "loss": trained.training_loss,
         "steps": trainer.state.global_step,
         "examples": len(prepared.train),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(trained.metrics["train_runtime"], 1),
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "trainable_parameters": _trainable(model),
     }
