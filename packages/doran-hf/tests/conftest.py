@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="doran-hf-tests-")  # read on import: caches of models and data sets
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from collections.abc import Callable
@@ -34,6 +37,10 @@ torch.set_num_threads(1)  # the models are too small for more
 VOCABULARY = 97
 SPREAD = 0.17
 """Of the random weights: 1 / sqrt(width), so that what an adapter changes shows in the logits."""
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def make_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MAKERS, disturb, make_inputs
+from conftest import MAKERS, disturb, make_inputs, make_llama
 from peft import get_peft_model
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from doran_hf import DoranConfig
 
@@ -18,8 +19,15 @@ OPTIONS: list[dict[str, Any]] = [
     {"target_modules": "all-linear", "factors": "static", "tau_granularity": "row"},
     {"target_modules": "all-linear", "sharing": "model", "share_output": True},
     {"tau_kind": "zero", "norm_grad": "detached", "experts": True},
-    {"norm_method": "direct", "dropout": 0.0},
+    {"norm_method": "direct"},
 ]
+
+
+def one_block() -> LlamaForCausalLM:
+    """Compiling takes its time, layer by layer."""
+    model = make_llama()
+    model.model.layers = model.model.layers[:1]
+    return model
 
 
 def run(model: nn.Module, family: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -45,10 +53,11 @@ def test_other_families(family: str) -> None:
 
 
 def check(family: str, options: dict[str, Any]) -> None:
-    model = get_peft_model(MAKERS[family](), DoranConfig(**options))
+    base = one_block() if family == "llama" else MAKERS[family]()
+    model = get_peft_model(base, DoranConfig(**options)).eval()  # no dropout, which the base models have
     disturb(model)
-    expected, gradients = run(copy.deepcopy(model).train(), family)
-    compiled = copy.deepcopy(model).train()
+    expected, gradients = run(copy.deepcopy(model), family)
+    compiled = copy.deepcopy(model)
     compiled.compile(fullgraph=True, backend="aot_eager")  # raises at a graph break
     for _ in range(2):
         found, found_gradients = run(compiled, family)
@@ -59,7 +68,7 @@ def check(family: str, options: dict[str, Any]) -> None:
 
 
 def test_training_with_the_penalty_and_labels_is_one_graph() -> None:
-    model = get_peft_model(MAKERS["llama"](), DoranConfig(factor_penalty=0.5)).train()
+    model = get_peft_model(one_block(), DoranConfig(factor_penalty=0.5)).train()
     disturb(model)
     ids = make_inputs("llama")["input_ids"]
     expected = model(input_ids=ids, labels=ids).loss
@@ -70,19 +79,8 @@ def test_training_with_the_penalty_and_labels_is_one_graph() -> None:
 
 def test_the_masks_and_noise_are_drawn_anew_in_every_pass() -> None:
     options = {"tau_kind": "gaussian", "experts": True, "expert_mask": "expert", "expert_dropout": 0.5, "dropout": 0.2}
-    model = get_peft_model(MAKERS["llama"](), DoranConfig(**options)).train()
+    model = get_peft_model(one_block(), DoranConfig(**options)).train()
     disturb(model)
     model.compile(fullgraph=True, backend="aot_eager")
     first, second = (model(**make_inputs("llama")).logits for _ in range(2))
     assert not torch.allclose(first, second)
-
-
-def test_inductor_compiles_a_whole_training_step() -> None:
-    model = get_peft_model(MAKERS["llama"](), DoranConfig(target_modules="all-linear")).train()
-    disturb(model)
-    expected, gradients = run(copy.deepcopy(model), "llama")
-    model.compile(fullgraph=True)
-    found, found_gradients = run(model, "llama")
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, atol=1e-5, rtol=1e-3)

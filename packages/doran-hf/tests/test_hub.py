@@ -24,10 +24,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(cache))
+def hub(monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = Path(constants.HF_HUB_CACHE)
 
     class Created:
         def __init__(self, repo_id: str) -> None:

@@ -170,6 +170,8 @@ class DoranConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: JSON-ready, name lists in a fixed order, facts of the model included."""
         values: dict[str, Any] = super().to_dict() | self._saved_facts
+        if self.trainable_token_indices is None:  # doran_core refuses adapters with such tokens, as it should
+            values.pop("trainable_token_indices", None)
         return {name: _listed(value) for name, value in values.items()}
 
     @classmethod

@@ -161,8 +161,8 @@ class DoranModel(BaseTuner):
         unknown = sorted(key for key in remapped if _MARK in key and key not in expected)
         if unknown:
             raise UnexpectedKeyError(f"adapter {adapter_name!r}: no layer of this model has the tensor {unknown[0]!r}")
-        # With low_cpu_mem_usage these very tensors become the parameters. In a safetensors buffer they lie unaligned, and
-        # sums over them then differ in the last bit from those of the model that was saved.
+        # With low_cpu_mem_usage these very tensors become the parameters. In a safetensors buffer they lie unaligned,
+        # and sums over them then differ in the last bit from those of the model that was saved.
         return {key: tensor.clone() if _MARK in key else tensor for key, tensor in remapped.items()}
 
 

@@ -101,7 +101,8 @@ def test_only_the_adapter_learns(case: Case, tmp_path: Path) -> None:
         assert parameter.requires_grad == (ours or bias or ("modules_to_save" in name and ".default." in name)), name
         moved = not torch.equal(parameter, before[name])
         steep = parameter.grad is not None and float(parameter.grad.abs().max()) > 1e-4  # else a step may round to none
-        assert (not moved or parameter.requires_grad) and (moved or not steep), name
+        assert parameter.requires_grad or not moved, name
+        assert moved or not steep, name
     assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith((".magnitude", ".w2_A", ".w2_B")))
     expected = case.output(model)
     model.save_pretrained(tmp_path)

@@ -37,8 +37,6 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def write_rows(file: str, rows: list[dict[str, Any]] = ROWS) -> str:
@@ -109,7 +107,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys: pytest.CaptureFixt
     before = sorted(Path().iterdir())
     assert train(load_config(None, values), dry_run=True) == {}
     assert "30 of 8 examples" in capsys.readouterr().out
-    assert [path for path in sorted(Path().iterdir()) if path.name != "cache"] == before
+    assert sorted(Path().iterdir()) == before
 
 
 def test_a_run_that_is_done_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
