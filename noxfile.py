@@ -84,6 +84,8 @@ def packaging(session: nox.Session) -> None:
 def hf(session: nox.Session) -> None:
     """doran-hf: DoRAN as a PEFT method."""
     install(session, "hf", extra={"hf": "[test]"})
+    install_models(session, "smollm2")
+    session.env["DORAN_REQUIRE_MODELS"] = "1"
     test(session, "packages/doran-hf/tests")
 
 

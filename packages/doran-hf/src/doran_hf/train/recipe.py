@@ -1,0 +1,94 @@
+"""What every task has to say: the model, the examples as it wants them, the collator and the metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoTokenizer
+
+from doran_core.errors import CheckpointError
+from doran_hf.train.config import TrainConfig
+from doran_hf.train.data import Examples
+
+__all__ = ["Prepared", "TaskRecipe", "load_part", "load_tokenizer"]
+
+
+class Prepared:
+    """Examples ready for the Trainer.
+
+    Attributes:
+        train: dataset to train on.
+        held_out: dataset to evaluate on, or None.
+        dropped: how many examples had nothing to learn after cutting.
+        sample: the first example, for people to read.
+    """
+
+    def __init__(self, train: Any, held_out: Any | None, dropped: int, sample: str) -> None:
+        self.train, self.held_out, self.dropped, self.sample = train, held_out, dropped, sample
+
+
+class TaskRecipe(ABC):
+    """What one task makes of a configuration and its examples.
+
+    Args:
+        config: the configuration.
+        examples: raw examples.
+
+    Raises:
+        CheckpointError: the base model cannot be loaded.
+        ConfigError: a column or class that is not there.
+    """
+
+    auto_model: ClassVar[Any]
+    processor: Any
+    compute_metrics: Any = None
+
+    def __init__(self, config: TrainConfig, examples: Examples) -> None:
+        self.config = config
+        self.examples = examples
+
+    @abstractmethod
+    def prepare(self) -> Prepared:
+        """The examples as the model wants them."""
+
+    @abstractmethod
+    def collator(self) -> Any:
+        """Makes a batch of examples."""
+
+    def model(self) -> Any:
+        """The base model."""
+        dtype = self.config.dtype if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
+        return load_part("model", self.auto_model, self.config.base, dtype=dtype, **self._model_options())
+
+    def _model_options(self) -> dict[str, Any]:
+        return {}
+
+    def head(self, model: Any) -> list[str] | None:
+        """Modules to train in full beside the adapter, where neither PEFT nor the user names them."""
+        return None
+
+    def evaluate(self, model: Any, label: str) -> dict[str, float]:
+        """Metrics that the Trainer's evaluation does not give."""
+        return {}
+
+
+def load_tokenizer(base: str) -> Any:
+    """The base model's tokenizer, able to pad."""
+    tokenizer = load_part("tokenizer", AutoTokenizer, base)
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_part(what: str, auto_class: Any, base: str, **options: Any) -> Any:
+    """One part of the base model.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    try:
+        return auto_class.from_pretrained(base, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(f"base: cannot load the {what} of {base!r}: {error}") from error
