@@ -94,6 +94,11 @@ class DoranModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's base class also hands the child's weight over by name, which fails for heads without one and for
+        # embeddings with trained tokens; its LoRA does not do so either. DoranLayer.add has seen to the device.
+        setattr(parent, child_name, new_module)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT calls this around forward and generate, and takes adapter_names out of the arguments itself.

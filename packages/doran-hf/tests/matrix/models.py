@@ -156,7 +156,7 @@ ENCODERS = {
             num_labels=4,
         ),
         lambda: _pixels(side=32),
-        {"target_modules": ["convolution"], "modules_to_save": ["classifier.1"]},
+        {"target_modules": ["convolution"], "modules_to_save": ["classifier"]},
     ),
 }
 

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from doran_core.errors import BaseMismatchError
+from doran_core import read_adapter
+from doran_core.errors import BaseMismatchError, DoranError
 from doran_hf import DoranConfig
 
 
@@ -88,3 +89,22 @@ def test_model_cards(existing: str | None, tmp_path: Path) -> None:
     if existing is not None:
         assert "meta: hello" in card
         assert "This is a model card" in card
+
+
+def test_single_tokens_train_beside_the_adapter(tmp_path: Path) -> None:
+    """test_*_trainable_token_indices: learned, saved, loaded and merged; doran_core refuses what it cannot merge."""
+    model = get_peft_model(make_llama(), DoranConfig(trainable_token_indices=[5, 7]))
+    before = model.get_input_embeddings()(torch.arange(10)).detach()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    ids = torch.tensor([[4, 5, 6, 7, 8]])
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    moved = (model.get_input_embeddings()(torch.arange(10)) - before).abs().amax(1) > 0
+    assert moved.nonzero()[:, 0].tolist() == [5, 7]
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path, adapter_name="other")
+    assert torch.equal(logits(loaded), expected)
+    with pytest.raises(DoranError, match="trainable_token_indices"):
+        read_adapter(tmp_path)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
