@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from doran_core.errors import ConfigError
 from doran_core.merge import merge_checkpoint
-from doran_export.cases import GREEDY_STEPS, given_cases, greedy_prompts, random_cases
+from doran_export.adapters import compile_adapters
+from doran_export.clock import Clock, Progress
 from doran_export.errors import ExportError
-from doran_export.files import MODEL_FILE, copy_companions, read_json
-from doran_export.graph import OPSET, check_graph, save_graph, trace
-from doran_export.loading import Source, load_model, load_tokenizer, open_source
-from doran_export.precision import Precision, precision_for
-from doran_export.proof import Proof, prove
-from doran_export.reference import Reference, ask_pytorch
-from doran_export.report import ExportReport, versions
-from doran_export.runtime import available_providers
+from doran_export.files import GENAI_CONFIG, MODEL_FILE, REPORT_FILE, read_json
+from doran_export.genai import require_genai
+from doran_export.graph import check_graph
+from doran_export.loading import Source, load_model, open_source
+from doran_export.pipeline import Request, ask, export_source, prove_directory
+from doran_export.precision import ROADS, precision_for, proof_providers, road_for
+from doran_export.proof import Proof
+from doran_export.reference import Reference
+from doran_export.report import ExportReport
+from doran_export.runtime import available_providers, provider_names
 from doran_export.spec import GraphSpec, make_spec
 from doran_export.staging import require_free_place, staged_directory
 
 __all__ = ["Progress", "export", "verify"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total) as an export goes on."""
 
 # What peft calls the kinds of models, in an adapter's adapter_config.json.
 _PEFT_TASKS = {
@@ -46,8 +41,11 @@ def export(
     *,
     base: str | Path | None = None,
     adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     task: str | None = None,
+    road: str | None = None,
     precision: str = "fp32",
+    providers: Sequence[str] | None = None,
     inputs: Sequence[Any] = (),
     tolerance: float | None = None,
     progress: Progress | None = None,
@@ -55,14 +53,20 @@ def export(
     """Export a model to ONNX, prove in ONNX Runtime that it equals PyTorch, and only then leave it in `out`.
 
     Args:
-        model: a Hugging Face model directory, e.g. a merged one. Or give `base` and `adapter`.
+        model: a Hugging Face model directory, e.g. a merged one. Or give `base` and `adapter`, or `base` and `adapters`.
         out: the new directory; must not exist, or be empty.
-        base: the directory of the model that `adapter` was trained on.
+        base: the directory of the model that the adapters were trained on.
         adapter: an adapter directory, merged into `base` before the export.
+        adapters: adapter directories by name, which stay apart: the graph of the base takes them as inputs, and each
+            becomes a file ``adapters/NAME.onnx_adapter`` that `OnnxRunner.set_adapter` switches to.
         task: kind of model (a name of `TASKS`); None takes it from the architecture or the adapter.
+        road: how the graph is made, a name of `ROADS`; None takes genai for a decoder and torch for everything else.
         precision: a name of `PRECISIONS`.
+        providers: execution providers to prove on, "cpu" or "cuda"; None takes all that are here and run the precision.
+            The road genai makes its graph for the first.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
-        tolerance: largest allowed absolute difference of any output; None takes the precision's.
+        tolerance: largest allowed difference of any output, in units of its largest value where that is over 1; None
+            takes the precision's.
         progress: called with (stage, done, total).
 
     Returns:
@@ -72,32 +76,53 @@ def export(
         CheckpointError: a model directory cannot be read.
         ConfigError: an unknown name, or arguments that do not go together.
         ExportError: `out` is not free, the disk is full, or the graph is not valid.
-        MissingDependencyError: onnxruntime is not installed.
+        MissingDependencyError: onnxruntime, or for the road genai onnxruntime-genai, is not installed.
         ProofError: the graph does not compute what the model computes; nothing is left in `out`.
-        UnsupportedModelError: there is no road for this kind of model.
+        UnsupportedModelError: there is no road for this kind of model, or the target does not run the precision.
     """
     if out is None:
         raise ConfigError("no output directory was given")
     out = Path(out)
+    _check_sources(model, base, adapter, adapters)
+    task = task or _task_of_adapter(adapter, adapters)
     wanted = precision_for(precision)
-    available_providers()  # a missing onnxruntime is said now, not after minutes of tracing
+    # What is missing or cannot be done is said now, not after minutes of merging and tracing. A base may lack the head
+    # of the task, which then comes with the adapter; the merged directory decides.
+    available = available_providers()
     require_free_place(out)
-    clock = _Clock(progress or (lambda stage, done, total: None))
-    if model is not None and base is None and adapter is None:
-        source = open_source(Path(model), task)
-        with staged_directory(out) as work:
-            return _export(source, work, out, wanted, inputs, tolerance, clock)
-    if model is not None or base is None or adapter is None:
-        raise ConfigError("give either a model directory, or both a base and an adapter directory")
-    task = task or _PEFT_TASKS.get(read_json(Path(adapter) / "adapter_config.json").get("task_type") or "")
-    # Looked at before the merge, so that a base that cannot be exported is refused before minutes of work. It may
-    # lack the head of the task, which then comes with the adapter; the merged directory decides.
-    open_source(Path(base), task)
+    place = Path(model if model is not None else base or "")
+    source = open_source(place, task)
+    chosen = road_for(source.task, wanted, road, multi_adapter=adapters is not None)
+    names = proof_providers(chosen, wanted, provider_names(providers), available)
+    if chosen.name == "genai":
+        require_genai()
+    clock = Clock(progress)
+    compiled = compile_adapters(adapters, place) if adapters is not None else {}
+    request = Request(chosen, wanted, names, inputs, tolerance, compiled)
     with staged_directory(out) as work:
+        if adapter is None:
+            return export_source(source, work, out, request, clock)
         merged = work / "merged"
         with clock.stage("merging"):
-            merge_checkpoint(base, adapter, merged, dtype=wanted.dtype, progress=clock.bytes("merging"))
-        return _export(open_source(merged, task), work, out, wanted, inputs, tolerance, clock, scratch=merged)
+            merge_checkpoint(place, adapter, merged, dtype=wanted.dtype, progress=clock.bytes("merging"))
+        return export_source(open_source(merged, task), work, out, request, clock, scratch=merged)
+
+
+def _check_sources(model: object, base: object, adapter: object, adapters: object) -> None:
+    if model is not None and base is None and adapter is None and adapters is None:
+        return
+    if model is None and base is not None and (adapter is None) != (adapters is None):
+        return
+    raise ConfigError(
+        "give either a model directory, or both a base and an adapter directory, or a base and adapters by name"
+    )
+
+
+def _task_of_adapter(adapter: str | Path | None, adapters: Mapping[str, str | Path] | None) -> str | None:
+    """The task that the adapters' files name, if they do."""
+    places = [adapter] if adapter is not None else list((adapters or {}).values())
+    kinds = [read_json(Path(place) / "adapter_config.json").get("task_type") for place in places]
+    return next((_PEFT_TASKS[kind] for kind in kinds if kind in _PEFT_TASKS), None)
 
 
 def verify(
@@ -120,129 +145,32 @@ def verify(
         precision: whose tolerance applies; None takes it from the report.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
         tolerance: largest allowed absolute difference of any output; None takes the precision's.
-        providers: onnxruntime execution providers to run one by one; None takes all that are available.
+        providers: execution providers to run one by one, "cpu" or "cuda"; None takes all that run the precision.
         progress: called with (stage, done, total).
 
     Raises:
         CheckpointError: a directory cannot be read.
-        ExportError: the ONNX file breaks a rule of ONNX.
+        ExportError: it is no exported directory, or the ONNX file breaks a rule of ONNX.
         ProofError: the two differ by more than the tolerance.
     """
     exported = Path(exported)
-    report = read_json(exported / "export_report.json")
-    wanted = precision_for(precision or report.get("precision") or "fp32")
-    source = open_source(Path(model), task or report.get("task"))
     if not (exported / MODEL_FILE).is_file():
         raise ExportError(f"{exported} has no {MODEL_FILE}: expected a directory that `export` wrote")
-    clock = _Clock(progress or (lambda stage, done, total: None))
+    report = read_json(exported / REPORT_FILE)
+    wanted = precision_for(precision or report.get("precision") or "fp32")
+    source = open_source(Path(model), task or report.get("task"))
+    chosen = ROADS["genai" if (exported / GENAI_CONFIG).is_file() else "torch"]
+    names = proof_providers(chosen, wanted, provider_names(providers), available_providers())
+    clock = Clock(progress)
+    request = Request(chosen, wanted, names, inputs, tolerance)
     check_graph(exported / MODEL_FILE)
-    with clock.stage("loading"):
-        loaded = load_model(source)
-        spec = make_spec(loaded, source.task, source.path)
-    reference = _ask(loaded, spec, source, inputs, clock)
-    del loaded
-    return _prove(exported, spec, reference, wanted, tolerance, providers, clock)
+    reference, spec = _ask_directory(source, request, clock)
+    return prove_directory(exported, spec, {None: reference}, request, clock)
 
 
-def _export(
-    source: Source,
-    work: Path,
-    out: Path,
-    precision: Precision,
-    inputs: Sequence[Any],
-    tolerance: float | None,
-    clock: _Clock,
-    *,
-    scratch: Path | None = None,
-) -> ExportReport:
-    """Fill the directory `work`, which becomes `out`."""
+def _ask_directory(source: Source, request: Request, clock: Clock) -> tuple[Reference, GraphSpec]:
+    """PyTorch's answers; the model is gone afterwards."""
     with clock.stage("loading"):
         model = load_model(source)
         spec = make_spec(model, source.task, source.path)
-    # PyTorch answers first: its weights may change dtype for the trace, and are gone when ONNX Runtime loads its own.
-    reference = _ask(model, spec, source, inputs, clock)
-    with clock.stage("tracing"):
-        graph = trace(model.to(precision.dtype), spec, precision.dtype)
-    with clock.stage("writing"):
-        path = save_graph(graph, work)
-        _write_config(model, source, work)
-        copy_companions(source.path, work)
-    architecture = type(model).__name__
-    del model, graph
-    if scratch is not None:
-        shutil.rmtree(scratch)
-    check_graph(path)
-    proof = _prove(work, spec, reference, precision, tolerance, None, clock)
-    report = ExportReport(
-        out,
-        source.task.name,
-        architecture,
-        precision.name,
-        OPSET,
-        {file.name: file.stat().st_size for file in sorted(work.glob(f"{MODEL_FILE}*"))},
-        proof,
-        {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
-        versions(),
-    )
-    report.write(work)
-    return report
-
-
-def _ask(model: PreTrainedModel, spec: GraphSpec, source: Source, inputs: Sequence[Any], clock: _Clock) -> Reference:
-    tokenizer = load_tokenizer(source.path, pad_left=spec.task.has_cache) if spec.task.reads == "text" else None
-    cases = random_cases(spec) + given_cases(spec, inputs, tokenizer)
-    prompts = greedy_prompts(spec, inputs, tokenizer) if spec.task.has_cache else None
-    steps = min(GREEDY_STEPS, spec.max_length - prompts["input_ids"].shape[1]) if prompts is not None else 0
-    with clock.stage("asking PyTorch", len(cases) + (prompts is not None)) as advance:
-        return ask_pytorch(model, spec, cases, prompts, steps, advance)
-
-
-def _prove(
-    directory: Path,
-    spec: GraphSpec,
-    reference: Reference,
-    precision: Precision,
-    tolerance: float | None,
-    providers: Sequence[str] | None,
-    clock: _Clock,
-) -> Proof:
-    names = list(providers) if providers is not None else available_providers()
-    total = len(names) * (len(reference.answers) + (reference.greedy is not None))
-    tolerance = precision.tolerance if tolerance is None else tolerance
-    with clock.stage("proving", total) as advance:
-        return prove(directory, spec, reference, tolerance, providers=names, advance=advance)
-
-
-def _write_config(model: PreTrainedModel, source: Source, out: Path) -> None:
-    """Write config.json with the architecture that was exported: a base with a new head names another one."""
-    config = model.config
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(out)
-
-
-class _Clock:
-    """Tells the caller what is going on, and notes how long each stage took."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str, total: int = 1) -> Iterator[Callable[[], None]]:
-        """Time a stage of `total` steps; yields what to call after each. A stage of one step counts itself."""
-        done = 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            self.progress(name, done, total)
-
-        start = time.perf_counter()
-        self.progress(name, 0, total)
-        yield advance
-        self.seconds[name] = time.perf_counter() - start
-        if done == 0:
-            self.progress(name, total, total)
-
-    def bytes(self, name: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.progress(name, done, total)
+    return ask(model, spec, source, request, clock), spec

@@ -40,11 +40,13 @@ class Case:
         name: what the report calls it.
         inputs: arrays by input name, without the cache.
         chunks: lengths of the pieces in which a decoder's graph gets the sequence; empty for other models.
+        given: whether it came from the user, not from chance.
     """
 
     name: str
     inputs: dict[str, Array]
     chunks: tuple[int, ...] = ()
+    given: bool = False
 
     @property
     def batch(self) -> int:
@@ -57,8 +59,13 @@ class Case:
         return int(self.inputs["input_ids"].shape[1]) if "input_ids" in self.inputs else None
 
 
-def random_cases(spec: GraphSpec) -> list[Case]:
-    """Random inputs: single rows, batches, length 1, padding, and for decoders a past of several lengths."""
+def random_cases(spec: GraphSpec, *, padded: bool = True) -> list[Case]:
+    """Random inputs: single rows, batches, length 1, padding, and for decoders a past of several lengths.
+
+    Args:
+        spec: the graph.
+        padded: whether rows of one batch may differ in length.
+    """
     random = np.random.default_rng(_SEED)
     if spec.task.reads == "image":
         shape = [int(axis) for axis in spec.inputs["pixel_values"][1:]]
@@ -67,15 +74,22 @@ def random_cases(spec: GraphSpec) -> list[Case]:
             for batch in (1, 2, 5)
         ]
     plans: list[tuple[int, tuple[int, ...]]] = [(1, (1,)), (1, (9,)), (2, (16,))]
-    plans += [(1, (1, 1)), (3, (20, 1, 12)), (1, (40, 3))] if spec.task.has_cache else [(3, (33,)), (4, (128,))]
-    return [_random_text(spec, random, batch, chunks) for batch, chunks in plans if sum(chunks) <= spec.max_length]
+    if spec.task.has_cache:
+        # Graphs that take no padding take several tokens on top of a past for one row only.
+        plans += [(1, (1, 1)), (3, (20, 1, 12)) if padded else (3, (20, 1, 1)), (1, (40, 3))]
+    else:
+        plans += [(3, (33,)), (4, (128,))]
+    plans = [(batch, chunks) for batch, chunks in plans if sum(chunks) <= spec.max_length]
+    return [_random_text(spec, random, batch, chunks, padded) for batch, chunks in plans]
 
 
-def _random_text(spec: GraphSpec, random: np.random.Generator, batch: int, chunks: tuple[int, ...]) -> Case:
+def _random_text(
+    spec: GraphSpec, random: np.random.Generator, batch: int, chunks: tuple[int, ...], padded: bool
+) -> Case:
     length = sum(chunks)
     ids = random.integers(0, spec.vocabulary - 1, (batch, length))
     ids += ids >= spec.pad_token  # any token but padding, which some models find by its id
-    padding = random.integers(0, length // 2 + 1, batch)
+    padding = random.integers(0, length // 2 + 1, batch) * padded
     padding[0] = 0
     columns = np.arange(length)
     # A decoder is padded on the left, so that its last position is a real one; everything else on the right.
@@ -88,13 +102,14 @@ def _random_text(spec: GraphSpec, random: np.random.Generator, batch: int, chunk
     return Case(name, inputs, chunks if spec.task.has_cache else ())
 
 
-def given_cases(spec: GraphSpec, given: Sequence[Any], tokenizer: Any) -> list[Case]:
+def given_cases(spec: GraphSpec, given: Sequence[Any], tokenizer: Any, *, padded: bool = True) -> list[Case]:
     """Cases from what a user gave.
 
     Args:
         spec: the graph.
         given: texts, or mappings from input names to arrays.
         tokenizer: a transformers tokenizer, or None where there is none.
+        padded: whether rows of one batch may differ in length; else every text is a batch.
 
     Raises:
         ConfigError: texts without a tokenizer, or for an image model, or a mapping with other names than the graph's.
@@ -103,9 +118,10 @@ def given_cases(spec: GraphSpec, given: Sequence[Any], tokenizer: Any) -> list[C
     cases = []
     if texts and (tokenizer is None or spec.task.reads == "image"):
         raise ConfigError("texts were given to compare on, but this model has no tokenizer: give arrays by input name")
-    for start in range(0, len(texts), _BATCH):
+    size = _BATCH if padded else 1
+    for start in range(0, len(texts), size):
         batch = tokenizer(
-            texts[start : start + _BATCH],
+            texts[start : start + size],
             padding=True,
             truncation=True,
             max_length=spec.max_length,
@@ -130,7 +146,7 @@ def _given(spec: GraphSpec, name: str, inputs: dict[str, Array]) -> Case:
     if spec.task.reads == "text":
         inputs.setdefault("attention_mask", np.ones_like(inputs["input_ids"]))
     length = inputs["input_ids"].shape[1] if spec.task.reads == "text" else 0
-    return Case(name, inputs, (length,) if spec.task.has_cache else ())
+    return Case(name, inputs, (length,) if spec.task.has_cache else (), given=True)
 
 
 def greedy_prompts(spec: GraphSpec, given: Sequence[Any], tokenizer: Any) -> dict[str, Array]:
@@ -138,7 +154,7 @@ def greedy_prompts(spec: GraphSpec, given: Sequence[Any], tokenizer: Any) -> dic
     room = spec.max_length - GREEDY_STEPS
     if tokenizer is None:
         random = np.random.default_rng(_SEED)
-        return _random_text(spec, random, 3, (max(1, min(12, room)),)).inputs
+        return _random_text(spec, random, 3, (max(1, min(12, room)),), padded=True).inputs
     texts = [item for item in given if isinstance(item, str)][:32] or list(_PROMPTS)
     batch = tokenizer(texts, padding=True, truncation=True, max_length=max(1, room), return_tensors="np")
     return {name: np.asarray(batch[name]) for name in ("input_ids", "attention_mask")}

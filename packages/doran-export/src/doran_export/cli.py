@@ -31,10 +31,33 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="merged Hugging Face model directory")
     source.add_argument("--base", metavar="DIR", help="base model directory; goes with --adapter")
-    parser.add_argument("--adapter", metavar="DIR", help="adapter directory, merged into --base first")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="DIR",
+        help="adapter directory, merged into --base first; with --multi-adapter NAME=DIR, once or more",
+    )
+    parser.add_argument(
+        "--multi-adapter",
+        action="store_true",
+        help="write the base's graph once, with adapters as inputs, and each adapter as a small .onnx_adapter file",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist or be empty")
     parser.add_argument("--task", metavar="NAME", help=f"kind of model, when it cannot be told: {', '.join(_TASKS)}")
-    parser.add_argument("--precision", default="fp32", metavar="NAME", help="fp32 (default)")
+    parser.add_argument(
+        "--road",
+        metavar="NAME",
+        help="how the graph is made: genai (onnxruntime-genai's builder; the default for decoders) or torch",
+    )
+    parser.add_argument(
+        "--precision", default="fp32", metavar="NAME", help="fp32 (default), fp16, bf16, int8, or with genai int4"
+    )
+    parser.add_argument(
+        "--provider",
+        action="append",
+        metavar="NAME",
+        help="prove on cpu or cuda only (may be given twice); genai makes its graph for the first",
+    )
     parser.add_argument(
         "--inputs", metavar="FILE", help="inputs to compare on beside random ones: .txt, a text per line, or .npz"
     )
@@ -48,13 +71,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from doran_export.api import export
     from doran_export.cases import read_inputs
 
+    adapter, adapters = _adapters(arguments)
     with _Stages() as progress:
         report = export(
             arguments.model,
             arguments.out,
             base=arguments.base,
-            adapter=arguments.adapter,
+            adapter=adapter,
+            adapters=adapters,
             task=arguments.task,
+            road=arguments.road,
+            providers=arguments.provider,
             precision=arguments.precision,
             inputs=read_inputs(Path(arguments.inputs)) if arguments.inputs else (),
             tolerance=arguments.tolerance,
@@ -62,11 +89,33 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     proof = report.proof
     size = sum(report.files.values()) / 1e6
-    print(f"wrote {report.directory}: {report.architecture}, {report.task}, {report.precision}, {size:.1f} MB")
+    what = f"{report.architecture}, {report.task}, {report.precision}, by {report.road}"
+    print(f"wrote {report.directory}: {what}, {size:.1f} MB")
+    if report.adapters:
+        print(f"adapters: {', '.join(report.adapters)}")
     print(f"largest difference from PyTorch {proof.max_difference:.2g} in {len(proof.checks)} checks")
     for greedy in proof.greedy:
-        print(f"greedy tokens identical on {greedy.identical} of {greedy.prompts} prompts, {greedy.steps} steps each")
+        who = f"{greedy.provider}, {greedy.adapter}" if greedy.adapter else greedy.provider
+        print(
+            f"greedy tokens identical on {greedy.identical} of {greedy.prompts} prompts, "
+            f"{greedy.steps} steps each ({who})"
+        )
     return 0
+
+
+def _adapters(arguments: argparse.Namespace) -> tuple[str | None, dict[str, str] | None]:
+    """The one adapter to merge, or those that stay apart, by name."""
+    from doran_core.errors import ConfigError
+
+    given: list[str] = arguments.adapter or []
+    if not arguments.multi_adapter:
+        if len(given) > 1:
+            raise ConfigError(f"{len(given)} adapters were given: expected one, or --multi-adapter with NAME=DIR")
+        return (given[0] if given else None), None
+    named = dict(item.partition("=")[::2] for item in given)
+    if not all(named.values()) or len(named) != len(given):
+        raise ConfigError(f"--multi-adapter takes --adapter NAME=DIR with different names, got {', '.join(given)}")
+    return None, named
 
 
 class _Stages:

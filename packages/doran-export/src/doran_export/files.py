@@ -9,10 +9,13 @@ from typing import Any
 
 from doran_core.errors import CheckpointError
 
-__all__ = ["MODEL_FILE", "REPORT_FILE", "copy_companions", "read_json"]
+__all__ = ["ADAPTERS", "ADAPTER_SUFFIX", "GENAI_CONFIG", "MODEL_FILE", "REPORT_FILE", "copy_companions", "read_json"]
 
 MODEL_FILE = "model.onnx"
 REPORT_FILE = "export_report.json"
+GENAI_CONFIG = "genai_config.json"
+ADAPTERS = "adapters"
+ADAPTER_SUFFIX = ".onnx_adapter"
 
 # What a tokenizer, an image processor or a sentence-transformers pipeline reads, and nothing that holds weights.
 _COMPANIONS = (

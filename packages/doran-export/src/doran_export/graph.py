@@ -15,15 +15,18 @@ import torch
 from onnxscript.optimizer import fold_constants
 from transformers import PreTrainedModel
 
+from doran_export.adapted import adapted_layers, give_defaults
 from doran_export.errors import ExportError, UnsupportedModelError
 from doran_export.files import MODEL_FILE
 from doran_export.repeat import KEPT, NotAlikeError, find_layers, repeat_layers, shortened
 from doran_export.spec import Axis, GraphSpec
 from doran_export.wrappers import eager_attention, example_inputs, wrap
 
-__all__ = ["OPSET", "check_graph", "save_graph", "trace"]
+__all__ = ["check_graph", "graph_opset", "save_graph", "trace"]
 
-OPSET = 20
+_OPSET = 20
+
+_RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization"})  # that onnxruntime counts among ONNX's
 
 _INLINE_LIMIT = 256 * 1024 * 1024  # a protobuf may hold 2 GB; well below that, weights go to a file beside it
 
@@ -34,11 +37,12 @@ def trace(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> ir.Mod
     Raises:
         UnsupportedModelError: torch.export or the ONNX translation cannot express the model.
     """
-    with eager_attention(model), _quiet(), torch.no_grad():
+    with eager_attention(model), adapted_layers(model, spec.adapted), _quiet(), torch.no_grad():
         graph = _trace_repeated(model, spec, dtype) or _trace(model, spec, dtype)
     _tidy(graph)
     _name_axes(graph, spec)
     _strip_metadata(graph)
+    give_defaults(graph, spec, dtype)
     return graph
 
 
@@ -48,7 +52,7 @@ def _trace_repeated(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype)
     if stack is None:
         return None
     with shortened(model, stack):
-        graph = _trace(model, spec.with_layers(KEPT), dtype)
+        graph = _trace(model, spec.with_layers(KEPT, stack.path), dtype)
     whole = wrap(model, spec)
     weights = dict(whole.named_parameters(remove_duplicate=False)) | dict(whole.named_buffers(remove_duplicate=False))
     try:
@@ -70,7 +74,7 @@ def _trace(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> ir.Mo
             traced,
             input_names=list(spec.inputs),
             output_names=list(spec.outputs),
-            opset_version=OPSET,
+            opset_version=_OPSET,
             dynamo=True,
             optimize=False,
             verbose=False,
@@ -104,27 +108,46 @@ def _tidy(graph: ir.Model) -> None:
     )(graph)
 
 
-def save_graph(graph: ir.Model, directory: Path) -> Path:
-    """Write ``model.onnx``, with large weights in ``model.onnx.data`` beside it, and return the first one's path."""
+def save_graph(graph: ir.Model, directory: Path) -> bool:
+    """Write ``model.onnx``; large weights go to ``model.onnx.data`` beside it. Tells whether they did."""
     path = directory / MODEL_FILE
     weights = sum(
         value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None
     )
     external = f"{MODEL_FILE}.data" if weights > _INLINE_LIMIT else None
     ir.save(graph, path, external_data=external)
-    return path
+    return external is not None
 
 
 def check_graph(path: Path) -> None:
     """Run onnx.checker on a file, external data included.
 
+    onnxruntime has an operator that it registers among ONNX's own, and its model builder writes it so. The checker sees a
+    copy of the graph in which that one belongs to onnxruntime, as the rest of its operators do.
+
     Raises:
         ExportError: the file breaks a rule of ONNX.
     """
+    model = onnx.load(path, load_external_data=False)
+    own = [node for node in model.graph.node if node.domain == "" and node.op_type in _RUNTIME_OPERATORS]
+    for node in own:
+        node.domain = "com.microsoft"
+    checked = path.with_name(f".checked-{path.name}") if own else path
     try:
-        onnx.checker.check_model(str(path), full_check=False)
+        if own:
+            onnx.save(model, checked)
+        onnx.checker.check_model(str(checked), full_check=False)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"onnx.checker refuses {path.name}: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        if own:
+            checked.unlink(missing_ok=True)
+
+
+def graph_opset(path: Path) -> int:
+    """Version of ONNX's own operators in a file."""
+    model = onnx.load(path, load_external_data=False)
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def _root_cause(error: BaseException) -> str:

@@ -1,14 +1,20 @@
-"""The precisions of an exported graph: what torch dtype each is traced in and how near to PyTorch it must be."""
+"""The precisions of an exported graph, the roads that make them, and which target runs which: one table for all."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from doran_core.errors import ConfigError
+from doran_export.errors import UnsupportedModelError
+from doran_export.runtime import PROVIDERS
+from doran_export.tasks import Task
 
-__all__ = ["PRECISIONS", "Precision", "precision_for"]
+__all__ = ["PRECISIONS", "ROADS", "Precision", "Road", "precision_for", "proof_providers", "road_for"]
+
+_CPU, _CUDA = PROVIDERS["cpu"], PROVIDERS["cuda"]
 
 
 @dataclass(frozen=True)
@@ -17,20 +23,59 @@ class Precision:
 
     Attributes:
         name: what users say.
-        dtype: the weights' dtype while tracing.
+        dtype: dtype of the weights before any quantization.
         tolerance: largest allowed difference of an output from PyTorch's in float32, in units of the output's largest
             value where that is over 1.
+        same_tokens: whether a decoder's greedy tokens must be PyTorch's. Weights of 8 or 4 bits are another model, near
+            but not equal: their tokens are compared and reported.
     """
 
     name: str
     dtype: torch.dtype
     tolerance: float
+    same_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class Road:
+    """One way from PyTorch to ONNX.
+
+    Attributes:
+        name: what users say.
+        providers: for each precision the execution providers that run what this road makes in it.
+        why_not: for a precision that only some providers run, the reason, for the message.
+    """
+
+    name: str
+    providers: dict[str, tuple[str, ...]]
+    why_not: dict[str, str] = field(default_factory=dict)
 
 
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision("fp32", torch.float32, 1e-3),
+    "fp16": Precision("fp16", torch.float16, 5e-2),
+    "bf16": Precision("bf16", torch.bfloat16, 2e-1, same_tokens=False),
+    "int8": Precision("int8", torch.float32, 5e-1, same_tokens=False),
+    "int4": Precision("int4", torch.float32, 1.0, same_tokens=False),
 }
 """Every precision by name."""
+
+_BOTH = (_CUDA, _CPU)
+_NO_BF16 = "the CPU provider of onnxruntime has no bfloat16 operators"
+
+ROADS: dict[str, Road] = {
+    "torch": Road(
+        "torch",
+        {"fp32": _BOTH, "fp16": _BOTH, "bf16": (_CUDA,), "int8": (_CPU,)},
+        {"bf16": _NO_BF16, "int8": "onnxruntime's dynamic int8 operators are the CPU's"},
+    ),
+    "genai": Road(
+        "genai",
+        {"fp32": _BOTH, "fp16": (_CUDA,), "bf16": (_CUDA,), "int8": _BOTH, "int4": _BOTH},
+        {"bf16": _NO_BF16, "fp16": "its float16 graph for the CPU fails when a cache grows"},
+    ),
+}
+"""Every road by name: torch.onnx.export, and the model builder of onnxruntime-genai."""
 
 
 def precision_for(name: str) -> Precision:
@@ -43,3 +88,56 @@ def precision_for(name: str) -> Precision:
         return PRECISIONS[name]
     except KeyError:
         raise ConfigError(f"precision {name!r} is not known: expected one of {', '.join(PRECISIONS)}") from None
+
+
+def road_for(task: Task, precision: Precision, requested: str | None, *, multi_adapter: bool) -> Road:
+    """The road of a kind of model: the requested one, else the builder for a decoder and torch for everything else.
+
+    Several adapters over one graph need the adapted layers as inputs, which only the torch road makes.
+
+    Raises:
+        ConfigError: `requested` is not a known name.
+        UnsupportedModelError: the road cannot make this kind of model, this precision or several adapters.
+    """
+    if requested is not None and requested not in ROADS:
+        raise ConfigError(f"road {requested!r} is not known: expected one of {', '.join(ROADS)}")
+    chosen = requested or ("genai" if task.has_cache and not multi_adapter else "torch")
+    road = ROADS[chosen]
+    if road.name == "genai" and not task.has_cache:
+        raise UnsupportedModelError(f"the road genai makes text-generation models, not {task.name}: use torch")
+    if road.name == "genai" and multi_adapter:
+        raise UnsupportedModelError("the road genai does not take adapters as inputs: use torch")
+    if precision.name not in road.providers:
+        able = [name for name, other in ROADS.items() if precision.name in other.providers]
+        raise UnsupportedModelError(
+            f"the road {road.name} has no {precision.name}: expected one of {', '.join(road.providers)}, "
+            f"or the road {' or '.join(able)}" + ("" if task.has_cache else ", which makes text-generation models only")
+        )
+    if multi_adapter and precision.name == "int8":
+        raise UnsupportedModelError("int8 does not take adapters as inputs: expected fp32, fp16 or bf16")
+    return road
+
+
+def proof_providers(
+    road: Road, precision: Precision, wanted: Sequence[str] | None, available: Sequence[str]
+) -> list[str]:
+    """The providers to prove a graph on: those asked for, else all that are here and run it, best first.
+
+    Raises:
+        ConfigError: a provider that is not available here.
+        UnsupportedModelError: a provider that does not run this precision, or none that does is here.
+    """
+    able = road.providers[precision.name]
+    reason = road.why_not.get(precision.name, "")
+    for name in wanted or ():
+        if name not in available:
+            raise ConfigError(f"execution provider {name!r} is not available: expected some of {', '.join(available)}")
+        if name not in able:
+            raise UnsupportedModelError(f"{name} does not run {precision.name} of the road {road.name}: {reason}")
+    chosen = [name for name in (wanted or available) if name in able]
+    if not chosen:
+        raise UnsupportedModelError(
+            f"{precision.name} of the road {road.name} runs on {', '.join(able)}, which onnxruntime does not offer "
+            f"here (it has {', '.join(available)}): {reason}"
+        )
+    return chosen

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from doran_export.cases import Case
-from doran_export.spec import GraphSpec
+from doran_export.spec import GraphSpec, cache_name
 from doran_export.wrappers import eager_attention, mean_embedding
 
 __all__ = ["Answer", "Greedy", "Reference", "ask_pytorch"]
@@ -106,12 +106,11 @@ def _generate(model: PreTrainedModel, prompts: dict[str, Array], steps: int) -> 
     tokens = torch.from_numpy(np.ascontiguousarray(prompts["input_ids"]))
     mask = torch.from_numpy(np.ascontiguousarray(prompts["attention_mask"]))
     positions = (mask.cumsum(1) - 1).clamp_min(0)
+    name = cache_name(model)
     past, chosen, margins = None, [], []
     for _ in range(steps):
-        output = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
-        )
-        past = output.past_key_values
+        output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **{name: past})
+        past = output[name]
         best = output.logits[:, -1].float().topk(2)
         chosen.append(best.indices[:, 0])
         margins.append(best.values[:, 0] - best.values[:, 1])

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -98,6 +99,7 @@ def repeat_layers(model: ir.Model, stack: LayerStack, weights: Mapping[str, Tens
         NotAlikeError: the graph does not repeat itself from the second traced layer to the third.
     """
     graph = model.graph
+    _share_lengths(model)
     step = _Step(stack.path, _nodes_of(graph, stack.path, KEPT - 2), _nodes_of(graph, stack.path, KEPT - 1))
     last = step.template[-1]
     previous: dict[ir.Value, ir.Value] = {value: value for node in step.template for value in node.outputs}
@@ -118,6 +120,40 @@ def repeat_layers(model: ir.Model, stack: LayerStack, weights: Mapping[str, Tens
     for reader, position, value in step.readers:
         reader.replace_input_with(position, previous[value])
     graph.sort()
+
+
+def _share_lengths(model: ir.Model) -> None:
+    """Make one value of each length: the tracer takes it from any layer's cache, and adds lengths in either order."""
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    first = inputs.get("past_key_values.0.key")
+    if first is None:
+        return
+    for node in model.graph:
+        if node.op_type == "Shape" and str(node.inputs[0].name if node.inputs[0] else "").startswith(
+            "past_key_values."
+        ):
+            span = tuple(node.attributes[key].as_int() for key in ("start", "end") if key in node.attributes)
+            if span in ((0, 1), (2, 3)):  # batch and length, which all layers share; not heads and their size
+                node.replace_input_with(0, first)
+    CommonSubexpressionEliminationPass()(model)
+    for node in model.graph:
+        left, right = (node.inputs[0], node.inputs[1]) if node.op_type == "Add" else (None, None)
+        if left is not None and right is not None and _is_length(left) and _is_length(right):
+            if str(left.name) > str(right.name):
+                node.replace_input_with(0, right)
+                node.replace_input_with(1, left)
+    CommonSubexpressionEliminationPass()(model)
+
+
+def _is_length(value: ir.Value) -> bool:
+    """Whether a value is one dimension of an input of the graph, as the tracer writes it."""
+    squeeze = value.producer()
+    shape = (
+        squeeze.inputs[0].producer()
+        if squeeze is not None and squeeze.op_type == "Squeeze" and squeeze.inputs[0]
+        else None
+    )
+    return shape is not None and shape.op_type == "Shape"
 
 
 class _Step:

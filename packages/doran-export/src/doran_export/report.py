@@ -14,6 +14,8 @@ from doran_export.proof import Proof
 __all__ = ["ExportReport", "versions"]
 
 _FORMAT_VERSION = 1
+_PACKAGES = ("doran-export", "torch", "transformers", "onnx", "onnxscript")
+_PACKAGES += ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,11 @@ class ExportReport:
         directory: where it was written.
         task: kind of model.
         architecture: name of the architecture.
+        road: how the graph was made.
         precision: of the weights.
         opset: ONNX operator set.
-        files: size in bytes of each file of the model.
+        files: size in bytes of each file of the model and of its adapters.
+        adapters: for each adapter by name its number of modules, its ranks and the fingerprint of its base.
         proof: every check, with its differences.
         seconds: wall-clock time of each stage.
         versions: of the packages that took part.
@@ -35,9 +39,11 @@ class ExportReport:
     directory: Path
     task: str
     architecture: str
+    road: str
     precision: str
     opset: int
     files: dict[str, int]
+    adapters: dict[str, dict[str, Any]]
     proof: Proof
     seconds: dict[str, float]
     versions: dict[str, str]
@@ -56,7 +62,7 @@ class ExportReport:
 def versions() -> dict[str, str]:
     """Versions of the packages that decide what a graph computes."""
     found = {}
-    for name in ("doran-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from doran_core.errors import CheckpointError, ConfigError
-from doran_export.files import MODEL_FILE, read_json
-from doran_export.runtime import onnxruntime, open_session
+from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, GENAI_CONFIG, MODEL_FILE, read_json
+from doran_export.session import Array, GraphSession
 
 __all__ = ["OnnxRunner"]
-
-Array: TypeAlias = NDArray[Any]
-
-_PAST, _PRESENT = "past_key_values.", "present."
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxRunner:
@@ -43,26 +38,57 @@ class OnnxRunner:
         path = self.directory / MODEL_FILE
         if not path.is_file():
             raise CheckpointError(f"{self.directory} has no {MODEL_FILE}: expected a directory that `export` wrote")
-        self.session = open_session(path, providers, threads=threads)
-        self._inputs = {value.name: value for value in self.session.get_inputs()}
-        self._past = [name for name in self._inputs if name.startswith(_PAST)]
-        self._device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
+        decoder = read_json(self.directory / GENAI_CONFIG).get("model", {}).get("decoder", {})
+        self.graph = GraphSession(path, providers, threads, decoder.get("head_size"))
+        self.adapter: str | None = None
+
+    @property
+    def session(self) -> Any:
+        """The onnxruntime.InferenceSession."""
+        return self.graph.session
 
     @property
     def input_names(self) -> list[str]:
         """Names of the inputs that a caller gives: those of the graph without the cache."""
-        return [name for name in self._inputs if not name.startswith(_PAST)]
+        return self.graph.input_names
 
     @property
     def output_names(self) -> list[str]:
         """Names of the outputs that a caller reads: those of the graph without the cache."""
-        names = [value.name for value in self.session.get_outputs()]
-        return [name for name in names if not name.startswith(_PRESENT)]
+        return self.graph.output_names
 
     @property
     def has_cache(self) -> bool:
         """Whether this is a decoder that can `generate`."""
-        return bool(self._past)
+        return bool(self.graph.past_names)
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether rows of one batch may differ in length. Graphs of onnxruntime-genai count positions by themselves."""
+        return not self.has_cache or "position_ids" in self.input_names
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that came along."""
+        return sorted(
+            path.name.removesuffix(ADAPTER_SUFFIX) for path in self.directory.glob(f"{ADAPTERS}/*{ADAPTER_SUFFIX}")
+        )
+
+    def set_adapter(self, name: str | None) -> None:
+        """Let all following runs use an adapter of the directory, or with None the base alone. No new session is made.
+
+        A generation that is under way goes on with the new one.
+
+        Raises:
+            ConfigError: there is no adapter of this name.
+        """
+        if name is not None and name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise ConfigError(
+                f"{self.directory} has no adapter {name!r}: expected one of {known}, or None for the base"
+            )
+        self.graph.activate(None if name is None else self.directory / ADAPTERS / f"{name}{ADAPTER_SUFFIX}")
+        self.adapter = name
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -101,7 +127,7 @@ class OnnxRunner:
             ConfigError: an input is missing or not one of the graph's.
         """
         feed = self._complete(inputs)
-        outputs, _ = self._step(feed, self._empty_past(len(next(iter(feed.values())))))
+        outputs, _ = self.graph.step(feed, self.graph.empty_past(len(next(iter(feed.values())))))
         return outputs
 
     def stream(
@@ -131,13 +157,13 @@ class OnnxRunner:
         feed = self._complete(
             {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
         )
-        mask, position = feed["attention_mask"], feed["position_ids"][:, -1:]
+        mask = feed["attention_mask"]
         batch = len(mask)
-        past = self._empty_past(batch)
+        past = self.graph.empty_past(batch)
         ended: NDArray[np.bool_] = np.zeros(batch, dtype=bool)
         filler = min(self.end_tokens, default=0)
         for _ in range(max_new_tokens):
-            outputs, past = self._step(feed, past)
+            outputs, past = self.graph.step(feed, past)
             tokens = outputs["logits"][:, -1].argmax(-1).astype(np.int64)
             if stop_at_end:
                 tokens = np.where(ended, filler, tokens)
@@ -146,8 +172,8 @@ class OnnxRunner:
             if stop_at_end and ended.all():
                 return
             mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
-            position = position + 1
-            feed = {"input_ids": tokens[:, None], "attention_mask": mask, "position_ids": position}
+            positions = {"position_ids": feed["position_ids"][:, -1:] + 1} if self.takes_padding else {}
+            feed = {"input_ids": tokens[:, None], "attention_mask": mask, **positions}
 
     def generate(
         self,
@@ -163,20 +189,24 @@ class OnnxRunner:
 
     def generate_text(self, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         """Greedy continuations of texts, without the prompts and without special tokens."""
-        batch = self.tokenizer(list(prompts), return_tensors="np", padding=True)
-        tokens = self.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=max_new_tokens)
-        return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        texts: list[str] = []
+        size = len(prompts) if self.takes_padding else 1
+        for start in range(0, len(prompts), max(1, size)):
+            batch = self.tokenizer(list(prompts[start : start + size]), return_tensors="np", padding=True)
+            tokens = self.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=max_new_tokens)
+            texts += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return texts
 
     def run_in_chunks(self, inputs: Mapping[str, Any], chunks: Sequence[int]) -> Array:
         """Logits [batch, sequence, vocabulary] of a decoder fed in pieces of these lengths through its cache."""
         feed = self._complete(inputs)
-        past = self._empty_past(len(feed["input_ids"]))
+        past = self.graph.empty_past(len(feed["input_ids"]))
         parts, start = [], 0
         for length in chunks:
             end = start + length
             piece = {name: array[:, start:end] for name, array in feed.items()}
             piece["attention_mask"] = feed["attention_mask"][:, :end]
-            outputs, past = self._step(piece, past)
+            outputs, past = self.graph.step(piece, past)
             parts.append(outputs["logits"])
             start = end
         return np.concatenate(parts, axis=1)
@@ -186,41 +216,13 @@ class OnnxRunner:
         feed = {name: np.asarray(value) for name, value in inputs.items()}
         if "input_ids" in feed:
             feed.setdefault("attention_mask", np.ones_like(feed["input_ids"]))
-            if "token_type_ids" in self._inputs:
+            if "token_type_ids" in self.input_names:
                 feed.setdefault("token_type_ids", np.zeros_like(feed["input_ids"]))
-            if "position_ids" in self._inputs and "position_ids" not in feed:
+            if "position_ids" in self.input_names and "position_ids" not in feed:
                 feed["position_ids"] = np.maximum(feed["attention_mask"].cumsum(axis=1) - 1, 0)
+            if not self.takes_padding and not feed["attention_mask"].all():
+                raise ConfigError(f"{self.directory.name} takes no padding: give rows of one length, or one at a time")
         expected = self.input_names
         if set(feed) != set(expected):
             raise ConfigError(f"inputs {sorted(feed)} were given, but {self.directory.name} reads {sorted(expected)}")
-        return {name: feed[name].astype(self._dtype(name), copy=False) for name in expected}
-
-    def _dtype(self, name: str) -> Any:
-        return _NUMPY.get(self._inputs[name].type, np.int64)
-
-    def _empty_past(self, batch: int) -> list[Any]:
-        """A cache of length 0, as OrtValues on the session's device."""
-        value = onnxruntime().OrtValue
-        empty = []
-        for name in self._past:
-            _, heads, _, size = self._inputs[name].shape
-            empty.append(
-                value.ortvalue_from_numpy(np.zeros((batch, heads, 0, size), self._dtype(name)), self._device, 0)
-            )
-        return empty
-
-    def _step(self, feed: Mapping[str, Array], past: Sequence[Any]) -> tuple[dict[str, Array], list[Any]]:
-        """One run with bound inputs and outputs: the cache never leaves the device, nor is it copied."""
-        binding = self.session.io_binding()
-        for name, array in feed.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name, value in zip(self._past, past, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        plain = self.output_names
-        for output in self.session.get_outputs():
-            binding.bind_output(output.name, self._device if output.name.startswith(_PRESENT) else "cpu")
-        self.session.run_with_iobinding(binding)
-        values = binding.get_outputs()
-        return {name: value.numpy() for name, value in zip(plain, values[: len(plain)], strict=True)}, values[
-            len(plain) :
-        ]
+        return {name: feed[name].astype(self.graph.numpy_type(name), copy=False) for name in expected}

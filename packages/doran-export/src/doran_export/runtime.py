@@ -12,13 +12,13 @@ from typing import Any
 from doran_core.errors import ConfigError, require
 from doran_export.errors import ExportError
 
-__all__ = ["available_providers", "onnxruntime", "open_session"]
+__all__ = ["PROVIDERS", "available_providers", "onnxruntime", "open_session", "provider_names"]
 
-# Providers that this package runs and tests, best first, each with the options that keep float32 float32.
-_PROVIDERS: dict[str, dict[str, str]] = {
-    "CUDAExecutionProvider": {"use_tf32": "0"},
-    "CPUExecutionProvider": {},
-}
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+"""Providers that this package runs and tests, by the names that users give, best first."""
+
+# Options that keep float32 float32.
+_OPTIONS: dict[str, dict[str, str]] = {PROVIDERS["cuda"]: {"use_tf32": "0"}, PROVIDERS["cpu"]: {}}
 
 
 def onnxruntime() -> Any:
@@ -33,7 +33,12 @@ def onnxruntime() -> Any:
 def available_providers() -> list[str]:
     """Names of the providers that this package knows and this onnxruntime offers, best first."""
     offered = set(onnxruntime().get_available_providers())
-    return [name for name in _PROVIDERS if name in offered]
+    return [name for name in PROVIDERS.values() if name in offered]
+
+
+def provider_names(names: Sequence[str] | None) -> list[str] | None:
+    """onnxruntime's names of providers given by either name, ``cpu`` or ``CPUExecutionProvider``; None stays None."""
+    return None if names is None else [PROVIDERS.get(name, name) for name in names]
 
 
 def open_session(path: Path, providers: Sequence[str] | None = None, *, threads: int | None = None) -> Any:
@@ -51,15 +56,15 @@ def open_session(path: Path, providers: Sequence[str] | None = None, *, threads:
     """
     runtime = onnxruntime()
     available = available_providers()
-    chosen = list(providers) if providers is not None else available
+    chosen = provider_names(providers) or available
     for name in chosen:
         if name not in available:
             raise ConfigError(f"execution provider {name!r} is not available: expected some of {', '.join(available)}")
     options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors only
+    options.log_severity_level = 4  # what goes wrong is raised, and said once
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return runtime.InferenceSession(str(path), options, providers=[(name, _PROVIDERS[name]) for name in chosen])
+        return runtime.InferenceSession(str(path), options, providers=[(name, _OPTIONS[name]) for name in chosen])
     except Exception as error:
         raise ExportError(f"onnxruntime {runtime.__version__} cannot load {path}: {str(error).strip()}") from error

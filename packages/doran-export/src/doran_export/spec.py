@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +17,7 @@ from doran_export.errors import UnsupportedModelError
 from doran_export.files import read_json
 from doran_export.tasks import Task
 
-__all__ = ["CacheSpec", "GraphSpec", "make_spec"]
+__all__ = ["CacheSpec", "GraphSpec", "cache_name", "make_spec"]
 
 Axis: TypeAlias = str | int
 
@@ -38,7 +40,10 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """Inputs and outputs of one graph, each with its axes: a name for a dynamic axis, a number for a fixed one."""
+    """Inputs and outputs of one graph, each with its axes: a name for a dynamic axis, a number for a fixed one.
+
+    `adapted` holds (d_in, d_out) of the layers whose adapters are inputs, by module name; their inputs come last.
+    """
 
     task: Task
     inputs: dict[str, tuple[Axis, ...]]
@@ -47,22 +52,35 @@ class GraphSpec:
     vocabulary: int
     pad_token: int
     max_length: int
+    adapted: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def with_layers(self, count: int) -> GraphSpec:
-        """The same with only the first layers of the cache."""
-        if self.cache is None:
-            return self
-        kept = CacheSpec(self.cache.keys[:count], self.cache.values[:count])
-        names = {*kept.names("past_key_values"), *kept.names("present")}
+    def with_adapters(self, targets: Mapping[str, tuple[int, int]]) -> GraphSpec:
+        """The same with the adapters of these layers, given as (d_in, d_out), as inputs. Each rank is an axis."""
+        inputs = dict(self.inputs)
+        for name, (d_in, d_out) in targets.items():
+            rank = f"{name}.rank"
+            inputs |= {f"{name}.lora_A": (d_in, rank), f"{name}.lora_B": (rank, d_out), f"{name}.scale": (d_out,)}
+        return replace(self, inputs=inputs, adapted=dict(targets))
+
+    @property
+    def adapter_inputs(self) -> list[str]:
+        """Names of the inputs that an adapter gives."""
+        return list(self.inputs)[len(self.inputs) - 3 * len(self.adapted) :]
+
+    def with_layers(self, count: int, path: str) -> GraphSpec:
+        """The same with only the first layers of the stack at `path`: of its cache and of its adapters."""
+        number = re.compile(rf"(?:{re.escape(path)}|^past_key_values|^present)\.(\d+)\.")
 
         def stays(name: str) -> bool:
-            return name in names or not name.startswith(("past_key_values.", "present."))
+            found = number.search(f"{name}.")
+            return found is None or int(found[1]) < count
 
         return replace(
             self,
             inputs={name: axes for name, axes in self.inputs.items() if stays(name)},
             outputs={name: axes for name, axes in self.outputs.items() if stays(name)},
-            cache=kept,
+            cache=self.cache and CacheSpec(self.cache.keys[:count], self.cache.values[:count]),
+            adapted={name: sizes for name, sizes in self.adapted.items() if stays(name)},
         )
 
 
@@ -116,11 +134,16 @@ def _reads_token_types(model: PreTrainedModel) -> bool:
     return takes and int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
 
 
+def cache_name(model: PreTrainedModel) -> str:
+    """What a decoder calls its cache, as an argument and in its output: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _probe_cache(model: PreTrainedModel) -> CacheSpec:
     """Run one token through the model and look at the cache that it leaves behind."""
     with torch.inference_mode():
         output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
-    cache = getattr(output, "past_key_values", None)
+    cache = output.get(cache_name(model))
     layers = getattr(cache, "layers", None)
     if not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers or ()})) or "another kind"

@@ -1,4 +1,7 @@
-"""Models as pure functions of tensors: what torch.export traces. Nothing of transformers is patched."""
+"""Models as pure functions of tensors: what torch.export traces. Nothing of transformers is patched.
+
+Pixels go in and everything but the cache comes out in float32, whatever the model's dtype, so that callers need not care.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from doran_export.spec import GraphSpec
+from doran_export.adapted import take_adapters
+from doran_export.spec import GraphSpec, cache_name
 
 __all__ = ["eager_attention", "example_inputs", "mean_embedding", "wrap"]
+
+_RANK = 7  # of the adapters while tracing
 
 
 @contextmanager
@@ -62,11 +68,11 @@ class DecoderFunction(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(self.model): cache},
         )
         present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        return (output.logits, *present)
+        return (output.logits.float(), *present)
 
 
 class TextFunction(nn.Module):
@@ -79,7 +85,7 @@ class TextFunction(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        return (self.model(**_present(input_ids, attention_mask, token_type_ids)).logits,)
+        return (self.model(**_present(input_ids, attention_mask, token_type_ids)).logits.float(),)
 
 
 class EmbeddingFunction(nn.Module):
@@ -92,7 +98,7 @@ class EmbeddingFunction(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        hidden = self.model(**_present(input_ids, attention_mask, token_type_ids)).last_hidden_state
+        hidden = self.model(**_present(input_ids, attention_mask, token_type_ids)).last_hidden_state.float()
         return hidden, mean_embedding(hidden, attention_mask)
 
 
@@ -104,7 +110,7 @@ class ImageFunction(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return (self.model(pixel_values=pixel_values).logits,)
+        return (self.model(pixel_values=pixel_values.to(self.model.dtype)).logits.float(),)
 
 
 def _present(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> dict[str, Tensor]:
@@ -122,11 +128,15 @@ def mean_embedding(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 def wrap(model: PreTrainedModel, spec: GraphSpec) -> nn.Module:
     """The function of a model that takes `spec.inputs` and returns `spec.outputs`, in their order."""
+    kind: type[nn.Module]
     if spec.task.has_cache:
-        return DecoderFunction(model).eval()
-    if spec.task.name == "feature-extraction":
-        return EmbeddingFunction(model).eval()
-    return TextFunction(model).eval() if spec.task.reads == "text" else ImageFunction(model).eval()
+        kind = DecoderFunction
+    elif spec.task.name == "feature-extraction":
+        kind = EmbeddingFunction
+    else:
+        kind = TextFunction if spec.task.reads == "text" else ImageFunction
+    function = kind(model)
+    return (take_adapters(function, model, spec) if spec.adapted else function).eval()
 
 
 def example_inputs(spec: GraphSpec, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,17 +145,27 @@ def example_inputs(spec: GraphSpec, dtype: torch.dtype) -> tuple[dict[str, Any],
     The lengths differ from each other and from 1, so that tracing cannot take one axis for another.
     """
     sizes = {"batch": 2, "sequence": 5, "past_sequence": 3, "total_sequence": 8}
+    of_adapters = set(spec.adapter_inputs)
     arguments: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
+    adapters: list[tuple[Tensor, dict[int, Any]]] = []
     for name, axes in spec.inputs.items():
-        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
+        shape = [sizes.get(axis, _RANK) if isinstance(axis, str) else axis for axis in axes]
         # DYNAMIC without names: models bound their lengths, and a named axis would have to state the bound beforehand.
         dynamic = {index: torch.export.Dim.DYNAMIC for index, axis in enumerate(axes) if isinstance(axis, str)}
         if name.startswith("past_key_values."):
             arguments.setdefault("past_key_values", []).append(torch.zeros(shape, dtype=dtype))
             shapes.setdefault("past_key_values", []).append(dynamic)
+        elif name in of_adapters:
+            given = torch.float32 if name.endswith(".scale") else dtype
+            adapters.append((torch.zeros(shape, dtype=given), dynamic))
         else:
-            floating = name == "pixel_values"
-            arguments[name] = torch.zeros(shape, dtype=dtype) if floating else torch.ones(shape, dtype=torch.int64)
+            arguments[name] = torch.zeros(shape) if name == "pixel_values" else torch.ones(shape, dtype=torch.int64)
             shapes[name] = dynamic
-    return arguments, shapes
+    if not adapters:
+        return arguments, shapes
+    tensors, dynamic_axes = zip(*adapters, strict=True)
+    return (
+        {"inputs": arguments, "adapters": list(tensors)},
+        {"inputs": shapes, "adapters": list(dynamic_axes)},
+    )

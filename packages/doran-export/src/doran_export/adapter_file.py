@@ -1,0 +1,38 @@
+"""onnxruntime's adapter file: the graph inputs that one adapter gives, in a file that is mapped, not parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from doran_export.runtime import onnxruntime
+
+__all__ = ["write_adapter"]
+
+_VERSION = 1
+_BFLOAT16 = 16  # ONNX's number
+
+
+def write_adapter(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write an ``.onnx_adapter`` file.
+
+    Args:
+        tensors: by the names of the graph's inputs.
+        path: the new file.
+    """
+    runtime = onnxruntime()
+    make, make_typed = runtime.OrtValue.ortvalue_from_numpy, runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
+    values = {
+        name: make_typed(tensor.view(torch.int16).numpy(), _BFLOAT16)
+        if tensor.dtype == torch.bfloat16
+        else make(tensor.numpy())
+        for name, tensor in tensors.items()
+    }
+    file = runtime.AdapterFormat()
+    file.set_adapter_version(_VERSION)
+    file.set_model_version(_VERSION)
+    file.set_parameters(values)
+    file.export_adapter(str(path))

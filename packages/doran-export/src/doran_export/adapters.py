@@ -1,0 +1,116 @@
+"""Adapters that stay apart from the base: compiled against it, checked against the model, merged in for the proof."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from doran_core.adapter import CompiledAdapter, CompiledModule
+from doran_core.convert import compile_adapter
+from doran_core.errors import ConfigError
+from doran_core.functional import direction, scaled_factor
+from doran_export.errors import UnsupportedModelError
+
+__all__ = ["PARTS", "adapter_tensors", "compile_adapters", "merged", "union_of_targets"]
+
+PARTS = ("lora_A", "lora_B", "scale")
+"""What an adapter gives to each adapted layer: A transposed ``[d_in, r]``, B' transposed ``[r, d_out]``, c ``[d_out]``."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def compile_adapters(adapters: Mapping[str, str | Path], base: Path) -> dict[str, CompiledAdapter]:
+    """Compile adapter directories of any form against their base.
+
+    Args:
+        adapters: directories by the names that users will switch by; a name becomes a file's name.
+        base: the base model's directory.
+
+    Raises:
+        AdapterFormatError, BaseMismatchError, CheckpointError: an adapter is not valid or not for this base.
+        ConfigError: no adapter, or a name that is no file name.
+        UnsupportedModelError: an adapter replaces whole tensors, which cannot be switched with the graph's inputs.
+    """
+    if not adapters:
+        raise ConfigError("no adapter was given: expected at least one, by name")
+    compiled = {}
+    for name, directory in adapters.items():
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"adapter name {name!r}: expected letters, digits, '.', '_' and '-'")
+        compiled[name] = compile_adapter(directory, base)
+        if compiled[name].extra:
+            raise UnsupportedModelError(
+                f"adapter {name} ({directory}) replaces {sorted(compiled[name].extra)[0]} in full, which adapters of "
+                "one graph cannot: merge it and export it alone"
+            )
+    return compiled
+
+
+def union_of_targets(model: PreTrainedModel, adapters: Mapping[str, CompiledAdapter]) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of every layer that some adapter changes, by module name in the model's order.
+
+    Raises:
+        UnsupportedModelError: a layer that is not in the model as it is exported, or not a linear one.
+    """
+    modules = dict(model.named_modules())
+    for name, adapter in adapters.items():
+        for part in adapter.modules.values():
+            module = modules.get(part.name)
+            if not isinstance(module, nn.Linear | Conv1D):
+                found = "which this model does not have" if module is None else f"a {type(module).__name__}"
+                raise UnsupportedModelError(
+                    f"adapter {name} changes {part.name}, {found}: expected linear layers of {type(model).__name__}"
+                )
+    targets = {part for adapter in adapters.values() for part in adapter.modules}
+    return {name: _sizes(module) for name, module in modules.items() if name in targets}
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module, nn.Linear | Conv1D)
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def adapter_tensors(adapter: CompiledAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The graph inputs that an adapter gives, by name ``{module}.{part}``. c stays in float32: it is near 1."""
+    tensors = {}
+    for name, part in adapter.modules.items():
+        tensors[f"{name}.lora_A"] = part.A.T.to(dtype).contiguous()
+        tensors[f"{name}.lora_B"] = scaled_factor(part.B, part.scale, 1.0).T.to(dtype).contiguous()
+        tensors[f"{name}.scale"] = part.scale.float()
+    return tensors
+
+
+@contextmanager
+def merged(model: PreTrainedModel, adapter: CompiledAdapter | None) -> Iterator[None]:
+    """Give a model the merged weights of an adapter for the time of a block; None leaves the base.
+
+    A layer gets another Parameter, so that what is tied to its weight keeps the base's.
+    """
+    modules = {part.name: model.get_submodule(part.name) for part in adapter.modules.values()} if adapter else {}
+    before = {name: module.weight for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            assert adapter is not None
+            module.weight = nn.Parameter(_merged_weight(module, adapter.modules[name]), requires_grad=False)
+        yield
+    finally:
+        for name, module in modules.items():
+            module.weight = before[name]
+
+
+def _merged_weight(module: nn.Module, part: CompiledModule) -> Tensor:
+    """W' = c (W0 + B A) in float64, rounded once to the weight's dtype, in the module's own layout."""
+    assert isinstance(module.weight, Tensor)
+    transposed = isinstance(module, Conv1D)
+    weight = module.weight.detach()
+    base = weight.T if transposed else weight
+    result = direction(base.double(), part.A.double(), part.B.double(), 1.0).mul_(part.scale.double()[:, None])
+    return (result.T if transposed else result).to(weight.dtype).contiguous()

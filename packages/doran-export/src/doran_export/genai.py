@@ -1,0 +1,103 @@
+"""The road through onnxruntime-genai: its model builder makes the graph, its generator runs it.
+
+The only file that knows onnxruntime-genai, which is the extra [genai] and imported when it is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doran_core.errors import CheckpointError, require
+from doran_export.errors import ExportError, UnsupportedModelError
+from doran_export.runtime import PROVIDERS
+
+__all__ = ["build_graph", "genai_tokens", "require_genai"]
+
+
+def require_genai() -> Any:
+    """The onnxruntime_genai module.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    return require(
+        "onnxruntime_genai",
+        package="doran-export",
+        extra="genai",
+        purpose="exporting a decoder through onnxruntime-genai (the other way is the road torch)",
+    )
+
+
+def build_graph(model: Path, out: Path, precision: str, provider: str) -> None:
+    """Let the builder write model.onnx, its data and genai_config.json.
+
+    It runs in a process of its own: it is made as a program, with modules named ``builders`` and ``quantization`` at the
+    top, and its memory is given back.
+
+    Args:
+        model: Hugging Face model directory.
+        out: existing directory to write to.
+        precision: fp32, fp16, bf16, int8 or int4.
+        provider: onnxruntime's name of the execution provider that the graph is for.
+
+    Raises:
+        CheckpointError: the directory has no tokenizer.
+        ExportError: the builder failed.
+        MissingDependencyError: onnxruntime-genai is not installed.
+        UnsupportedModelError: the builder does not know the architecture.
+    """
+    require_genai()
+    if not any(model.glob("tokenizer*.json")):
+        raise CheckpointError(f"{model} has no tokenizer, which onnxruntime-genai needs; the road torch needs none")
+    package = find_spec("onnxruntime_genai")
+    assert package is not None
+    assert package.origin is not None
+    builder = Path(package.origin).parent / "models" / "builder.py"
+    target = next(short for short, name in PROVIDERS.items() if name == provider)
+    with tempfile.TemporaryDirectory(prefix=".builder-", dir=out) as scratch:
+        command = [sys.executable, str(builder), "-i", str(model), "-o", str(out), "-p", precision, "-e", target]
+        done = subprocess.run([*command, "-c", scratch], capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        return
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
+    if reason.startswith("NotImplementedError"):
+        raise UnsupportedModelError(f"onnxruntime-genai has no builder for {model}: {reason}; the road torch may have")
+    if "No space left" in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise ExportError(f"the model builder of onnxruntime-genai failed on {model}: {reason}")
+
+
+def genai_tokens(directory: Path, prompts: Sequence[Sequence[int]], steps: int) -> list[NDArray[np.int64]]:
+    """Greedy tokens of each prompt from onnxruntime-genai's own generator; a row ends at its first end token.
+
+    Args:
+        directory: a directory that the builder wrote.
+        prompts: token ids.
+        steps: number of tokens at most.
+    """
+    genai = require_genai()
+    model = genai.Model(str(directory))
+    rows = []
+    for prompt in prompts:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(prompt) + steps, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(np.asarray(prompt, dtype=np.int32))
+        tokens: list[int] = []
+        while not generator.is_done() and len(tokens) < steps:
+            generator.generate_next_token()
+            tokens.append(int(generator.get_next_tokens()[0]))
+        rows.append(np.asarray(tokens, dtype=np.int64))
+    return rows

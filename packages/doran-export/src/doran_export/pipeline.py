@@ -1,0 +1,170 @@
+"""From an opened model directory to a proven ONNX directory, by either road."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from doran_core.adapter import CompiledAdapter
+from doran_export.adapter_file import write_adapter
+from doran_export.adapters import adapter_tensors, merged, union_of_targets
+from doran_export.cases import GREEDY_STEPS, given_cases, greedy_prompts, random_cases
+from doran_export.clock import Clock
+from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, MODEL_FILE, copy_companions
+from doran_export.genai import build_graph
+from doran_export.graph import check_graph, graph_opset, save_graph, trace
+from doran_export.loading import Source, load_model, load_tokenizer
+from doran_export.precision import Precision, Road
+from doran_export.proof import Proof, prove
+from doran_export.quantize import quantize_weights
+from doran_export.reference import Reference, ask_pytorch
+from doran_export.report import ExportReport, versions
+from doran_export.spec import GraphSpec, make_spec
+
+__all__ = ["Request", "ask", "export_source", "prove_directory"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made and how it is to be proven.
+
+    Attributes:
+        road: how the graph is made.
+        precision: of its weights.
+        providers: execution providers to prove on; the road genai makes the graph for the first.
+        inputs: what to compare on beside random inputs.
+        tolerance: largest allowed difference; None takes the precision's.
+        adapters: for a graph with adapters as inputs: compiled adapters by name.
+    """
+
+    road: Road
+    precision: Precision
+    providers: Sequence[str]
+    inputs: Sequence[Any] = ()
+    tolerance: float | None = None
+    adapters: Mapping[str, CompiledAdapter] = field(default_factory=dict)
+
+
+def export_source(
+    source: Source, work: Path, out: Path, request: Request, clock: Clock, *, scratch: Path | None = None
+) -> ExportReport:
+    """Fill the directory `work`, which becomes `out`.
+
+    Args:
+        source: the model directory.
+        work: existing directory.
+        out: where it will be, for the report.
+        request: what to make.
+        clock: told of every stage.
+        scratch: a directory to remove as soon as it has been read.
+    """
+    with clock.stage("loading"):
+        model = load_model(source)
+        spec = make_spec(model, source.task, source.path)
+        spec = spec.with_adapters(union_of_targets(model, request.adapters))
+    # PyTorch answers first: its weights may change dtype for the trace, and are gone when ONNX Runtime loads its own.
+    references = _ask_all(model, spec, source, request, clock)
+    architecture = type(model).__name__
+    if request.road.name == "torch":
+        _make_with_torch(model, spec, request, work, clock)
+        _write_config(model, work)
+    del model
+    if request.road.name == "genai":
+        with clock.stage("building"):
+            build_graph(source.path, work, request.precision.name, request.providers[0])
+        shutil.copyfile(source.path / "config.json", work / "config.json")
+    copy_companions(source.path, work)
+    if scratch is not None:
+        shutil.rmtree(scratch)
+    _write_adapters(request, work)
+    check_graph(work / MODEL_FILE)
+    proof = prove_directory(work, spec, references, request, clock)
+    report = ExportReport(
+        out,
+        source.task.name,
+        architecture,
+        request.road.name,
+        request.precision.name,
+        graph_opset(work / MODEL_FILE),
+        {str(file.relative_to(work)): file.stat().st_size for file in _model_files(work)},
+        {name: _describe(adapter) for name, adapter in request.adapters.items()},
+        proof,
+        {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
+        versions(),
+    )
+    report.write(work)
+    return report
+
+
+def _make_with_torch(model: PreTrainedModel, spec: GraphSpec, request: Request, work: Path, clock: Clock) -> None:
+    dtype = request.precision.dtype
+    with clock.stage("tracing"):
+        graph = trace(model.to(dtype), spec, dtype)
+    with clock.stage("writing"):
+        external = save_graph(graph, work)
+    if request.precision.name == "int8":
+        with clock.stage("quantizing"):
+            quantize_weights(work, external_data=external)
+
+
+def ask(model: PreTrainedModel, spec: GraphSpec, source: Source, request: Request, clock: Clock) -> Reference:
+    """PyTorch's answers to random and given inputs, and its greedy tokens where the model is a decoder."""
+    padded = request.road.name == "torch"
+    tokenizer = load_tokenizer(source.path, pad_left=spec.task.has_cache) if spec.task.reads == "text" else None
+    cases = random_cases(spec, padded=padded) + given_cases(spec, request.inputs, tokenizer, padded=padded)
+    prompts = greedy_prompts(spec, request.inputs, tokenizer) if spec.task.has_cache else None
+    steps = min(GREEDY_STEPS, spec.max_length - prompts["input_ids"].shape[1]) if prompts is not None else 0
+    with clock.stage("asking PyTorch", len(cases) + (prompts is not None)) as advance:
+        return ask_pytorch(model, spec, cases, prompts, steps, advance)
+
+
+def _ask_all(
+    model: PreTrainedModel, spec: GraphSpec, source: Source, request: Request, clock: Clock
+) -> dict[str | None, Reference]:
+    """The answers of the model as it is and with each adapter merged in."""
+    references: dict[str | None, Reference] = {None: ask(model, spec, source, request, clock)}
+    for name, adapter in request.adapters.items():
+        with merged(model, adapter):
+            references[name] = ask(model, spec, source, request, clock)
+    return references
+
+
+def prove_directory(
+    directory: Path, spec: GraphSpec, references: Mapping[str | None, Reference], request: Request, clock: Clock
+) -> Proof:
+    """Compare a directory with what PyTorch answered, on every provider."""
+    per_provider = sum(len(reference.answers) + (reference.greedy is not None) for reference in references.values())
+    tolerance = request.precision.tolerance if request.tolerance is None else request.tolerance
+    with clock.stage("proving", len(request.providers) * per_provider) as advance:
+        return prove(
+            directory, spec, references, request.precision, tolerance, providers=request.providers, advance=advance
+        )
+
+
+def _write_adapters(request: Request, work: Path) -> None:
+    if request.adapters:
+        (work / ADAPTERS).mkdir()
+    for name, adapter in request.adapters.items():
+        tensors = adapter_tensors(adapter, request.precision.dtype)
+        write_adapter(tensors, work / ADAPTERS / f"{name}{ADAPTER_SUFFIX}")
+
+
+def _describe(adapter: CompiledAdapter) -> dict[str, Any]:
+    ranks = sorted({part.rank for part in adapter.modules.values()})
+    return {"modules": len(adapter.modules), "ranks": ranks, "base_fingerprint": adapter.base_fingerprint}
+
+
+def _model_files(work: Path) -> list[Path]:
+    return [*sorted(work.glob(f"{MODEL_FILE}*")), *sorted(work.glob(f"{ADAPTERS}/*"))]
+
+
+def _write_config(model: PreTrainedModel, out: Path) -> None:
+    """Write config.json with the architecture that was exported: a base with a new head names another one."""
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(out)
