@@ -2,8 +2,8 @@
 
     python image_classifier.py [--work DIR]
 
-Trains a small ViT on scikit-learn's handwritten digits, then an adapter for inverted ones, exports base and adapter as one
-merged ONNX model in float32 and float16, and compares with PyTorch on 500 images that were not trained on. Needs
+Trains a small ViT on scikit-learn's handwritten digits, then an adapter for inverted ones, exports base and adapter as
+one merged ONNX model in float32 and float16, and compares with PyTorch on 500 images that were not trained on. Needs
 scikit-learn.
 """
 

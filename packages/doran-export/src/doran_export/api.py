@@ -53,7 +53,7 @@ def export(
     """Export a model to ONNX, prove in ONNX Runtime that it equals PyTorch, and only then leave it in `out`.
 
     Args:
-        model: a Hugging Face model directory, e.g. a merged one. Or give `base` and `adapter`, or `base` and `adapters`.
+        model: a Hugging Face model directory, e.g. a merged one. Or give `base` with `adapter` or `adapters`.
         out: the new directory; must not exist, or be empty.
         base: the directory of the model that the adapters were trained on.
         adapter: an adapter directory, merged into `base` before the export.
@@ -65,8 +65,7 @@ def export(
         providers: execution providers to prove on, "cpu" or "cuda"; None takes all that are here and run the precision.
             The road genai makes its graph for the first.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
-        tolerance: largest allowed difference of any output, in units of its largest value where that is over 1; None
-            takes the precision's.
+        tolerance: what is allowed of the difference of an output, by the rule of the precision; None takes its own.
         progress: called with (stage, done, total).
 
     Returns:
@@ -144,7 +143,7 @@ def verify(
         task: kind of model; None takes it from the exported directory's report, else from the architecture.
         precision: whose tolerance applies; None takes it from the report.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
-        tolerance: largest allowed absolute difference of any output; None takes the precision's.
+        tolerance: as in `export`; None takes the precision's.
         providers: execution providers to run one by one, "cpu" or "cuda"; None takes all that run the precision.
         progress: called with (stage, done, total).
 

@@ -62,7 +62,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--inputs", metavar="FILE", help="inputs to compare on beside random ones: .txt, a text per line, or .npz"
     )
     parser.add_argument(
-        "--tolerance", type=float, metavar="X", help="largest allowed difference of an output; default: by precision"
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="allowed difference from PyTorch; default: by precision, see README",
     )
     parser.set_defaults(func=_run)
 

@@ -42,8 +42,8 @@ def require_genai() -> Any:
 def build_graph(model: Path, out: Path, precision: str, provider: str) -> None:
     """Let the builder write model.onnx, its data and genai_config.json.
 
-    It runs in a process of its own: it is made as a program, with modules named ``builders`` and ``quantization`` at the
-    top, and its memory is given back.
+    It runs in a process of its own: it is made as a program, with modules named ``builders`` and ``quantization`` at
+    the top, and its memory is given back.
 
     Args:
         model: Hugging Face model directory.

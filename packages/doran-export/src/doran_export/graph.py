@@ -122,8 +122,8 @@ def save_graph(graph: ir.Model, directory: Path) -> bool:
 def check_graph(path: Path) -> None:
     """Run onnx.checker on a file, external data included.
 
-    onnxruntime has an operator that it registers among ONNX's own, and its model builder writes it so. The checker sees a
-    copy of the graph in which that one belongs to onnxruntime, as the rest of its operators do.
+    onnxruntime has an operator that it registers among ONNX's own, and its model builder writes it so. The checker sees
+    a copy of the graph in which that one belongs to onnxruntime, as the rest of its operators do.
 
     Raises:
         ExportError: the file breaks a rule of ONNX.
@@ -147,7 +147,7 @@ def check_graph(path: Path) -> None:
 def graph_opset(path: Path) -> int:
     """Version of ONNX's own operators in a file."""
     model = onnx.load(path, load_external_data=False)
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
 
 
 def _root_cause(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -24,16 +25,17 @@ class Precision:
     Attributes:
         name: what users say.
         dtype: dtype of the weights before any quantization.
-        tolerance: largest allowed difference of an output from PyTorch's in float32, in units of the output's largest
-            value where that is over 1.
-        same_tokens: whether a decoder's greedy tokens must be PyTorch's. Weights of 8 or 4 bits are another model, near
-            but not equal: their tokens are compared and reported.
+        tolerance: what is allowed, by `rule`, of the difference of an output from PyTorch's in float32.
+        rule: "absolute": no element may differ by more; "relative": by more of the output's largest value, where that is
+            over 1; "average": the root mean square of the difference, over that of the outputs' spread in their last
+            axis, may not be more (an unrelated graph has 1.4). With few bits the model is another one, near but not
+            equal; then a decoder's greedy tokens are compared and reported, but need not be the same.
     """
 
     name: str
     dtype: torch.dtype
     tolerance: float
-    same_tokens: bool = True
+    rule: Literal["absolute", "relative", "average"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class Road:
 
 
 PRECISIONS: dict[str, Precision] = {
-    "fp32": Precision("fp32", torch.float32, 1e-3),
-    "fp16": Precision("fp16", torch.float16, 5e-2),
-    "bf16": Precision("bf16", torch.bfloat16, 2e-1, same_tokens=False),
-    "int8": Precision("int8", torch.float32, 5e-1, same_tokens=False),
-    "int4": Precision("int4", torch.float32, 1.0, same_tokens=False),
+    "fp32": Precision("fp32", torch.float32, 1e-3, "absolute"),
+    "fp16": Precision("fp16", torch.float16, 5e-2, "relative"),
+    "bf16": Precision("bf16", torch.bfloat16, 2e-1, "average"),
+    "int8": Precision("int8", torch.float32, 3e-1, "average"),
+    "int4": Precision("int4", torch.float32, 8e-1, "average"),
 }
 """Every precision by name."""
 

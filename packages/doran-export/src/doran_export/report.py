@@ -14,8 +14,8 @@ from doran_export.proof import Proof
 __all__ = ["ExportReport", "versions"]
 
 _FORMAT_VERSION = 1
-_PACKAGES = ("doran-export", "torch", "transformers", "onnx", "onnxscript")
-_PACKAGES += ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+_PACKAGES = ("doran-export", "torch", "transformers", "onnx", "onnxscript", *_RUNTIMES)
 
 
 @dataclass(frozen=True)

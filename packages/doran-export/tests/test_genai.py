@@ -1,0 +1,91 @@
+"""The road through onnxruntime-genai: SmolLM2 in two precisions, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DecoderWork, saved, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from doran_core.errors import CheckpointError, ConfigError, MissingDependencyError
+from doran_export import ExportReport, OnnxRunner, UnsupportedModelError, export
+
+genai = pytest.importorskip("onnxruntime_genai", reason="needs the extra genai")
+
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def small(decoder_work: DecoderWork, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportReport]:
+    """(model directory, report): a random Llama with SmolLM2's tokenizer, by the default road of a decoder."""
+    folder = tmp_path_factory.mktemp("genai")
+    source = saved(tiny_llama(vocab_size=49152, hidden_size=64, num_hidden_layers=2), folder / "model")
+    for path in (decoder_work.folder / "base").glob("*token*"):
+        shutil.copy(path, source)
+    return source, export(source, folder / "out")
+
+
+def test_small(small: tuple[Path, ExportReport]) -> None:
+    source, report = small
+    assert report.road == "genai"
+    assert report.proof.max_difference < 1e-3
+    assert [greedy.provider for greedy in report.proof.greedy] == ["CPUExecutionProvider", "onnxruntime-genai"]
+    for greedy in report.proof.greedy:
+        assert (greedy.steps, greedy.identical) == (64, greedy.prompts)
+    assert "onnxruntime-genai" in json.loads((report.directory / "export_report.json").read_text())["versions"]
+    names = {path.name for path in report.directory.iterdir()}
+    assert {"model.onnx", "genai_config.json", "tokenizer.json", "config.json", "export_report.json"} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    model = AutoModelForCausalLM.from_pretrained(source)
+    expected = model.generate(prompt, do_sample=False, max_new_tokens=10, min_new_tokens=10)[:, 4:].numpy()
+    runner = OnnxRunner(report.directory)
+    np.testing.assert_array_equal(runner.generate(prompt.numpy(), max_new_tokens=10, stop_at_end=False), expected)
+    with pytest.raises(ConfigError, match="takes no padding"):
+        runner.run({"input_ids": [[0, 5]], "attention_mask": [[0, 1]]})
+
+
+def test_smollm2_in_four_bits(decoder_work: DecoderWork, tmp_path: Path) -> None:
+    """int4, merged with its adapter, in onnxruntime-genai's own generator."""
+    base, adapter = decoder_work.folder / "base", decoder_work.folder / "sentiment"
+    report = export(out=tmp_path / "out", base=base, adapter=adapter, precision="int4")
+    assert sum(report.files.values()) < 0.6 * sum(decoder_work.reports["fp32"].files.values())
+
+    model = genai.Model(str(tmp_path / "out"))
+    tokenizer = genai.Tokenizer(model)
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=16, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(tokenizer.encode(PROMPT))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert "Paris" in tokenizer.decode(generator.get_sequence(0))
+    assert "Paris" in OnnxRunner(tmp_path / "out").generate_text([PROMPT, PROMPT], max_new_tokens=6)[1]
+
+
+def test_refusals(small: tuple[Path, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = small
+    bare = saved(tiny_llama(num_hidden_layers=1), tmp_path / "bare")
+    with pytest.raises(CheckpointError, match="has no tokenizer, which onnxruntime-genai needs"):
+        export(bare, tmp_path / "out")
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    neox = saved(GPTNeoXForCausalLM(config), tmp_path / "neox")
+    shutil.copy(source / "tokenizer.json", neox)
+    shutil.copy(source / "tokenizer_config.json", neox)
+    with pytest.raises(UnsupportedModelError, match="no builder for .*GPTNeoXForCausalLM.*the road torch may"):
+        export(neox, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'doran-export\[genai\]'"):
+        export(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"bare", "neox"}
