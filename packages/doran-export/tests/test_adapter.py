@@ -39,7 +39,22 @@ def test_export_of_base_and_adapter(
     base_and_adapter: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = base_and_adapter
-    assert main(["export", "--base", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "out"), "--road", "torch"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--base",
+                str(base),
+                "--adapter",
+                str(adapter),
+                "--out",
+                str(tmp_path / "out"),
+                "--road",
+                "torch",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "LlamaForCausalLM, text-generation, fp32, by torch" in printed
     assert "greedy tokens identical on" in printed
@@ -76,7 +91,10 @@ def test_command_refuses(
         (["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")], "does not exist"),
         (["--model", str(base), "--out", str(adapter)], "is not empty"),
         (["--base", str(base), "--out", str(tmp_path / "o")], "both a base and an adapter"),
-        (["--base", str(base), "--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "o"), "--road", "torch"], "none"),
+        (
+            ["--base", str(base), "--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "o"), "--road", "torch"],
+            "none",
+        ),
         (["--model", str(base), "--out", str(tmp_path / "o"), "--precision", "fp12"], "precision 'fp12' is not known"),
     ):
         assert main(["export", *arguments]) == 2

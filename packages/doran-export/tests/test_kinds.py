@@ -67,7 +67,9 @@ def test_kind(make: Callable[[], PreTrainedModel], task: str, tmp_path: Path) ->
 def test_sliding_window_decoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.MistralConfig(**(SHAPE | {"num_hidden_layers": 1}), num_key_value_heads=2, sliding_window=8)
-    report = export(saved(transformers.MistralForCausalLM(config).eval(), tmp_path / "model"), tmp_path / "out", road="torch")
+    report = export(
+        saved(transformers.MistralForCausalLM(config).eval(), tmp_path / "model"), tmp_path / "out", road="torch"
+    )
     assert report.proof.max_difference < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""Many adapters over one graph: equal to their merged exports, of any ranks and targets, and refused where they cannot."""
+"""Many adapters over one graph: equal to their merged exports, of any ranks and targets, refused where they cannot."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_onnxruntime_alone_runs_it(made: Made) -> None:
 
 
 def test_an_adapter_holds_its_own_layers_only(made: Made) -> None:
-    _, adapters, report = made
+    _, _, report = made
     path = report.directory / "adapters" / "second.onnx_adapter"
     tensors = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
     assert len(tensors) == 3 * 12

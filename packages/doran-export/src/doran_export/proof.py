@@ -30,7 +30,8 @@ class Check:
     Attributes:
         adapter: name of the active adapter; None for the graph alone.
         max_difference: largest absolute difference by output name, padding left out.
-        average: by output name, the root mean square of the difference over that of the output's spread in its last axis.
+        average: by output name, the root mean square of the difference over that of the output's spread in its last
+            axis.
         limit: what was allowed of max_difference by output name; empty where the precision's rule is the average.
         same_argmax: share of rows (or real tokens) whose largest logit is the same one; None without logits.
         compared: number of rows or tokens that were compared.

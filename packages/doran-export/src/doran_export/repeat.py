@@ -138,10 +138,11 @@ def _share_lengths(model: ir.Model) -> None:
     CommonSubexpressionEliminationPass()(model)
     for node in model.graph:
         left, right = (node.inputs[0], node.inputs[1]) if node.op_type == "Add" else (None, None)
-        if left is not None and right is not None and _is_length(left) and _is_length(right):
-            if str(left.name) > str(right.name):
-                node.replace_input_with(0, right)
-                node.replace_input_with(1, left)
+        if left is None or right is None or not (_is_length(left) and _is_length(right)):
+            continue
+        if str(left.name) > str(right.name):
+            node.replace_input_with(0, right)
+            node.replace_input_with(1, left)
     CommonSubexpressionEliminationPass()(model)
 
 

@@ -1,6 +1,6 @@
 """Models as pure functions of tensors: what torch.export traces. Nothing of transformers is patched.
 
-Pixels go in and everything but the cache comes out in float32, whatever the model's dtype, so that callers need not care.
+Pixels go in and everything but the cache comes out in float32, whatever the model's dtype.
 """
 
 from __future__ import annotations
