@@ -24,11 +24,11 @@ Made = tuple[Path, dict[str, Path], ExportReport]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """(base, adapters, report): a base whose projections have biases, two adapters of other ranks and targets."""
     folder = tmp_path_factory.mktemp("adapters")
-    base = saved(tiny_llama(attention_bias=True), folder / "base")
+    base = saved(tiny_llama(attention_bias=True, num_hidden_layers=2), folder / "base")
     first = make_adapter(base, folder / "first", 1, rank=4, target_modules=["q_proj", "v_proj"])
     second = make_adapter(
         base, folder / "second", 2, rank=3, target_modules=["v_proj", "down_proj"], factors="static",
-        rank_pattern={"model.layers.2.mlp.down_proj": 5},
+        rank_pattern={"model.layers.1.mlp.down_proj": 5},
     )  # fmt: skip
     adapters = {"first": first, "second": second}
     return base, adapters, export(out=folder / "out", base=base, adapters=adapters)
@@ -77,11 +77,11 @@ def test_an_adapter_holds_its_own_layers_only(made: Made) -> None:
     _, _, report = made
     path = report.directory / "adapters" / "second.onnx_adapter"
     tensors = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-    assert len(tensors) == 3 * 12
-    assert tensors["model.layers.2.mlp.down_proj.lora_A"].shape() == [48, 5]
-    assert tensors["model.layers.1.mlp.down_proj.lora_A"].shape() == [48, 3]
+    assert len(tensors) == 3 * 4
+    assert tensors["model.layers.1.mlp.down_proj.lora_A"].shape() == [48, 5]
+    assert tensors["model.layers.0.mlp.down_proj.lora_A"].shape() == [48, 3]
     assert report.adapters["second"]["ranks"] == [3, 5]
-    assert report.adapters["first"]["modules"] == 12
+    assert report.adapters["first"]["modules"] == 4
 
 
 def test_adapters_of_an_encoder_in_half_precision(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_refusals(made: Made, tmp_path: Path) -> None:
 
 def test_adapters_that_cannot_be_inputs(made: Made, tmp_path: Path) -> None:
     base, adapters, _ = made
-    model = tiny_llama(attention_bias=True)
+    model = tiny_llama(attention_bias=True, num_hidden_layers=2)
     embedding = make_adapter(base, tmp_path / "embedding", 1, rank=2, target_modules=["embed_tokens"])
     refuse(
         UnsupportedModelError,

@@ -47,7 +47,7 @@ def test_int8(tiny_decoder: tuple[Path, ExportReport], tmp_path: Path, monkeypat
 @pytest.mark.skipif(HAS_CUDA, reason="a machine with CUDA runs it")
 def test_bfloat16_on_the_cpu(tiny_decoder: tuple[Path, ExportReport], tmp_path: Path) -> None:
     for road in ROADS:
-        with pytest.raises(UnsupportedModelError, match="bf16 of the road .* runs on CUDAExecutionProvider, which"):
+        with pytest.raises(UnsupportedModelError, match=r"bf16 of the road .* runs on CUDAExecutionProvider, which"):
             export(tiny_decoder[0], tmp_path / "out", road=road, precision="bf16")
     assert not list(tmp_path.iterdir())
 
@@ -87,7 +87,7 @@ def test_providers() -> None:
     assert proof_providers(torch_road, PRECISIONS["bf16"], None, both) == [CUDA]
     assert proof_providers(genai, PRECISIONS["int4"], [CPU], both) == [CPU]
     with pytest.raises(
-        UnsupportedModelError, match="CUDAExecutionProvider does not run int8 .*: onnxruntime's dynamic"
+        UnsupportedModelError, match=r"CUDAExecutionProvider does not run int8 .*: onnxruntime's dynamic"
     ):
         proof_providers(torch_road, PRECISIONS["int8"], [CUDA], both)
     with pytest.raises(ConfigError, match="'CUDAExecutionProvider' is not available: expected some of CPUExecution"):
