@@ -136,7 +136,9 @@ def test_failed_proof_leaves_nothing(model: Path) -> None:
 
 def test_bad_given_inputs(model: Path) -> None:
     refuse(ConfigError, "has no tokenizer", model, inputs=["a text"])
-    refuse(ConfigError, r"given input 0 has \['pixels'\]", model, inputs=[{"pixels": np.zeros(1)}])
+    refuse(ConfigError, r"given input 0 has \['pixels'\]", model, inputs=[{"pixels": np.zeros(1, int)}])
+    wrong = {"input_ids": np.zeros((1, 3), np.float32)}
+    refuse(ConfigError, "input input_ids has dtype float32, expected int64", model, inputs=[wrong])
 
 
 def test_input_files(tmp_path: Path) -> None:
@@ -184,6 +186,8 @@ def test_unknown_provider_and_inputs(tiny_decoder: tuple[Path, object]) -> None:
         OnnxRunner(directory, providers=["AbacusExecutionProvider"])
     with pytest.raises(ConfigError, match=r"inputs .* were given, but"):
         OnnxRunner(directory).run({"pixel_values": np.zeros((1, 1, 8, 8))})
+    with pytest.raises(ConfigError, match="input input_ids has dtype float64, expected int64"):
+        OnnxRunner(directory).run({"input_ids": [[1.0, 2.0]]})
 
 
 def test_without_onnxruntime(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from doran_export.errors import ExportError
 from doran_export.runtime import onnxruntime
 
 __all__ = ["write_adapter"]
@@ -22,6 +26,10 @@ def write_adapter(tensors: Mapping[str, Tensor], path: Path) -> None:
     Args:
         tensors: by the names of the graph's inputs.
         path: the new file.
+
+    Raises:
+        ExportError: onnxruntime cannot write it.
+        OSError: the disk is full.
     """
     runtime = onnxruntime()
     make, make_typed = runtime.OrtValue.ortvalue_from_numpy, runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
@@ -35,4 +43,9 @@ def write_adapter(tensors: Mapping[str, Tensor], path: Path) -> None:
     file.set_adapter_version(_VERSION)
     file.set_model_version(_VERSION)
     file.set_parameters(values)
-    file.export_adapter(str(path))
+    try:
+        file.export_adapter(str(path))
+    except Exception as error:  # onnxruntime does not tell a full disk from other failures
+        if shutil.disk_usage(path.parent).free < sum(tensor.nbytes for tensor in tensors.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise ExportError(f"onnxruntime cannot write {path.name}: {str(error).strip()}") from error

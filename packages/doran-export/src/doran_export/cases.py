@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from doran_core.errors import ConfigError
 from doran_export.errors import ExportError
+from doran_export.session import Array, as_dtype
 from doran_export.spec import GraphSpec
 
 __all__ = ["GREEDY_STEPS", "Case", "given_cases", "greedy_prompts", "random_cases", "read_inputs"]
-
-Array: TypeAlias = NDArray[Any]
 
 GREEDY_STEPS = 64
 """Number of tokens that a decoder's greedy proof generates."""
@@ -112,7 +110,8 @@ def given_cases(spec: GraphSpec, given: Sequence[Any], tokenizer: Any, *, padded
         padded: whether rows of one batch may differ in length; else every text is a batch.
 
     Raises:
-        ConfigError: texts without a tokenizer, or for an image model, or a mapping with other names than the graph's.
+        ConfigError: texts without a tokenizer, or for an image model, or a mapping with other names or dtypes than the
+            graph's.
     """
     texts = [item for item in given if isinstance(item, str)]
     cases = []
@@ -132,7 +131,10 @@ def given_cases(spec: GraphSpec, given: Sequence[Any], tokenizer: Any, *, padded
     for index, item in enumerate(item for item in given if not isinstance(item, str)):
         if not isinstance(item, Mapping):
             raise ConfigError(f"given input {index} is a {type(item).__name__}, expected a text or arrays by name")
-        inputs = {name: np.asarray(value) for name, value in item.items()}
+        inputs = {
+            name: as_dtype(name, np.asarray(value), np.float32 if name == "pixel_values" else np.int64)
+            for name, value in item.items()
+        }
         unknown = sorted(set(inputs) - set(spec.inputs))
         if unknown or spec.task.main_input not in inputs:
             raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,12 +14,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from doran_export.cases import Case
+from doran_export.session import Array
 from doran_export.spec import GraphSpec, cache_name
 from doran_export.wrappers import mean_embedding
 
 __all__ = ["Answer", "Greedy", "Reference", "ask_pytorch"]
-
-Array: TypeAlias = NDArray[Any]
 
 _SEED = 20251004
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from doran_core.errors import CheckpointError, ConfigError
 from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, GENAI_CONFIG, MODEL_FILE, read_json
-from doran_export.session import Array, GraphSession
+from doran_export.session import Array, GraphSession, as_dtype
 
 __all__ = ["OnnxRunner"]
 
@@ -124,7 +124,7 @@ class OnnxRunner:
             Outputs by name, e.g. ``logits``.
 
         Raises:
-            ConfigError: an input is missing or not one of the graph's.
+            ConfigError: an input is missing, not one of the graph's, or of a dtype that does not fit.
         """
         feed = self._complete(inputs)
         outputs, _ = self.graph.step(feed, self.graph.empty_past(len(next(iter(feed.values())))))
@@ -225,4 +225,4 @@ class OnnxRunner:
         expected = self.input_names
         if set(feed) != set(expected):
             raise ConfigError(f"inputs {sorted(feed)} were given, but {self.directory.name} reads {sorted(expected)}")
-        return {name: feed[name].astype(self.graph.numpy_type(name), copy=False) for name in expected}
+        return {name: as_dtype(name, feed[name], self.graph.numpy_type(name)) for name in expected}

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from doran_core.errors import ConfigError
 from doran_export.errors import ExportError
 from doran_export.runtime import PROVIDERS, onnxruntime, open_session
 
-__all__ = ["Array", "GraphSession"]
+__all__ = ["Array", "GraphSession", "as_dtype"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -20,6 +21,18 @@ _PAST, _PRESENT = "past_key_values.", "present."
 # Element types by onnxruntime's names: numpy's, and ONNX's numbers, which also name what numpy lacks.
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ELEMENT = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+
+
+def as_dtype(name: str, array: Array, dtype: Any) -> Array:
+    """An input in the graph's dtype: integers stay integers and floats floats, whatever their width.
+
+    Raises:
+        ConfigError: it is of the other kind, or neither.
+    """
+    fits = "iub" if np.issubdtype(dtype, np.integer) else "f"
+    if array.dtype.kind not in fits:
+        raise ConfigError(f"input {name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
+    return array.astype(dtype, copy=False)
 
 
 class GraphSession:
