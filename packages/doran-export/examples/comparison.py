@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import random
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -54,6 +56,16 @@ def train(steps: Iterable[Any], loss: Callable[[Any], Tensor], groups: list[dict
         optimizer.zero_grad()
         losses.append(value.item())
     return losses
+
+
+def command_line(description: str, run: Callable[[Path], dict[str, Agreement]]) -> None:
+    """The command of an example: run it in a folder and print what came out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="keep models, adapters and ONNX directories here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        for what, agreement in run(arguments.work or Path(scratch)).items():
+            print(f"{what}: {agreement}")
 
 
 def package_folder(module: str) -> Path:

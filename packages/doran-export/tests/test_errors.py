@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from conftest import TEXT, saved, tiny_llama
 from doran_core.errors import CheckpointError, ConfigError, DoranError, MissingDependencyError
 from doran_export import ExportError, OnnxRunner, ProofError, UnsupportedModelError, export, verify
 from doran_export.cases import read_inputs
+from doran_export.graph import trace
 from doran_export.staging import staged_directory
 
 
@@ -130,8 +132,17 @@ def test_output_directory_in_use(model: Path, tmp_path: Path) -> None:
         export(model, tmp_path / "out" / "mine.txt")
 
 
-def test_failed_proof_leaves_nothing(model: Path) -> None:
-    refuse(ProofError, "differs from PyTorch", model, tolerance=1e-12)
+def test_failed_proof_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(ProofError, "a tolerance of 1e-12 cannot be proven", model, tolerance=1e-12)
+
+    def trace_another(loaded: transformers.PreTrainedModel, *rest: Any) -> Any:
+        loaded.classifier.bias.data += 0.002
+        return trace(loaded, *rest)
+
+    monkeypatch.setattr("doran_export.pipeline.trace", trace_another)
+    refuse(ProofError, r"differs from PyTorch by 0.00[0-9]* in logits .* more than the allowed 0.001", model)
+    rounded = export(model, model.parent / "fp16", precision="fp16")  # 0.002 is within what float16 rounds
+    assert 0.001 < rounded.proof.max_difference < 0.05
 
 
 def test_bad_given_inputs(model: Path) -> None:

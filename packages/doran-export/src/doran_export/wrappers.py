@@ -52,12 +52,16 @@ class GivenLayer(DynamicLayer):
         return length
 
 
-class DecoderFunction(nn.Module):
-    """(tokens, mask, positions, past) -> (logits [batch, sequence, vocabulary], present)."""
+class _Function(nn.Module):
+    """Holds the model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+
+
+class DecoderFunction(_Function):
+    """(tokens, mask, positions, past) -> (logits [batch, sequence, vocabulary], present)."""
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
@@ -75,12 +79,8 @@ class DecoderFunction(nn.Module):
         return (output.logits.float(), *present)
 
 
-class TextFunction(nn.Module):
+class TextFunction(_Function):
     """(text) -> (logits,)."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
@@ -88,12 +88,8 @@ class TextFunction(nn.Module):
         return (self.model(**_present(input_ids, attention_mask, token_type_ids)).logits.float(),)
 
 
-class EmbeddingFunction(nn.Module):
+class EmbeddingFunction(_Function):
     """(text) -> (last hidden state [batch, sequence, hidden], its mean over real tokens at unit length)."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
@@ -102,12 +98,8 @@ class EmbeddingFunction(nn.Module):
         return hidden, mean_embedding(hidden, attention_mask)
 
 
-class ImageFunction(nn.Module):
+class ImageFunction(_Function):
     """(image [batch, channels, height, width]) -> (logits,)."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return (self.model(pixel_values=pixel_values.to(self.model.dtype)).logits.float(),)
@@ -128,7 +120,7 @@ def mean_embedding(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 def wrap(model: PreTrainedModel, spec: GraphSpec) -> nn.Module:
     """The function of a model that takes `spec.inputs` and returns `spec.outputs`, in their order."""
-    kind: type[nn.Module]
+    kind: type[_Function]
     if spec.task.has_cache:
         kind = DecoderFunction
     elif spec.task.name == "feature-extraction":
