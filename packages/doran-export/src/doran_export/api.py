@@ -95,6 +95,7 @@ def export(
     names = proof_providers(chosen, wanted, provider_names(providers), available)
     if chosen.name == "genai":
         require_genai()
+        names = names[:1]  # its graph holds operators of one provider
     clock = Clock(progress)
     compiled = compile_adapters(adapters, place) if adapters is not None else {}
     request = Request(chosen, wanted, names, inputs, tolerance, compiled)
@@ -144,7 +145,8 @@ def verify(
         precision: whose tolerance applies; None takes it from the report.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
         tolerance: as in `export`; None takes the precision's.
-        providers: execution providers to run one by one, "cpu" or "cuda"; None takes all that run the precision.
+        providers: execution providers to run one by one, "cpu" or "cuda"; None takes all that run the precision, or
+            for the road genai the one that the graph was made for.
         progress: called with (stage, done, total).
 
     Raises:
@@ -159,6 +161,8 @@ def verify(
     wanted = precision_for(precision or report.get("precision") or "fp32")
     source = open_source(Path(model), task or report.get("task"))
     chosen = ROADS["genai" if (exported / GENAI_CONFIG).is_file() else "torch"]
+    if providers is None and chosen.name == "genai":
+        providers = [check["provider"] for check in report.get("proof", {}).get("checks", [])[:1]] or None
     names = proof_providers(chosen, wanted, provider_names(providers), available_providers())
     clock = Clock(progress)
     request = Request(chosen, wanted, names, inputs, tolerance)
