@@ -129,10 +129,11 @@ def benchmark(kind: str, model_dir: Path, work: Path, arguments: argparse.Namesp
     if kind == "encoder":
         for shape in ((1, 32), (16, 64)):
             calls = encoder_calls(runners, model, shape)
-            print_rows(f"{model_dir.name}, {shape[0]} x {shape[1]} tokens", measure(calls, arguments.rounds))
+            print_rows(f"{type(model).__name__}, {shape[0]} x {shape[1]} tokens", measure(calls, arguments.rounds))
     else:
         for new, what in ((PAST, f"prompt of {PAST}"), (1, f"1 token after {PAST}")):
-            print_rows(f"{model_dir.name}, {what}", measure(decoder_calls(runners, model, new), arguments.rounds))
+            calls = decoder_calls(runners, model, new)
+            print_rows(f"{type(model).__name__}, {what}", measure(calls, arguments.rounds))
 
 
 def main() -> None:
