@@ -17,6 +17,8 @@ LIMITS = {"fp32": 1e-3, "adapters": 1e-3, "fp16": 5e-2}
 
 
 def hold(results: dict[str, Agreement]) -> None:
+    for what, agreement in results.items():
+        print(f"{what}: {agreement}")  # pytest -rP shows it
     for what, limit in LIMITS.items():
         if what in results:
             assert results[what].inputs == 500
@@ -68,6 +70,7 @@ def test_decoder_with_switched_adapters(decoder_work: DecoderWork) -> None:
         start = time.perf_counter()
         runner.set_adapter(name)
         seconds.append(time.perf_counter() - start)
+    print(f"switching: median {sorted(seconds)[len(seconds) // 2] * 1e3:.2f} ms, longest {max(seconds) * 1e3:.2f} ms")
     assert sorted(seconds)[len(seconds) // 2] < 0.010
     assert runner.session is session
     assert "Paris" in runner.generate_text(["The capital of France is"], max_new_tokens=4)[0]
