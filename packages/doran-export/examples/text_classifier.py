@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from doran_core import DoranConfig, adapt
 from doran_export import OnnxRunner, export
 
-TRAINED, COMPARED, BATCH = 1280, 500, 32
+TRAINED, COMPARED, BATCH = 800, 500, 32
 
 
 def fine_tune(base: Path, tokenizer: Any, adapter: Path) -> Any:

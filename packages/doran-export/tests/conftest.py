@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import decoder
 from comparison import Agreement, package_folder
+
+# torch tells its tracer's every step to whoever collects logs, as pytest does: that takes longer than the trace.
+logging.getLogger("torch.__trace").propagate = False
 
 TEXT = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "initializer_range": 0.2}
 """Settings of the small text models: their logits are as large as a trained model's."""

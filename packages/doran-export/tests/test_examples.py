@@ -32,7 +32,7 @@ def test_text_classifier(tmp_path: Path) -> None:
     hold(results)
     assert results["fp32"].accuracy is not None
     assert results["int8"].accuracy is not None
-    assert results["fp32"].accuracy > 0.65  # it has learned something: the comparison is about a real classifier
+    assert results["fp32"].accuracy > 0.6  # it has learned something: the comparison is about a real classifier
     assert results["int8"].accuracy > results["fp32"].accuracy - 0.05
     assert results["int8"].same_argmax > 0.9
 
