@@ -78,7 +78,7 @@ def test_refusals(small: tuple[Path, ExportReport], tmp_path: Path, monkeypatch:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
-        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+        vocab_size=49152, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
     )
     neox = saved(GPTNeoXForCausalLM(config), tmp_path / "neox")
     shutil.copy(source / "tokenizer.json", neox)
