@@ -20,9 +20,13 @@ from numpy.typing import NDArray
 
 from doran_core.errors import CheckpointError, require
 from doran_export.errors import ExportError, UnsupportedModelError
+from doran_export.files import read_json
 from doran_export.runtime import PROVIDERS
 
 __all__ = ["build_graph", "genai_tokens", "require_genai"]
+
+# A zero point for every block of 32 weights: without it four bits leave little of a small model.
+_OPTIONS: dict[str, tuple[str, ...]] = {"int4": ("is_symmetric=false",)}
 
 
 def require_genai() -> Any:
@@ -67,13 +71,17 @@ def build_graph(model: Path, out: Path, precision: str, provider: str) -> None:
     target = next(short for short, name in PROVIDERS.items() if name == provider)
     with tempfile.TemporaryDirectory(prefix=".builder-", dir=out) as scratch:
         command = [sys.executable, str(builder), "-i", str(model), "-o", str(out), "-p", precision, "-e", target]
+        command += ["--extra_options", *_OPTIONS[precision]] if precision in _OPTIONS else []
         done = subprocess.run([*command, "-c", scratch], capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
     if reason.startswith("NotImplementedError"):
-        raise UnsupportedModelError(f"onnxruntime-genai has no builder for {model}: {reason}; the road torch may have")
+        architecture = read_json(model / "config.json").get("architectures", ["no architecture"])[0]
+        raise UnsupportedModelError(
+            f"onnxruntime-genai has no builder for {architecture} ({model}): try the road torch"
+        )
     if "No space left" in done.stderr:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     raise ExportError(f"the model builder of onnxruntime-genai failed on {model}: {reason}")
