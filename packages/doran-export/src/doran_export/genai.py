@@ -25,9 +25,6 @@ from doran_export.runtime import PROVIDERS
 
 __all__ = ["build_graph", "genai_tokens", "require_genai"]
 
-# A zero point for every block of 32 weights: without it four bits leave little of a small model.
-_OPTIONS: dict[str, tuple[str, ...]] = {"int4": ("is_symmetric=false",)}
-
 
 def require_genai() -> Any:
     """The onnxruntime_genai module.
@@ -71,7 +68,6 @@ def build_graph(model: Path, out: Path, precision: str, provider: str) -> None:
     target = next(short for short, name in PROVIDERS.items() if name == provider)
     with tempfile.TemporaryDirectory(prefix=".builder-", dir=out) as scratch:
         command = [sys.executable, str(builder), "-i", str(model), "-o", str(out), "-p", precision, "-e", target]
-        command += ["--extra_options", *_OPTIONS[precision]] if precision in _OPTIONS else []
         done = subprocess.run([*command, "-c", scratch], capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return
