@@ -84,14 +84,21 @@ def decoder_calls(runners: dict[str, OnnxRunner], model: Any, new: int) -> dict[
 
 
 def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call, by name and round; in each round all take their turn."""
+    """Seconds of a call, by name and round. In each round all take their turn, each round in another order.
+
+    Threads of a runtime go on spinning for a moment after their work: each way waits for those before it, and has one
+    call for its own to wake up.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     with torch.inference_mode():
         for number in range(rounds + 2):  # two to warm up
-            for name, call in calls.items():
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                time.sleep(0.1)
+                calls[name]()
                 start = time.perf_counter()
                 for _ in range(CALLS):
-                    call()
+                    calls[name]()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 if number >= 2:
