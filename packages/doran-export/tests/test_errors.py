@@ -136,13 +136,13 @@ def test_failed_proof_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatc
     refuse(ProofError, "a tolerance of 1e-12 cannot be proven", model, tolerance=1e-12)
 
     def trace_another(loaded: transformers.PreTrainedModel, *rest: Any) -> Any:
-        loaded.classifier.bias.data += 0.002
+        loaded.classifier.bias.data += 0.02
         return trace(loaded, *rest)
 
     monkeypatch.setattr("doran_export.pipeline.trace", trace_another)
-    refuse(ProofError, r"differs from PyTorch by 0.00[0-9]* in logits .* more than the allowed 0.001", model)
-    rounded = export(model, model.parent / "fp16", precision="fp16")  # 0.002 is within what float16 rounds
-    assert 0.001 < rounded.proof.max_difference < 0.05
+    refuse(ProofError, r"differs from PyTorch by 0\.0[0-9]* in logits .* more than the allowed 0\.0", model)
+    rounded = export(model, model.parent / "fp16", precision="fp16")  # 0.02 is within what float16 rounds
+    assert 0.01 < rounded.proof.max_difference < 0.1
 
 
 def test_bad_given_inputs(model: Path) -> None:

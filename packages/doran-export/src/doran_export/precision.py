@@ -26,8 +26,9 @@ class Precision:
         name: what users say.
         dtype: dtype of the weights before any quantization.
         tolerance: what is allowed, by `rule`, of the difference of an output from PyTorch's in float32.
-        rule: "absolute": no element may differ by more; "relative": by more times the output's largest value, where
-            that is over 1; "average": the root mean square of the difference, over that of the outputs' spread in their
+        rule: "absolute": no element may differ by more on given inputs, and on random ones, which drive some tokens to
+            amplify rounding, by more times the output's largest value, where that is over 1; "relative": the second on
+            all inputs; "average": the root mean square of the difference, over that of the outputs' spread in their
             last axis, may not be more (an unrelated graph has 1.4). With few bits the model is another one, near but
             not equal; then a decoder's greedy tokens are compared and reported, but need not be the same.
     """
