@@ -30,8 +30,8 @@ class Check:
     Attributes:
         adapter: name of the active adapter; None for the graph alone.
         max_difference: largest absolute difference by output name, padding left out.
-        average: by output name, the root mean square of the difference over that of the output's spread in its last
-            axis.
+        rms_difference: root mean square of the difference by output name.
+        rms_spread: root mean square of what PyTorch's output varies by in its last axis, by output name.
         limit: what was allowed of max_difference by output name: the tolerance, but for random inputs, and in fp16,
             times the output's largest value where that is over 1; empty where the precision's rule is the average.
         same_argmax: share of rows (or real tokens) whose largest logit is the same one; None without logits.
@@ -46,7 +46,8 @@ class Check:
     batch: int
     length: int | None
     max_difference: dict[str, float]
-    average: dict[str, float]
+    rms_difference: dict[str, float]
+    rms_spread: dict[str, float]
     limit: dict[str, float]
     same_argmax: float | None
     compared: int
@@ -155,7 +156,8 @@ def _compare(
     case = answer.case
     got = {"logits": runner.run_in_chunks(case.inputs, case.chunks)} if case.chunks else runner.run(case.inputs)
     differences: dict[str, float] = {}
-    averages: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    spreads: dict[str, float] = {}
     limits: dict[str, float] = {}
     same: float | None = None
     compared = uncertain = 0
@@ -175,7 +177,8 @@ def _compare(
             exact = precision.rule == "absolute" and case.given
             limits[name] = tolerance * (1.0 if exact else largest)
         differences[name] = float(np.abs(output - reference).max(initial=0.0))
-        averages[name] = _average(output, reference)
+        errors[name] = _rms(output - reference)
+        spreads[name] = _rms(reference - reference.mean(-1, keepdims=True)) if reference.size else 0.0
         compared, uncertain = int(certain.sum()), int((rows & ~certain).sum())
         if name == "logits" and compared:
             same = float((output.argmax(-1) == reference.argmax(-1)).mean())
@@ -186,7 +189,8 @@ def _compare(
         case.batch,
         case.length,
         differences,
-        averages,
+        errors,
+        spreads,
         limits,
         same,
         compared,
@@ -204,20 +208,19 @@ def _require_near(check: Check) -> None:
             )
 
 
-def _average(output: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    """Root mean square of the difference, over that of what the reference varies by in its last axis."""
-    spread = reference - reference.mean(-1, keepdims=True)
-    power = float(np.square(spread).mean()) if spread.size else 0.0
-    return float(np.sqrt(np.square(output - reference).mean() / power)) if power > 0 else 0.0
+def _rms(values: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(values).mean())) if values.size else 0.0
 
 
 def _pooled(checks: Sequence[Check]) -> dict[str, float]:
-    """`average` over all rows of all checks, by output."""
-    total = max(1, sum(check.compared for check in checks))
-    names = checks[0].average if checks else {}
+    """For each output the root mean square of the difference over that of the spread, over all rows of all checks."""
+
+    def total(values: str, name: str) -> float:
+        return sum(check.compared * float(getattr(check, values)[name]) ** 2 for check in checks)
+
+    names = checks[0].rms_difference if checks else {}
     return {
-        name: float(np.sqrt(sum(check.compared * check.average[name] ** 2 for check in checks) / total))
-        for name in names
+        name: float(np.sqrt(total("rms_difference", name) / max(total("rms_spread", name), 1e-30))) for name in names
     }
 
 
