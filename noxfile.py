@@ -18,7 +18,7 @@ PACKAGES = ("core", "hf", "export", "serve")
 SOURCES = [f"packages/doran-{name}/src" for name in PACKAGES]
 PYTHON_CODE = ["packages", "tests", "examples", "benchmarks", "experiments", "noxfile.py"]
 
-nox.options.sessions = ["lint", "types", "imports", "core", "identities", "packaging", "hf", "export", "serve"]
+nox.options.sessions = ["lint", "types", "imports", "core", "kernels", "identities", "packaging", "hf", "export", "serve"]
 nox.options.error_on_missing_interpreters = True
 nox.needs_version = ">=2024.4.15"
 
@@ -61,6 +61,14 @@ def core(session: nox.Session) -> None:
     install(session, "core", extra={"core": "[test]"})
     session.install("scikit-learn>=1.4")
     test(session, "packages/doran-core/tests")
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """The Triton kernels: on a GPU where there is one, else in Triton's interpreter, and compiled for GPUs."""
+    install(session, "core", extra={"core": "[test,triton]"})
+    session.env["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0" if shutil.which("nvidia-smi") else "1")
+    test(session, "packages/doran-core/tests/kernels")
 
 
 @nox.session

@@ -1,6 +1,6 @@
 """Bandwidth of the fused passes on a GPU, against a device-to-device copy of the same size in the same run.
 
-    python benchmarks/kernels.py [--rank 32]
+    python benchmarks/kernel_bandwidth.py [--rank 32]
 
 Each pass runs over several sets of buffers in turn, so that the cache holds none of them. A byte counts once when it is
 read and once when it is written.
