@@ -399,16 +399,12 @@ def generate_outer_gradient_kernel(
 
 @triton.jit
 def _inner_gradient(
-    embedding, w1, grad_features, blocks, grad_embedding, grad_w1, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, AT_ONCE: tl.constexpr,
+    embedding, w1, grad_features, grad_embedding, grad_w1, rank, embedding_dim, hidden_dim, slope,
+    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     ranks, widths, units = tl.arange(0, R), tl.arange(0, E), tl.arange(0, H)
     before, _, e, w = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)
-    grad = tl.zeros([R, H], tl.float32)
-    at = (ranks[:, None] * H + units[None, :])[None, :, :]
-    for start in range(0, blocks, AT_ONCE):
-        part = (start + tl.arange(0, AT_ONCE))[:, None, None]
-        grad += tl.sum(tl.load(grad_features + part * R * H + at, part < blocks, 0.0), 0)
+    grad = tl.load(grad_features + ranks[:, None] * H + units[None, :])
     inner = grad * tl.where(before > 0, 1.0, slope) / (hidden_dim * tl.sqrt_rn(embedding_dim.to(tl.float32)))
     inner_ok = (widths < embedding_dim)[None, :]
     tl.store(
@@ -423,18 +419,18 @@ def _inner_gradient(
 
 @triton.jit
 def generate_inner_gradient_kernel(
-    embedding_A, w1_A, embedding_B, w1_B, grad_features, grad_embedding_A, grad_w1_A, grad_embedding_B, grad_w1_B,
-    rank, embedding_dim, hidden_dim, slope, blocks_A, blocks_B,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, AT_ONCE: tl.constexpr,
+    embedding_A, w1_A, embedding_B, w1_B, grad_features_A, grad_features_B,
+    grad_embedding_A, grad_w1_A, grad_embedding_B, grad_w1_B, rank, embedding_dim, hidden_dim, slope,
+    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of embedding and W1 from the features' parts ``[blocks, R, H]``: program 0 for A's network, 1 for B."""
+    """Gradients of embedding and W1 from those of the features, ``[R, H]``: program 0 for A's network, 1 for B's."""
     if tl.program_id(0) == 0:
         _inner_gradient(
-            embedding_A, w1_A, grad_features, blocks_A, grad_embedding_A, grad_w1_A, rank, embedding_dim, hidden_dim,
-            slope, R, E, H, AT_ONCE,
+            embedding_A, w1_A, grad_features_A, grad_embedding_A, grad_w1_A, rank, embedding_dim, hidden_dim, slope,
+            R, E, H,
         )  # fmt: skip
     else:
         _inner_gradient(
-            embedding_B, w1_B, grad_features + blocks_A * R * H, blocks_B, grad_embedding_B, grad_w1_B, rank,
-            embedding_dim, hidden_dim, slope, R, E, H, AT_ONCE,
+            embedding_B, w1_B, grad_features_B, grad_embedding_B, grad_w1_B, rank, embedding_dim, hidden_dim, slope,
+            R, E, H,
         )  # fmt: skip
