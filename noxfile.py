@@ -18,7 +18,18 @@ PACKAGES = ("core", "hf", "export", "serve")
 SOURCES = [f"packages/doran-{name}/src" for name in PACKAGES]
 PYTHON_CODE = ["packages", "tests", "examples", "benchmarks", "experiments", "noxfile.py"]
 
-nox.options.sessions = ["lint", "types", "imports", "core", "kernels", "identities", "packaging", "hf", "export", "serve"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "imports",
+    "core",
+    "kernels",
+    "identities",
+    "packaging",
+    "hf",
+    "export",
+    "serve",
+]
 nox.options.error_on_missing_interpreters = True
 nox.needs_version = ">=2024.4.15"
 
