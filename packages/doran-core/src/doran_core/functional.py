@@ -70,6 +70,8 @@ def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
 
 def _safe_sqrt(square: Tensor) -> Tensor:
     """sqrt with value and gradient 0 where ``square`` is not positive (a plain sqrt's gradient is inf or NaN)."""
+    if not torch.is_grad_enabled():
+        return square.clamp_min(0.0).sqrt()
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
@@ -271,6 +273,8 @@ def output_scale(magnitude: Tensor, norm: Tensor, tau: Tensor | float) -> Tensor
         ``[d_out]``; 0 where ``n + tau`` is 0, that is for a row of zeros without tau.
     """
     denominator = norm + tau
+    if not torch.is_grad_enabled():
+        return (magnitude / denominator).masked_fill_(denominator <= 0, 0.0)
     positive = denominator > 0
     return torch.where(positive, magnitude / torch.where(positive, denominator, 1.0), 0.0)
 

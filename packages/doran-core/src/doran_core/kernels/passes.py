@@ -181,6 +181,8 @@ class TorchPasses:
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         if _narrow_on_cuda(left):
             return torch.mm(left, right, out_dtype=torch.float32)
+        if left.dtype == right.dtype and left.dtype.itemsize >= 4:
+            return left @ right
         return functional.wide_product(left, right)
 
     def add_transposed_product(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -257,22 +259,20 @@ class TorchPasses:
     ) -> Finished:
         aligned, norm, scale, scaled_B = assembled
         total = sums.sum(0) if sums.shape[0] > 1 else sums[0]
-        with_factors = total + scaling * (factor_grad * B).sum(1)
         if source is None:
-            grad_scale = with_factors
+            grad_scale = total + scaling * (factor_grad * B).sum(1)
         else:
-            small = scale.abs() < source.threshold
-            rows = small.nonzero()[:, 0]
-            grad_scale = total / torch.where(small, 1.0, scale)
+            grad_scale = total / scale
+            rows = (scale.abs() < source.threshold).nonzero()[:, 0]
             if rows.numel():
-                grad_scale[rows] = source.sums(rows) + (with_factors - total)[rows]
+                grad_scale[rows] = source.sums(rows) + scaling * (factor_grad[rows] * B[rows]).sum(1)
         denominator = norm + tau
-        grad_magnitude = torch.where(denominator > 0, grad_scale / denominator, 0.0)
+        grad_magnitude = (grad_scale / denominator).masked_fill_(denominator <= 0, 0.0)
         grad_tau = -grad_magnitude * scale
         grad_B = (scale * scaling)[:, None] * factor_grad
         if detach_norm:
             return Finished(grad_B, None, None, grad_magnitude, grad_tau)
-        per_norm = torch.where(norm > 0, -grad_magnitude * scaling / norm, 0.0)
+        per_norm = (grad_magnitude * -scaling / norm).masked_fill_(norm <= 0, 0.0)
         through_norm = (per_norm * scale)[:, None]
         return Finished(
             grad_B.addcmul_(through_norm, aligned),
