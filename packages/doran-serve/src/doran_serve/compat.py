@@ -7,6 +7,7 @@ Importing this file imports no vLLM; `apply` does. A new vLLM release is support
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ from importlib import metadata
 from typing import Any
 from unittest import mock
 
+import torch
+
 from doran_serve import cpu_ops, frontend
 from doran_serve.layers import with_scaled_output
+from doran_serve.merged.mode import is_merged
+from doran_serve.merged.scheduler import SwitchingScheduler, with_switching
 from doran_serve.names import NAMES, exists, locate, lookup
 from doran_serve.versions import UnsupportedVllmError, installed
 from doran_serve.worker import with_doran_loading, with_doran_scales
@@ -57,10 +62,53 @@ def _replace_by(replacement: Any) -> Callable[[Any], Any]:
     return lambda stock: replacement
 
 
+def _switching(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Around `SchedulerConfig.get_scheduler_cls`, whose result is called with the engine's configuration."""
+
+    @functools.wraps(stock)
+    def get_scheduler_cls(self: Any) -> Any:
+        scheduler = stock(self)
+
+        def create(*args: Any, **kwargs: Any) -> Any:
+            switching = is_merged(kwargs["vllm_config"])
+            return (with_switching(scheduler) if switching else scheduler)(*args, **kwargs)
+
+        return create
+
+    return get_scheduler_cls
+
+
+def _with_executor(stock: Callable[..., None]) -> Callable[..., None]:
+    """Around `EngineCore.add_request`: the scheduler of merged mode reaches the workers."""
+
+    @functools.wraps(stock)
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.scheduler, SwitchingScheduler):
+            self.scheduler.executor = self.model_executor
+        stock(self, *args, **kwargs)
+
+    return add_request
+
+
+def _plain_weights(stock: Callable[..., None]) -> Callable[..., None]:
+    """Around `dispatch_cpu_unquantized_gemm`: merged mode multiplies by the weight itself, not by a packed copy."""
+
+    @functools.wraps(stock)
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        config = lookup("current_config")()
+        if config is not None and is_merged(config):
+            layer.cpu_linear = torch.nn.functional.linear
+        else:
+            stock(layer, remove_weight)
+
+    return dispatch
+
+
 _CPU_REASON = "the slot -1 of a token without an adapter indexes the last slot: base requests get its adapter"
 _CPU_GOES = "vLLM's torch_ops skip negative slots"
 _FRONT_REASON = "an adapter that fails to load inside the engine's step kills the engine: refuse it before it is sent"
 _FRONT_GOES = "vLLM turns a failed adapter load into a failed request"
+_MERGED_GOES = "vLLM swaps weights per request by itself"
 _BOTH = ("0.25.1", "0.32.0")
 
 PATCHES = (
@@ -79,11 +127,39 @@ PATCHES = (
         "as for _all_lora_classes, and vLLM checks shapes before it registers an adapter",
     ),
     Patch(
-        "vllm.v1.engine.input_processor:InputProcessor._validate_lora",
-        frontend.checked_request,
-        _FRONT_REASON,
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        frontend.with_current_adapter,
+        f"{_FRONT_REASON}; and a replaced adapter must not change requests in flight or meet their cached prefixes",
         _BOTH,
-        _FRONT_GOES,
+        f"{_FRONT_GOES} and tells versions of an adapter apart",
+    ),
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor._validate_lora",
+        frontend.unless_merged,
+        "it refuses adapters when LoRA is off, as it is in merged mode",
+        _BOTH,
+        _MERGED_GOES,
+    ),
+    Patch(
+        "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls",
+        _switching,
+        "merged mode holds requests back until the weights of their adapter are in place",
+        _BOTH,
+        _MERGED_GOES,
+    ),
+    Patch(
+        "vllm.v1.engine.core:EngineCore.add_request",
+        _with_executor,
+        "a scheduler cannot reach the workers, whose weights it has to swap",
+        _BOTH,
+        "vLLM hands its scheduler the executor",
+    ),
+    Patch(
+        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        _plain_weights,
+        "on the CPU vLLM packs a linear layer's weight and drops it, so that it cannot be swapped",
+        _BOTH,
+        "vLLM can pack a changed weight again",
     ),
     Patch(
         "vllm.v1.engine.llm_engine:LLMEngine.add_lora",

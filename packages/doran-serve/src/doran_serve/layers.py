@@ -3,6 +3,8 @@
 A DoRAN layer is `y = c * (W0 x + B A x) + bias`. vLLM's LoRA layer gives `z = W0 x + B A x + bias`, so
 `y = c * z + (1 - c) * bias` row by row of the batch, with c = 1 for tokens whose adapter has no scale (LoRA, base):
 their rows stay as they are, to the bit.
+
+On a GPU the scale is folded into LoRA's second product (`fused`); elsewhere it is one pass after vLLM's own LoRA.
 """
 
 from __future__ import annotations
@@ -12,21 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from doran_serve import fused
+
 if TYPE_CHECKING:
 
     class StockLayer:
         """What `ScaledOutput` relies on in vLLM's `BaseLinearLayerWithLoRA`."""
 
+        _enable_aux_cuda_stream: bool
         base_layer: Any
         device: torch.device
         doran_scale: torch.Tensor
+        lora_a_stacked: tuple[torch.Tensor, ...]
+        lora_b_stacked: tuple[torch.Tensor, ...]
         n_slices: int
         output_size: int  # rows of this rank's output
         punica_wrapper: Any
+        tp_rank: int
         tp_size: int
 
         def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None: ...
         def reset_lora(self, index: int) -> None: ...
+        def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor: ...
         def slice_lora_b(self, lora_b: Any) -> Any: ...
         def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor: ...
         def register_buffer(self, name: str, tensor: torch.Tensor, persistent: bool) -> None: ...
@@ -66,10 +75,24 @@ class ScaledOutput(StockLayer):
     """Mixin over a vLLM LoRA linear layer: owns the scales of the slots and applies them after the layer."""
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
-        """Stock buffers, and `doran_scale` `[max_loras + 1, d_out of this rank]` full of ones."""
+        """Stock buffers, and `doran_scale` `[max_loras + 1, d_out of this rank]` full of ones.
+
+        For the fused path the stock buffers become views of one tensor for all of the layer's projections.
+        """
         super().create_lora_weights(max_loras, lora_config, model_config)
         ones = torch.ones(max_loras + 1, self.output_size, dtype=torch.float32, device=self.device)
         self.register_buffer("doran_scale", ones, persistent=False)
+        stock_path = lora_config.fully_sharded_loras or self._enable_aux_cuda_stream
+        self.doran_fused = fused.usable(ones.device) and not stock_path
+        if self.doran_fused:
+            self._join_buffers()
+
+    def _join_buffers(self) -> None:
+        a, b = self.lora_a_stacked, self.lora_b_stacked
+        self.doran_a, self.doran_b = torch.cat(a, dim=2).squeeze(1), torch.cat(b, dim=2).squeeze(1)
+        self.doran_sizes = [part.shape[2] for part in b]
+        self.lora_a_stacked = tuple(self.doran_a.unsqueeze(1).split([part.shape[2] for part in a], dim=2))
+        self.lora_b_stacked = tuple(self.doran_b.unsqueeze(1).split(self.doran_sizes, dim=2))
 
     def reset_lora(self, index: int) -> None:
         """Empty slot `index`: zero factors, scale 1. vLLM calls this before every `set_lora`, too."""
@@ -95,9 +118,44 @@ class ScaledOutput(StockLayer):
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """LoRA's output `[..., d_out]`, scaled."""
         output = super().apply(x, bias)
+        if self.doran_fused:  # `_apply_lora_to_output` has scaled it
+            return output
         # The persistent buffer, not the property over it: its length is no trace-time constant, and CUDA graphs
         # replay with the addresses they were captured with.
         return scale_output(output, self.doran_scale, self.punica_wrapper._token_lora_indices, bias)
+
+    def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What vLLM calls on the base layer's output `[..., d_out]`: adds the adapters, and here scales, too."""
+        if not self.doran_fused:
+            return super()._apply_lora_to_output(x, output)
+        # No view of a two-dimensional output: torch.compile would copy what the operator changes in place.
+        shape = output.shape
+        if output.ndim > 2:
+            output, x = output.flatten(0, -2), x.flatten(0, -2)
+        meta = self.punica_wrapper.token_mapping_meta
+        fused.add_adapters(
+            output,
+            x,
+            self.doran_a,
+            self.doran_b,
+            self.doran_scale,
+            self._bias_in_output(),
+            self.doran_sizes,
+            meta.token_indices_sorted_by_lora_ids,
+            meta.active_lora_ids,
+            meta.num_tokens_per_lora,
+            meta.lora_token_start_loc,
+            meta.no_lora_flag_cpu,
+        )
+        return output.view(shape) if len(shape) > 2 else output
+
+    def _bias_in_output(self) -> torch.Tensor | None:
+        """The bias that the base layer has added on this rank."""
+        row_parallel = hasattr(self.base_layer, "input_is_parallel")
+        if self.base_layer.skip_bias_add or (row_parallel and self.tp_rank > 0):
+            return None
+        bias: torch.Tensor | None = self.base_layer.bias
+        return bias
 
 
 def with_scaled_output(stock: type) -> type:

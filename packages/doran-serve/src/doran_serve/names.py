@@ -9,6 +9,9 @@ __all__ = ["NAMES", "exists", "locate", "lookup"]
 
 NAMES = {
     "BaseLinearLayerWithLoRA": "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA",
+    "EngineCoreOutput": "vllm.v1.engine:EngineCoreOutput",
+    "EngineCoreOutputs": "vllm.v1.engine:EngineCoreOutputs",
+    "LinearBase": "vllm.model_executor.layers.linear:LinearBase",
     "LoRAAdapterNotFoundError": "vllm.exceptions:LoRAAdapterNotFoundError",
     "LoRALayerWeights": "vllm.lora.lora_weights:LoRALayerWeights",
     "LoRAModel": "vllm.lora.lora_model:LoRAModel",
@@ -16,7 +19,9 @@ NAMES = {
     "LoRAResolver": "vllm.lora.resolver:LoRAResolver",
     "LoRAResolverRegistry": "vllm.lora.resolver:LoRAResolverRegistry",
     "LRUCacheLoRAModelManager": "vllm.lora.model_manager:LRUCacheLoRAModelManager",
+    "RequestStatus": "vllm.v1.request:RequestStatus",
     "VLLMValidationError": "vllm.exceptions:VLLMValidationError",
+    "current_config": "vllm.config.vllm:get_current_vllm_config_or_none",
     "get_adapter_absolute_path": "vllm.lora.utils:get_adapter_absolute_path",
     "main": "vllm.entrypoints.cli.main:main",
     "parse_fine_tuned_lora_name": "vllm.lora.utils:parse_fine_tuned_lora_name",

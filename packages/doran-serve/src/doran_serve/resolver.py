@@ -7,7 +7,6 @@ own file resolver takes LoRA only, and numbers adapters by `hash(name)`, which d
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 from pathlib import Path
@@ -16,19 +15,14 @@ from typing import Any
 from doran_core.adapter.schema import CONFIG_FILE
 from doran_core.errors import DoranError
 from doran_serve.base import local_directory
-from doran_serve.frontend import refused_error
+from doran_serve.frontend import adapter_id, refused_error
 from doran_serve.names import lookup
 from doran_serve.store import AdapterStore
 
-__all__ = ["DirectoryResolver", "adapter_id", "register_resolver"]
+__all__ = ["DirectoryResolver", "register_resolver"]
 
 _logger = logging.getLogger("vllm.doran_serve")
 _VARIABLE = "DORAN_ADAPTERS_DIR"
-
-
-def adapter_id(name: str) -> int:
-    """A positive number below 2^31 for a name, the same in every process."""
-    return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % (2**31 - 1)
 
 
 class DirectoryResolver:

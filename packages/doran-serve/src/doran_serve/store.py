@@ -38,6 +38,7 @@ __all__ = [
     "AdapterStore",
     "ServedAdapter",
     "ServedModule",
+    "adapter_version",
     "default_cache_directory",
 ]
 
@@ -254,6 +255,11 @@ def _served(folder: Path, form: AdapterForm, adapter: CompiledAdapter) -> Served
             )
     modules = {name: ServedModule(name, module.A, module.B, module.scale) for name, module in adapter.modules.items()}
     return ServedAdapter(folder, form, modules)
+
+
+def adapter_version(path: str | Path) -> str:
+    """A short name for the files of an adapter as they are now; another one once any of them is replaced."""
+    return hashlib.sha256(repr(_signature(Path(path))).encode()).hexdigest()[:16]
 
 
 _Signature = tuple[tuple[str, int, int, int], ...]

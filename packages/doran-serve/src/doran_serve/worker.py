@@ -7,7 +7,6 @@ registered and half loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from doran_core.errors import TargetError, TensorShapeError
 from doran_serve.layers import ScaledOutput
 from doran_serve.names import lookup
+from doran_serve.places import nearest, output_sizes, renamer
 from doran_serve.store import AdapterStore, ServedAdapter, ServedModule
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class DoranLoading(StockWorkerManager):
         """vLLM's record of the adapter: factors by vLLM's module names, and the scales by layer."""
         manager = self._adapter_manager
         places = _places(manager)
-        rename = _renamer(manager.model, lookup("parse_fine_tuned_lora_name"))
+        rename = renamer(manager.model, lookup("parse_fine_tuned_lora_name"))
         weights: dict[str, Any] = {}
         scales: dict[str, dict[int, torch.Tensor]] = {}
         for module in adapter.modules.values():
@@ -97,7 +97,7 @@ class DoranLoading(StockWorkerManager):
                     continue
                 raise TargetError(
                     f"{adapter.path}: {module.name}: the served model has no adaptable layer of this name"
-                    + (f"; nearest: {', '.join(near)}" if (near := get_close_matches(name, places, n=3)) else "")
+                    + nearest(name, places)
                 )
             layer_name, position = places[name]
             layer = manager.modules[layer_name]
@@ -138,31 +138,9 @@ def _places(manager: StockModelManager) -> dict[str, tuple[str, int]]:
     return places
 
 
-def _renamer(model: torch.nn.Module, parse: Any) -> Any:
-    """Module names of the checkpoint to vLLM's, by the model's own mapping and vLLM's own parser."""
-    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is not None:  # 0.25 and 0.32 name the variant without fused projections differently
-        variant = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
-        mapper = variant()
-    return lambda name: parse(f"base_model.model.{name}.lora_A.weight", mapper)[0]
-
-
-def _output_sizes(base_layer: Any) -> list[int]:
-    """Unsharded output sizes `[d_out_i]` of the projections in a vLLM linear layer."""
-    if hasattr(base_layer, "total_num_kv_heads"):  # its output_sizes count replicated heads
-        q = base_layer.total_num_heads * base_layer.head_size
-        k = base_layer.total_num_kv_heads * base_layer.head_size
-        return [
-            q,
-            k,
-            base_layer.total_num_kv_heads * getattr(base_layer, "v_head_size", base_layer.head_size),
-        ]
-    return list(getattr(base_layer, "output_sizes", None) or [base_layer.output_size])
-
-
 def _check_shapes(adapter: ServedAdapter, module: ServedModule, layer: Any, position: int, packed: int) -> None:
     """Refuse factors that do not fit the layer; all sizes unsharded."""
-    sizes = _output_sizes(layer.base_layer)
+    sizes = output_sizes(layer.base_layer)
     if packed == 1:
         sizes = [sum(sizes)]
     if len(sizes) != packed:
@@ -181,7 +159,7 @@ def _check_shapes(adapter: ServedAdapter, module: ServedModule, layer: Any, posi
 
 def _fill(layer: Any, parts: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
     """The scale of every projection of a layer, 1 for those that the adapter leaves alone."""
-    sizes = _output_sizes(layer.base_layer)
+    sizes = output_sizes(layer.base_layer)
     if len(parts) == 1 and parts.get(0) is not None and parts[0].shape[0] == sum(sizes):
         return [parts[0]]
     return [parts.get(i, torch.ones(size)) for i, size in enumerate(sizes)]

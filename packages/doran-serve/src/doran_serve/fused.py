@@ -1,0 +1,109 @@
+"""The fused path on a GPU: one operator that adds an adapter to a layer's output and scales it. Does not import vLLM.
+
+It is opaque to torch.compile and safe under CUDA graphs: what it launches depends on shapes alone, and everything that
+changes from batch to batch (who has which slot) is read on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_adapters", "usable"]
+
+_NAME = "add_adapters"
+_library = torch.library.Library("doran", "FRAGMENT")
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the fused path runs on `device`: a GPU, with Triton installed."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _add_adapters(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+    order: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    starts: Tensor,
+    idle: Tensor,
+) -> None:
+    if idle.item():  # no token of the batch has an adapter
+        return
+    from doran_serve import kernels
+
+    h = kernels.shrink(x, a, order, ids, counts, starts)
+    config = kernels.expand_config(x.shape[0], b.shape[2], y.dtype)
+    blocks = _column_blocks(tuple(sizes), config.columns, y.device)
+    kernels.expand(h, b, scale, bias, y, order, ids, counts, starts, blocks, config)
+
+
+def _add_adapters_fake(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+    order: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    starts: Tensor,
+    idle: Tensor,
+) -> None:
+    return None
+
+
+@functools.cache
+def _column_blocks(sizes: tuple[int, ...], columns: int, device: torch.device) -> Tensor:
+    from doran_serve import kernels
+
+    return kernels.column_blocks(sizes, columns, device)
+
+
+_library.define(_NAME + torch.library.infer_schema(_add_adapters, mutates_args=["y"]))
+_library.impl(_NAME, _add_adapters, "CUDA")
+_library._register_fake(_NAME, _add_adapters_fake)
+
+
+def add_adapters(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+    order: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    starts: Tensor,
+    idle: Tensor,
+) -> None:
+    """`y = c * (y + B A x) + (1 - c) * bias` in place, for every token that has a slot.
+
+    Args:
+        y: `[n, d_out]` the base layer's output.
+        x: `[n, d_in]`.
+        a: `[slots, projections * r, d_in]` of the projections that the layer packs.
+        b: `[slots, d_out, r]`.
+        scale: c, `[slots + 1, d_out]` float32.
+        bias: `[d_out]` the bias that is in y, or None.
+        sizes: columns of y that belong to each projection.
+        order: with `ids`, `counts` and `starts`: which token has which slot, see `kernels.shrink`.
+        ids: see `order`.
+        counts: see `order`.
+        starts: see `order`.
+        idle: a CPU boolean: nobody has a slot.
+    """
+    torch.ops.doran.add_adapters(y, x, a, b, scale, bias, sizes, order, ids, counts, starts, idle)

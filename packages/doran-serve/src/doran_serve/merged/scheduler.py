@@ -1,0 +1,160 @@
+"""Requests of one adapter at a time: those of another one wait until the engine has drained, then the weights swap.
+
+While anything waits, everything that arrives waits behind it, so no adapter starves another; a turn serves all that
+wait for the adapter of the oldest request.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from doran_serve.merged.weights import swap_weights
+from doran_serve.names import lookup
+from doran_serve.store import adapter_version
+
+if TYPE_CHECKING:
+
+    class StockScheduler:
+        """What `SwitchingScheduler` relies on in vLLM's `Scheduler`."""
+
+        pause_state: Any
+        requests: dict[str, Any]
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def add_request(self, request: Any) -> None: ...
+        def finish_requests(self, request_ids: Any, finished_status: Any) -> Any: ...
+        def get_num_unfinished_requests(self) -> int: ...
+        def get_request_counts(self) -> tuple[int, int]: ...
+        def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool: ...
+        def schedule(self, *args: Any, **kwargs: Any) -> Any: ...
+        def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]: ...
+
+else:
+    StockScheduler = object
+
+__all__ = ["SwitchingScheduler", "with_switching"]
+
+_logger = logging.getLogger("vllm.doran_serve")
+
+_Version = tuple[str, str] | None
+"""Directory and content of the adapter that a request asks for; None for the base model."""
+
+
+class SwitchingScheduler(StockScheduler):
+    """Mixin over vLLM's scheduler. `executor` is set before the first request, see `compat`."""
+
+    executor: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._active: _Version = None
+        self._held: deque[tuple[_Version, Any]] = deque()
+        self._failed: list[Any] = []
+
+    def add_request(self, request: Any) -> None:
+        """Schedule the request if its adapter is in place and nobody waits, else let it wait."""
+        if request.request_id in self.requests:  # the next piece of a streamed input
+            super().add_request(request)
+            return
+        wanted = _wanted(request.lora_request)
+        if wanted == self._active and not self._held:
+            self._release(request)
+        else:
+            self._held.append((wanted, request))
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Swap first, if the engine has drained and somebody waits."""
+        if self._held and self.pause_state == type(self.pause_state).UNPAUSED:
+            while self._held and not self.requests:
+                self._switch()
+        return super().schedule(*args, **kwargs)
+
+    def get_num_unfinished_requests(self) -> int:
+        """vLLM's count and those that wait for a swap, unless the engine is paused."""
+        count = super().get_num_unfinished_requests()
+        if self.pause_state != type(self.pause_state).UNPAUSED:
+            return count
+        return count + len(self._held) + len(self._failed)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """(running, waiting), those that wait for a swap included."""
+        running, waiting = super().get_request_counts()
+        return running, waiting + len(self._held)
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: Any) -> Any:
+        """As vLLM's; a request that waits for a swap is finished like one that waits for its turn."""
+        if isinstance(request_ids, str):
+            request_ids = (request_ids,)
+        named = None if request_ids is None else set(request_ids)
+        kept: deque[tuple[_Version, Any]] = deque()
+        for wanted, request in self._held:
+            if named is None or request.request_id in named:
+                self._release(request)
+            else:
+                kept.append((wanted, request))
+        self._held = kept
+        return super().finish_requests(named, finished_status)
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
+        """vLLM's outputs, and an error for each request whose adapter could not be put in place."""
+        outputs = super().update_from_output(*args, **kwargs)
+        for request in self._failed:
+            failure = lookup("EngineCoreOutput")(
+                request_id=request.request_id, new_token_ids=[], finish_reason=request.get_finished_reason()
+            )
+            if request.client_index not in outputs:
+                outputs[request.client_index] = lookup("EngineCoreOutputs")()
+            outputs[request.client_index].outputs.append(failure)
+        self._failed = []
+        return outputs
+
+    def _switch(self) -> None:
+        """Put the adapter of the oldest waiting request in place, and release all that wait for it."""
+        wanted = self._held[0][0]
+        turn = [request for version, request in self._held if version == wanted]
+        self._held = deque(entry for entry in self._held if entry[0] != wanted)
+        try:
+            if wanted != self._active:
+                self._put_in_place(wanted)
+        except Exception:
+            _logger.exception("could not switch to %s: %d requests fail", wanted[0] if wanted else "base", len(turn))
+            for request in turn:
+                self._release(request)
+            status = lookup("RequestStatus").FINISHED_ERROR
+            super().finish_requests([request.request_id for request in turn], status)
+            self._failed += turn
+            return
+        for request in turn:
+            self._release(request)
+
+    def _put_in_place(self, wanted: _Version) -> None:
+        start = time.perf_counter()
+        # What is in place is unknown until every worker has answered; a failed one is mended by the next swap.
+        self._active = ("", "unknown")
+        if not self.reset_prefix_cache():
+            raise RuntimeError("the prefix cache is in use, so what it holds for other weights cannot be dropped")
+        self.executor.collective_rpc(swap_weights, args=(wanted and wanted[0],))
+        self._active = wanted
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        _logger.info("switched to %s in %.1f ms", wanted[0] if wanted else "the base model", milliseconds)
+
+    def _release(self, request: Any) -> None:
+        # The weights are the adapter's own: what follows, CUDA graphs above all, must see a plain request.
+        request.lora_request = None
+        super().add_request(request)
+
+
+def _wanted(lora_request: Any) -> _Version:
+    if lora_request is None:
+        return None
+    path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
+    return path, adapter_version(path)
+
+
+def with_switching(stock: type) -> type:
+    """A subclass of vLLM's scheduler class `stock` with `SwitchingScheduler`."""
+    return type(f"Switching{stock.__name__}", (SwitchingScheduler, stock), {"__module__": __name__})

@@ -1,0 +1,157 @@
+"""Adapted weights in place of the base's, made on the device: `W' = c (W0 + B A)` in float64, rounded once.
+
+So they are those of the checkpoint that `doran merge` writes for the compiled adapter. The base rows of every
+projection that any adapter has touched are kept once; what does not fit beside the engine is kept in host memory.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from doran_core.errors import AdapterFormatError, TargetError, TensorShapeError
+from doran_core.functional import direction
+from doran_serve.names import lookup
+from doran_serve.places import Place, nearest, places_of, renamer
+from doran_serve.store import AdapterStore, ServedModule, adapter_version
+
+__all__ = ["MergedWeights", "swap_weights"]
+
+_READY = 4
+"""Adapters kept in host memory, so that going back and forth between a few reads no files."""
+_PIECE = 2**23
+"""Elements of a weight that are in float64 at a time."""
+_SPARE = 2**30
+"""Bytes of device memory that base rows leave free."""
+
+
+class MergedWeights:
+    """The adaptable weights of one worker's model.
+
+    Args:
+        model: vLLM's, without LoRA layers.
+        store: reads adapters.
+        partial: the model has only some of the layers (pipeline parallelism).
+    """
+
+    def __init__(self, model: torch.nn.Module, store: AdapterStore, *, partial: bool = False) -> None:
+        self._store = store
+        self._partial = partial
+        self._places = places_of(model, lookup("LinearBase"))
+        self._rename = renamer(model, lookup("parse_fine_tuned_lora_name"))
+        self._base: dict[str, Tensor] = {}
+        self._adapted: set[str] = set()
+        self._ready: OrderedDict[tuple[str, str], dict[str, ServedModule]] = OrderedDict()
+
+    @torch.no_grad()
+    def swap(self, path: str | None) -> float:
+        """Put the adapter at `path` in place, or the base model for None.
+
+        Returns:
+            Seconds that it took.
+
+        Raises:
+            DoranError: the adapter cannot be read or does not fit; nothing has changed then.
+        """
+        start = time.perf_counter()
+        wanted = {} if path is None else self._read(path)
+        for name in self._adapted - wanted.keys():
+            place = self._places[name]
+            place.layer.weight.data[place.rows].copy_(self._base[name])
+        # Until it is done, what is listed here is what may differ from the base.
+        self._adapted |= wanted.keys()
+        for name, module in wanted.items():
+            self._write(name, module)
+        self._adapted = set(wanted)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
+
+    def _read(self, path: str) -> dict[str, ServedModule]:
+        """The adapter's modules by place, read if it is not at hand."""
+        key = (path, adapter_version(path))
+        if key in self._ready:
+            self._ready.move_to_end(key)
+            return self._ready[key]
+        adapter = self._store.load(path)
+        if adapter is None:
+            raise AdapterFormatError(f"{path}: adapts more than linear layers; merged mode cannot swap it")
+        modules: dict[str, ServedModule] = {}
+        for module in adapter.modules.values():
+            name = self._rename(module.name)
+            if name not in self._places:
+                if self._partial:
+                    continue
+                raise TargetError(
+                    f"{path}: {module.name}: the served model has no adaptable layer of this name"
+                    + nearest(name, self._places)
+                )
+            expected = self._places[name].shape
+            if (module.B.shape[0], module.A.shape[1]) != expected:
+                raise TensorShapeError(
+                    f"{path}: {module.name}: adapts a weight of shape {[module.B.shape[0], module.A.shape[1]]}, "
+                    f"but the served layer's is {list(expected)}"
+                )
+            modules[name] = _pinned(module)
+        self._ready[key] = modules
+        while len(self._ready) > _READY:
+            self._ready.popitem(last=False)
+        return modules
+
+    def _write(self, name: str, module: ServedModule) -> None:
+        place = self._places[name]
+        weight = place.layer.weight.data[place.rows]
+        base = self._base_rows(name, place).to(weight.device, non_blocking=True)
+        A, B, c = (
+            None if part is None else part.to(weight.device, non_blocking=True).double()
+            for part in (module.A[:, place.inputs], module.B[place.outputs], _part(module.scale, place.outputs))
+        )
+        assert A is not None
+        assert B is not None
+        step = max(1, _PIECE // weight.shape[1])
+        for first in range(0, weight.shape[0], step):
+            rows = slice(first, first + step)
+            adapted = direction(base[rows].double(), A, B[rows], 1.0)
+            weight[rows].copy_(adapted if c is None else adapted.mul_(c[rows, None]))
+
+    def _base_rows(self, name: str, place: Place) -> Tensor:
+        if name not in self._base:
+            rows = place.layer.weight.data[place.rows]
+            needed = _SPARE + rows.numel() * rows.element_size()
+            spare = rows.device.type != "cuda" or torch.cuda.mem_get_info(rows.device)[0] > needed
+            self._base[name] = rows.clone() if spare else rows.cpu().pin_memory()
+        return self._base[name]
+
+
+def _part(scale: Tensor | None, rows: slice) -> Tensor | None:
+    return None if scale is None else scale[rows]
+
+
+def _pinned(module: ServedModule) -> ServedModule:
+    """The module in pinned memory if there is a device to copy it to."""
+    if not torch.cuda.is_available():
+        return module
+    scale = None if module.scale is None else module.scale.pin_memory()
+    return ServedModule(module.name, module.A.contiguous().pin_memory(), module.B.contiguous().pin_memory(), scale)
+
+
+_of_model: weakref.WeakKeyDictionary[torch.nn.Module, MergedWeights] = weakref.WeakKeyDictionary()
+
+
+def swap_weights(worker: Any, path: str | None) -> float:
+    """Swap the weights of a vLLM worker; run on every one of them by `collective_rpc`.
+
+    Returns:
+        Seconds that it took.
+    """
+    model = worker.get_model()
+    if model not in _of_model:
+        config = worker.vllm_config
+        partial = config.parallel_config.pipeline_parallel_size > 1
+        _of_model[model] = MergedWeights(model, AdapterStore.for_engine(config), partial=partial)
+    return _of_model[model].swap(path)
