@@ -64,21 +64,26 @@ def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
     return get
 
 
+MIXED = {"enable_lora": True, "max_loras": 5, "max_lora_rank": 16}
+
+
 class Engine:
     """A vLLM engine for one checkpoint, and the tokens it answers with.
 
     It lives in this process, which saves vLLM's start of two more, unless `separate`.
     """
 
-    def __init__(self, name: str, folder: Path, *, separate: bool = False, **options: Any) -> None:
+    def __init__(self, name: str, folder: Path, *, separate: bool = False, merged: bool = False, **more: Any) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(separate))
         from vllm import LLM
 
-        self.name = name
-        self.folder = folder
+        from doran_serve.merged.mode import merged_options
+
         self.separate = separate
-        defaults = {"max_model_len": 128, "max_loras": 5, "max_lora_rank": 16, "skip_tokenizer_init": True}
-        self.llm = LLM(str(folder), dtype="float32", enable_lora=True, enforce_eager=True, **(defaults | options))
+        self.kind = (name, separate, merged)
+        mode = {"additional_config": merged_options()} if merged else MIXED
+        options = {"max_model_len": 128, "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
+        self.llm = LLM(str(folder), **(options | mode | more))
 
     def answer(self, prompts: list[list[int]], adapters: list[Any], tokens: int) -> list[list[int]]:
         """Greedy continuations of all prompts, sent together, each with its LoRARequest or None."""
@@ -108,11 +113,11 @@ def engine(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]
     pytest.importorskip("vllm")
     running: list[Engine] = []
 
-    def get(name: str, *, separate: bool = False) -> Engine:
-        if running and (running[0].name, running[0].separate) != (name, separate):
+    def get(name: str, *, separate: bool = False, merged: bool = False) -> Engine:
+        if running and running[0].kind != (name, separate, merged):
             running.pop().close()
         if not running:
-            running.append(Engine(name, checkpoint(name), separate=separate))
+            running.append(Engine(name, checkpoint(name), separate=separate, merged=merged))
         return running[0]
 
     yield get

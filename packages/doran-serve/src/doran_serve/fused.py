@@ -12,7 +12,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-__all__ = ["add_adapters", "usable"]
+__all__ = ["add_adapters", "prepare", "usable"]
 
 _NAME = "add_adapters"
 _library = torch.library.Library("doran", "FRAGMENT")
@@ -21,6 +21,14 @@ _library = torch.library.Library("doran", "FRAGMENT")
 def usable(device: torch.device) -> bool:
     """Whether the fused path runs on `device`: a GPU, with Triton installed."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def prepare(sizes: list[int], device: torch.device) -> None:
+    """Make what the operator needs for a layer of these projections, before a CUDA graph is captured."""
+    from doran_serve import kernels
+
+    for columns in kernels.EXPAND_COLUMNS:
+        _column_blocks(tuple(sizes), columns, device)
 
 
 def _add_adapters(
@@ -41,6 +49,7 @@ def _add_adapters(
         return
     from doran_serve import kernels
 
+    x = x if x.stride(1) == 1 else x.contiguous()
     h = kernels.shrink(x, a, order, ids, counts, starts)
     config = kernels.expand_config(x.shape[0], b.shape[2], y.dtype)
     blocks = _column_blocks(tuple(sizes), config.columns, y.device)

@@ -19,7 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["ExpandConfig", "ShrinkConfig", "column_blocks", "expand", "expand_config", "shrink", "shrink_config"]
+__all__ = [
+    "EXPAND_COLUMNS",
+    "ExpandConfig",
+    "ShrinkConfig",
+    "column_blocks",
+    "expand",
+    "expand_config",
+    "shrink",
+    "shrink_config",
+]
+
+EXPAND_COLUMNS = (64, 128)
+"""Values of `ExpandConfig.columns` that `expand_config` chooses among."""
 
 _MULTIPROCESSORS = 132
 """Programs that run at once, roughly; only the split of d_in depends on it."""
@@ -63,12 +75,13 @@ def shrink_config(tokens: int, slots: int, width: int, d_in: int, dtype: torch.d
     depth = 128 if dtype != torch.float32 else 32
     programs = _blocks(tokens, slots, block) * triton.cdiv(width, wide)
     split = max(1, min(2 * _MULTIPROCESSORS // programs, d_in // (2 * depth), 32 if tokens < 16 else 8))
+    split = 1 << (split.bit_length() - 1)  # few values, for each is compiled
     return ShrinkConfig(block, wide, depth, split)
 
 
 def expand_config(tokens: int, rank: int, dtype: torch.dtype) -> ExpandConfig:
     """Tile sizes for `tokens` tokens and slots of `rank`."""
-    columns = 128 if dtype != torch.float32 else 64
+    columns = EXPAND_COLUMNS[dtype != torch.float32]
     return ExpandConfig(16 if tokens <= 256 else 64, columns, min(64, max(16, triton.next_power_of_2(rank))))
 
 

@@ -91,6 +91,7 @@ class ScaledOutput(StockLayer):
         a, b = self.lora_a_stacked, self.lora_b_stacked
         self.doran_a, self.doran_b = torch.cat(a, dim=2).squeeze(1), torch.cat(b, dim=2).squeeze(1)
         self.doran_sizes = [part.shape[2] for part in b]
+        fused.prepare(self.doran_sizes, self.doran_b.device)
         self.lora_a_stacked = tuple(self.doran_a.unsqueeze(1).split([part.shape[2] for part in a], dim=2))
         self.lora_b_stacked = tuple(self.doran_b.unsqueeze(1).split(self.doran_sizes, dim=2))
 
