@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from adapter_specs import make_adapter
 from safetensors.torch import save_file
 
 from doran_core.errors import CheckpointError, DoranError
-from doran_serve import cli
+from doran_serve import cli, fit, flags
 
 
 @pytest.fixture
@@ -38,11 +40,13 @@ def run(*arguments: str) -> int:
 def test_check_lists_every_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(str(folder / "base"), "--adapters", str(folder / "adapters"), "--check") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:4] for line in lines] == [
+    assert [line.split()[:4] for line in lines[:3]] == [
         ["a", "compiled", "rank", "9"],
         ["b", "lora", "rank", "3"],
         ["c", "trainable", "rank", "4"],
     ]
+    # 16 (24 + 16) numbers of 4 bytes, and 24 scales: 2,656 bytes.
+    assert lines[3:] == ["3 slots of 0.0 MiB for 3 adapters"]
 
 
 def test_a_bad_adapter_is_named_with_its_reason(folder: Path) -> None:
@@ -62,20 +66,69 @@ def test_wrong_paths_are_named(folder: Path) -> None:
         run(str(folder / "base"), "--adapters", str(folder), "--check")
 
 
-def test_flags_follow_the_adapters_and_the_user_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[Any] = []
-    monkeypatch.setattr("doran_serve.compat.run_vllm", called.append)
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What vLLM would be run with."""
+    calls: list[Any] = []
+    monkeypatch.setattr("doran_serve.compat.run_vllm", calls.append)
     monkeypatch.setattr("doran_serve.versions.installed", lambda: "0.32.0")
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    return calls
+
+
+def test_flags_follow_the_adapters_and_the_user_wins(folder: Path, called: list[Any]) -> None:
     base, adapters = str(folder / "base"), str(folder / "adapters")
     run(base, "--adapters", adapters, "--port", "8123", "--max-loras=2")
     assert called == [
         [
-            *("serve", base, "--enable-lora", "--max-lora-rank", "16", "--max-cpu-loras", "3", "--lora-modules"),
+            *("serve", base, "--enable-lora", "--max-lora-rank", "16", "--max-cpu-loras", "3"),
+            *("--lora-target-modules", "up_proj", "--lora-modules"),
             *(f"{name}={folder / 'adapters' / name}" for name in "abc"),
             *("--port", "8123", "--max-loras=2"),
         ]
     ]
+
+
+def test_merged_mode(folder: Path, called: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapters = str(folder / "base"), str(folder / "adapters")
+    run(base, "--adapters", adapters, "--mode", "merged", "--additional-config", '{"other": 1}')
+    (arguments,) = called
+    assert arguments[:3] == ["serve", base, "--lora-modules"]
+    assert arguments[-2:] == ["--additional-config", '{"other": 1, "doran_mode": "merged"}']
+    assert "--enable-lora" not in arguments
+    assert "merged mode keeps 0.00 GiB" in capsys.readouterr().out
+    with pytest.raises(DoranError, match="--enable-lora does not go with --mode merged"):
+        run(base, "--adapters", adapters, "--mode", "merged", "--enable-lora")
+    with pytest.raises(DoranError, match="is no JSON object"):
+        run(base, "--adapters", adapters, "--mode", "merged", "--additional-config", "nonsense")
+    with pytest.raises(DoranError, match="needs --adapters"):
+        run(base, "--mode", "merged")
+
+
+def test_many_adapters_are_found_by_name(
+    folder: Path, called: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DORAN_ADAPTERS_DIR", "before")  # so that both are put back
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0")
+    for index in range(flags.LISTED + 1):
+        shutil.copytree(folder / "adapters" / "a", folder / "adapters" / f"tenant-{index}")
+    run(str(folder / "base"), "--adapters", str(folder / "adapters"))
+    assert "--lora-modules" not in called[0]
+    assert called[0][called[0].index("--max-loras") + 1] == "8"
+    assert os.environ["DORAN_ADAPTERS_DIR"] == str(folder / "adapters")
+    assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert "36 adapters: found by name" in capsys.readouterr().out
+
+
+def test_slots_that_fit() -> None:
+    shapes = [(24, 16), (8, 16)]
+    each = fit.slot_bytes(shapes, rank=4, width=2)
+    assert each == 4 * (40 + 24) * 2 + 4 * 32
+    memory = fit.Memory(total=10_000, name="a device")
+    assert fit.fitting_slots(8, 500, base=5000, memory=memory) == 4  # 7,200 - 5,000 holds 4.4
+    assert fit.fitting_slots(3, 500, base=5000, memory=memory) == 3
+    with pytest.raises(DoranError, match=r"no adapter slot fits: the base takes .* of a device"):
+        fit.fitting_slots(8, 500, base=7000, memory=memory)
 
 
 def test_an_allowlist_without_the_plugin_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +140,9 @@ def test_an_allowlist_without_the_plugin_is_refused(folder: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (9, 16), (257, 320), (512, 512)])
 def test_served_rank(rank: int, served: int) -> None:
-    assert cli.served_rank(rank) == served
+    assert flags.served_rank(rank) == served
 
 
 def test_no_rank_above_what_vllm_serves() -> None:
     with pytest.raises(DoranError, match="above 512"):
-        cli.served_rank(513)
+        flags.served_rank(513)

@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from doran_core.adapter.schema import CONFIG_FILE
 from doran_core.errors import CheckpointError, DoranError
+from doran_serve import fit, flags
 from doran_serve.base import local_directory
+from doran_serve.bench.cli import add_bench
+from doran_serve.resolver import VARIABLE
 from doran_serve.store import AdapterInfo, AdapterStore
 
-__all__ = ["find_adapters", "register", "served_rank", "vllm_flags"]
-
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of max_lora_rank that vLLM takes (and 1)."""
-_MOST_SLOTS = 8
-"""Slots reserved by default; each has room for max_lora_rank in every layer. Further adapters take turns."""
+__all__ = ["check_adapters", "find_adapters", "register"]
 
 
 def register(subparsers: Any) -> None:
-    """Add `doran serve` to the `doran` command."""
+    """Add `doran serve` and `doran bench-serve` to the `doran` command."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "serve",
         help="serve a base model with many adapters at once through vLLM",
@@ -34,10 +33,16 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("base", metavar="BASE", help="base model: a directory, or a name that vLLM knows")
     parser.add_argument("--adapters", type=Path, help="directory of adapters, each in a subdirectory that names it")
-    parser.add_argument("--mode", choices=["mixed"], default="mixed", help="mixed: adapters and base in one batch")
+    parser.add_argument(
+        "--mode",
+        choices=["mixed", "merged"],
+        default="mixed",
+        help="mixed: adapters and base in one batch; merged: one at a time, at the base model's speed",
+    )
     parser.add_argument("--check", action="store_true", help="check the adapters and stop")
     _collect_unknown_flags(parser)
     parser.set_defaults(func=_serve)
+    add_bench(subparsers)
 
 
 def _collect_unknown_flags(parser: argparse.ArgumentParser) -> None:
@@ -68,76 +73,114 @@ def find_adapters(folder: Path) -> dict[str, Path]:
     return found
 
 
-def served_rank(rank: int) -> int:
-    """The smallest max_lora_rank of vLLM that holds `rank`.
+@dataclass(frozen=True)
+class Checked:
+    """A directory of adapters that all can be served.
+
+    Attributes:
+        paths: by name.
+        rank: the largest.
+        targets: ends of the module names that they adapt; empty if one is of a kind that only vLLM reads.
+    """
+
+    paths: dict[str, Path]
+    rank: int
+    targets: frozenset[str]
+
+
+def check_adapters(store: AdapterStore, folder: Path) -> Checked:
+    """Check every adapter of a directory and print a line on each.
 
     Raises:
-        DoranError: vLLM has none.
+        DoranError: one or more cannot be served; names each with its reason.
     """
-    for allowed in _RANKS:
-        if rank <= allowed:
-            return allowed
-    raise DoranError(f"rank {rank} is above {_RANKS[-1]}, the highest that vLLM serves; serve the merged checkpoint")
+    paths, bad, infos = find_adapters(folder), [], []
+    for name, path in paths.items():
+        try:
+            info = store.check(path)
+        except DoranError as error:
+            bad.append(f"{name}: {error}")
+            print(f"{name:24} REFUSED", flush=True)
+        else:
+            infos.append(info)
+            print(f"{name:24} {_line(info)}", flush=True)
+    if bad:
+        raise DoranError(f"{len(bad)} of {len(paths)} adapters cannot be served: " + "; ".join(bad))
+    known = all(info.targets for info in infos)
+    targets = frozenset().union(*(info.targets for info in infos)) if known else frozenset()
+    return Checked(paths, max(info.rank or 1 for info in infos), targets)
 
 
-def vllm_flags(adapters: dict[str, AdapterInfo], given: Sequence[str]) -> list[str]:
-    """vLLM's flags for these adapters; what the user gave wins.
-
-    Args:
-        adapters: checked, by name.
-        given: the user's own flags.
-    """
-    if not adapters:
-        return list(given)
-    rank = served_rank(max(info.rank or _RANKS[0] for info in adapters.values()))
-    slots = min(len(adapters), _MOST_SLOTS)
-    derived = {
-        "--max-lora-rank": [str(rank)],
-        "--max-loras": [str(slots)],
-        "--max-cpu-loras": [str(max(len(adapters), slots))],
-        "--lora-modules": [f"{name}={info.path.resolve()}" for name, info in adapters.items()],
-    }
-    names = {flag.partition("=")[0].replace("_", "-") for flag in given}
-    flags = [] if "--enable-lora" in names else ["--enable-lora"]
-    for flag, values in derived.items():
-        if flag not in names:
-            flags += [flag, *values]
-    return [*flags, *given]
+def _line(info: AdapterInfo) -> str:
+    return f"{info.form:10} rank {info.rank or '?'!s:>4}  {info.modules:4} layers  {info.values / 1e6:8.2f} M values"
 
 
 def _serve(args: argparse.Namespace) -> int:
     directory = local_directory(args.base)
     if directory is None and (Path(args.base).is_absolute() or args.base.startswith((".", "~"))):
         raise CheckpointError(f"{args.base}: no such checkpoint directory")
-    adapters = _check(AdapterStore(directory), args.adapters) if args.adapters else {}
+    arguments = list(args.vllm_flags)
+    variables: dict[str, str] = {}
+    if args.adapters:
+        store = AdapterStore(directory)
+        checked = check_adapters(store, args.adapters)
+        arguments = _flags(args.mode, store, checked, arguments)
+        if len(checked.paths) > flags.LISTED:
+            variables = {VARIABLE: str(args.adapters.resolve()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+            print(
+                f"{len(checked.paths)} adapters: found by name when a request asks for one. This takes "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, so every client may also use /v1/load_lora_adapter.",
+                flush=True,
+            )
+    elif args.mode == "merged":
+        raise DoranError("--mode merged needs --adapters")
     if args.check:
         return 0
+    _run(["serve", args.base, *arguments], variables)
+    return 0
+
+
+def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str]) -> list[str]:
+    """vLLM's flags, and a line on the memory that the adapters will take."""
+    shapes, width, base = _base_sizes(store, checked.targets)
+    memory = fit.device_memory()
+    if mode == "merged":
+        if shapes:
+            kept = fit.base_row_bytes(shapes, width)
+            print(f"merged mode keeps {kept / 2**30:.2f} GiB of base weights beside the model", flush=True)
+        return flags.merged_flags(checked.paths, given)
+    slots = min(len(checked.paths), flags.MOST_SLOTS)
+    if shapes:
+        each = fit.slot_bytes(shapes, flags.served_rank(checked.rank), width)
+        slots = fit.fitting_slots(slots, each, base, memory)
+        print(f"{slots} slots of {each / 2**20:.1f} MiB for {len(checked.paths)} adapters", flush=True)
+    return flags.mixed_flags(checked.paths, checked.rank, slots, checked.targets, given)
+
+
+def _base_sizes(store: AdapterStore, targets: frozenset[str]) -> tuple[list[tuple[int, int]], int, int]:
+    """Shapes of the base's adapted weights, bytes of a number, and bytes of the base; nothing if it is not at hand."""
+    checkpoint = store.base.checkpoint
+    if checkpoint is None or not targets:
+        return [], 0, 0
+    total = sum(checkpoint.file(key).entry.nbytes for key in checkpoint)
+    shapes = fit.adaptable(checkpoint, targets)
+    width = max((checkpoint.file(key).entry.nbytes // _count(checkpoint.shape(key)) for key in checkpoint), default=2)
+    return shapes, width, total
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return max(1, count)
+
+
+def _run(arguments: list[str], variables: Mapping[str, str]) -> None:
     from doran_serve import compat, versions
 
     versions.check(versions.installed())
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "doran" not in allowed.split(","):
         raise DoranError(f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading this plugin; add 'doran' to it or unset it")
-    compat.run_vllm(["serve", args.base, *vllm_flags(adapters, args.vllm_flags)])
-    return 0
-
-
-def _check(store: AdapterStore, folder: Path) -> dict[str, AdapterInfo]:
-    """Check every adapter of a directory and print a line on each; refuse them all if one is bad."""
-    good: dict[str, AdapterInfo] = {}
-    bad: list[str] = []
-    for name, path in find_adapters(folder).items():
-        try:
-            info = good[name] = store.check(path)
-        except DoranError as error:
-            bad.append(f"{name}: {error}")
-            print(f"{name:24} REFUSED", flush=True)
-        else:
-            print(
-                f"{name:24} {info.form:10} rank {info.rank or '?'!s:>4}  {info.modules:4} layers  "
-                f"{info.values / 1e6:8.2f} M values",
-                flush=True,
-            )
-    if bad:
-        raise DoranError(f"{len(bad)} of {len(good) + len(bad)} adapters cannot be served: " + "; ".join(bad))
-    return good
+    os.environ.update(variables)
+    compat.run_vllm(arguments)

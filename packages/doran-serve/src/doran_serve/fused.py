@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 __all__ = ["add_adapters", "prepare", "usable"]
 
 _NAME = "add_adapters"
-_library = torch.library.Library("doran", "FRAGMENT")
+_library: Any = torch.library.Library("doran", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def usable(device: torch.device) -> bool:

@@ -99,7 +99,7 @@ def _blocks(tokens: int, slots: int, block: int) -> int:
     return int(triton.cdiv(tokens, block)) + min(slots, tokens) - 1
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _find_block(pid, ids, counts, starts, groups, GROUPS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """(slot or -1, sorted positions [BLOCK], which of them are tokens) of token block `pid`."""
     index = tl.arange(0, GROUPS)
@@ -116,7 +116,7 @@ def _find_block(pid, ids, counts, starts, groups, GROUPS: tl.constexpr, BLOCK: t
     return slot, start + offset, offset < size  # no slot found: size 0
 
 
-@triton.jit(do_not_specialize=["tokens", "groups"])
+@triton.jit(do_not_specialize=["tokens", "groups"])  # type: ignore[untyped-decorator]
 def _shrink_kernel(  # type: ignore[no-untyped-def]
     x,
     a,
@@ -155,7 +155,7 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, total, mask=valid[:, None] & (column < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "groups"])
+@triton.jit(do_not_specialize=["tokens", "groups"])  # type: ignore[untyped-decorator]
 def _expand_kernel(  # type: ignore[no-untyped-def]
     h,
     b,

@@ -19,10 +19,10 @@ from doran_serve.frontend import adapter_id, refused_error
 from doran_serve.names import lookup
 from doran_serve.store import AdapterStore
 
-__all__ = ["DirectoryResolver", "register_resolver"]
+__all__ = ["VARIABLE", "DirectoryResolver", "register_resolver"]
 
 _logger = logging.getLogger("vllm.doran_serve")
-_VARIABLE = "DORAN_ADAPTERS_DIR"
+VARIABLE = "DORAN_ADAPTERS_DIR"
 
 
 class DirectoryResolver:
@@ -61,11 +61,11 @@ def register_resolver() -> None:
     Raises:
         DoranError: it is set to something that is no directory.
     """
-    if not (configured := os.environ.get(_VARIABLE)):
+    if not (configured := os.environ.get(VARIABLE)):
         return
     folder = Path(configured).resolve()
     if not folder.is_dir():
-        raise DoranError(f"{_VARIABLE}={configured}: no such directory")
+        raise DoranError(f"{VARIABLE}={configured}: no such directory")
     resolver = type("DoranDirectoryResolver", (DirectoryResolver, lookup("LoRAResolver")), {"__module__": __name__})
     registry = lookup("LoRAResolverRegistry")
     if "doran" not in registry.get_supported_resolvers():

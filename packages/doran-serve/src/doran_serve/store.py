@@ -86,6 +86,7 @@ class AdapterInfo:
         rank: the largest rank; None if only vLLM can read it.
         modules: how many layers it adapts.
         values: how many numbers a slot has to hold for it.
+        targets: ends of the names of these layers; empty if only vLLM can read it.
     """
 
     path: Path
@@ -93,6 +94,7 @@ class AdapterInfo:
     rank: int | None
     modules: int
     values: int
+    targets: frozenset[str] = frozenset()
 
 
 def default_cache_directory() -> Path:
@@ -181,7 +183,8 @@ class AdapterStore:
             module.A.numel() + module.B.numel() + (0 if module.scale is None else module.scale.numel())
             for module in served.modules.values()
         )
-        return AdapterInfo(folder, served.form, served.rank, len(served.modules), values)
+        targets = frozenset(name.rpartition(".")[2] for name in served.modules)
+        return AdapterInfo(folder, served.form, served.rank, len(served.modules), values, targets)
 
     def _check_rank(self, adapter: ServedAdapter) -> None:
         if self.max_rank is not None and adapter.rank > self.max_rank:

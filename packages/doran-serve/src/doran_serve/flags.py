@@ -1,0 +1,103 @@
+"""vLLM's flags for a directory of adapters; what the user gave wins. Imports no vLLM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from doran_core.errors import DoranError
+from doran_serve.merged.mode import merged_options
+
+__all__ = ["LISTED", "MOST_SLOTS", "given_value", "merged_flags", "mixed_flags", "served_rank"]
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of max_lora_rank that vLLM takes (and 1)."""
+MOST_SLOTS = 8
+"""Slots reserved by default; each has room for max_lora_rank in every layer. Further adapters take turns."""
+LISTED = 32
+"""Up to so many adapters are named to vLLM at the start; beyond, they are found by name when asked for."""
+_AT_HAND = 32
+"""Adapters kept in host memory, so that one that takes turns is not read again each time."""
+
+
+def served_rank(rank: int) -> int:
+    """The smallest max_lora_rank of vLLM that holds `rank`.
+
+    Raises:
+        DoranError: vLLM has none.
+    """
+    for allowed in _RANKS:
+        if rank <= allowed:
+            return allowed
+    raise DoranError(f"rank {rank} is above {_RANKS[-1]}, the highest that vLLM serves; serve the merged checkpoint")
+
+
+def given_value(flags: Sequence[str], name: str) -> str | None:
+    """The value that the user gave for `name` (``--port``), as ``--port 1`` or ``--port=1``; None if none."""
+    for index, flag in enumerate(flags):
+        key, equals, value = flag.partition("=")
+        if key.replace("_", "-") == name:
+            if equals:
+                return value
+            return flags[index + 1] if index + 1 < len(flags) else ""
+    return None
+
+
+def _add(derived: Mapping[str, Sequence[str]], given: Sequence[str]) -> list[str]:
+    flags: list[str] = []
+    for flag, values in derived.items():
+        if given_value(given, flag) is None:
+            flags += [flag, *values]
+    return [*flags, *given]
+
+
+def _modules(adapters: Mapping[str, Path]) -> dict[str, list[str]]:
+    if not adapters or len(adapters) > LISTED:
+        return {}
+    return {"--lora-modules": [f"{name}={path.resolve()}" for name, path in adapters.items()]}
+
+
+def mixed_flags(
+    adapters: Mapping[str, Path], rank: int, slots: int, targets: Collection[str], given: Sequence[str]
+) -> list[str]:
+    """Flags of mixed serving.
+
+    Args:
+        adapters: directories by name.
+        rank: the largest of them.
+        slots: adapters in one batch.
+        targets: ends of the module names that they adapt; empty if unknown. Other layers then cost what the base's do.
+        given: the user's own flags.
+    """
+    derived: dict[str, Sequence[str]] = {"--enable-lora": []}
+    derived["--max-lora-rank"] = [str(served_rank(rank))]
+    derived["--max-loras"] = [str(slots)]
+    slots = int(given_value(given, "--max-loras") or slots)
+    derived["--max-cpu-loras"] = [str(max(slots, min(len(adapters), _AT_HAND)))]
+    if targets:
+        derived["--lora-target-modules"] = sorted(targets)
+    return _add({**derived, **_modules(adapters)}, given)
+
+
+def merged_flags(adapters: Mapping[str, Path], given: Sequence[str]) -> list[str]:
+    """Flags of merged mode.
+
+    Args:
+        adapters: directories by name.
+        given: the user's own flags.
+
+    Raises:
+        DoranError: flags that do not go with merged mode, or an --additional-config that is no JSON object.
+    """
+    if given_value(given, "--enable-lora") is not None:
+        raise DoranError("--enable-lora does not go with --mode merged, which swaps the weights themselves")
+    options: dict[str, object] = {}
+    configured = given_value(given, "--additional-config")
+    if configured is not None:
+        try:
+            options = dict(json.loads(configured))
+        except (TypeError, ValueError) as error:
+            raise DoranError(f"--additional-config {configured!r} is no JSON object") from error
+    # The last one of a flag counts.
+    return [*_add(_modules(adapters), given), "--additional-config", json.dumps(options | merged_options())]
