@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,69 +13,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from adapter_specs import AdapterSpec, make_adapter
+from servers import TOKENS, Server
 
 TARGETS = ("q_proj", "v_proj", "gate_proj", "down_proj")
 PROMPTS = [[5, 6, 7, 8, 9], [30, 31, 32]]
-TOKENS = 8
-
-
-class Server:
-    """A running `doran serve`, and its answers as token ids."""
-
-    def __init__(self, base: Path, adapters: Path, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.base = str(base)
-        script = "import sys; from doran_core.cli.main import main; sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", script, "serve", self.base, "--adapters", str(adapters)]
-        flags = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
-        flags += ["--max-model-len", "128", "--skip-tokenizer-init", "--max-lora-rank", "16"]
-        env = os.environ | {
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            "DORAN_ADAPTERS_DIR": str(adapters.parent / "more"),
-        }
-        self.log = log.open("w+")
-        self.process = subprocess.Popen([*command, *flags], env=env, stdout=self.log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 240
-        while self.request("/health")[0] != 200:
-            assert self.process.poll() is None, self.tail()
-            assert time.monotonic() < deadline, self.tail()
-            time.sleep(1)
-
-    def tail(self) -> str:
-        self.log.seek(0)
-        return self.log.read()[-4000:]
-
-    def request(self, path: str, **body: Any) -> tuple[int, Any]:
-        """POST `body` as JSON, or GET without one: status, and the answer's text."""
-        data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-        except OSError:
-            return 0, ""
-
-    def complete(self, model: str | None, prompt: list[int]) -> Any:
-        status, text = self.request(
-            "/v1/completions",
-            model=model or self.base,
-            prompt=prompt,
-            max_tokens=TOKENS,
-            temperature=0,
-            ignore_eos=True,
-            return_token_ids=True,
-        )
-        return json.loads(text)["choices"][0]["token_ids"] if status == 200 else (status, text)
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-        self.log.close()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +37,15 @@ def server(
     for name, spec in adapters.items():
         spec.write(folder / "adapters" / name)
     (folder / "more").mkdir()
-    running = Server(checkpoint("llama"), folder / "adapters", folder / "log")
+    running = Server(
+        checkpoint("llama"),
+        folder / "adapters",
+        folder / "log",
+        *("--skip-tokenizer-init", "--max-lora-rank", "16"),
+        *("--lora-target-modules", *TARGETS),
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="True",
+        DORAN_ADAPTERS_DIR=str(folder / "more"),
+    )
     yield running
     running.close()
 
@@ -174,3 +115,45 @@ def test_adapters_are_found_by_name_in_a_directory(server: Server, reference: Ca
     assert "sha256:beef" in text
     assert server.complete("nobody", PROMPTS[0])[0] == 404
     assert server.complete("../adapters/lora", PROMPTS[0])[0] == 404
+
+
+def test_a_replaced_or_removed_adapter_is_noticed(server: Server, reference: Callable[[str], Any]) -> None:
+    folder = Path(server.log.name).parent / "more"
+    base, weights = reference("llama"), reference("llama").weights
+    long = [list(range(10, 80))]  # longer than a cache block: its prefix is cached
+    for seed in (100, 101):
+        spec = make_adapter("compiled", weights, TARGETS, rank=5, seed=seed, size=0.5)
+        spec.write(folder / "changing")
+        for _ in range(2):
+            assert server.complete("changing", long[0]) == base.answer(long, spec, TOKENS)[0]
+    shutil.rmtree(folder / "changing")
+    assert server.complete("changing", long[0])[0] in (400, 404)
+    spec.write(folder / "changing")
+    assert server.complete("changing", long[0]) == base.answer(long, spec, TOKENS)[0]
+
+
+def test_requests_in_flight_keep_the_version_that_they_started_with(
+    server: Server, reference: Callable[[str], Any]
+) -> None:
+    folder = Path(server.log.name).parent / "more"
+    base, weights = reference("llama"), reference("llama").weights
+    old, new = (make_adapter("compiled", weights, TARGETS, rank=5, seed=s, size=0.5) for s in (110, 111))
+    prompt, tokens = [40, 41, 42], 110
+    old.write(folder / "busy")
+    assert server.complete("busy", prompt, 2) == base.answer([prompt], old, 2)[0]
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(server.complete, "busy", prompt, tokens)
+        while "vllm:num_requests_running{" not in server.request("/metrics")[1] or not server.running():
+            assert not first.done(), "the request has to be in flight"
+        new.write(folder / "busy")
+        second = clients.submit(server.complete, "busy", prompt, tokens)
+        assert second.result() == base.answer([prompt], new, tokens)[0]
+        assert first.result() == base.answer([prompt], old, tokens)[0]
+
+
+def test_metrics_name_the_adapters(server: Server) -> None:
+    server.complete("doran", PROMPTS[0])
+    text = server.request("/metrics")[1]
+    assert "vllm:lora_requests_info{" in text
+    counts = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line.startswith("doran:")}
+    assert counts['doran:requests_total{adapter="doran"}'] >= 1

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from doran_core.errors import DoranError
+from doran_serve import metrics
 from doran_serve.merged.mode import is_merged
 from doran_serve.names import lookup
 from doran_serve.store import AdapterStore, adapter_version
@@ -58,6 +59,7 @@ def check_request(vllm_config: Any, lora_request: Any) -> None:
         store.require_directory(path, lora_request.lora_name)
         store.check(path)
     except DoranError as error:
+        metrics.refused(lora_request.lora_name)
         raise refused_error()(f"adapter {lora_request.lora_name!r} refused: {error}") from error
 
 
@@ -75,6 +77,8 @@ def current_request(vllm_config: Any, lora_request: Any) -> Any:
     path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
     now = (path, adapter_version(path))
     if _first.setdefault((lora_request.lora_name, lora_request.lora_int_id), now) == now:
+        if lora_request.load_inplace:  # vLLM would read it again for every request
+            return lookup("LoRARequest")(lora_request.lora_name, lora_request.lora_int_id, path)
         return lora_request
     name = f"{lora_request.lora_name}@{now[1]}"
     return lookup("LoRARequest")(name, adapter_id(f"{name} {path}"), path)
@@ -86,7 +90,9 @@ def with_current_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("lora_request") is not None:
+            adapter = kwargs["lora_request"].lora_name
             kwargs["lora_request"] = current_request(self.vllm_config, kwargs["lora_request"])
+            metrics.accepted(adapter)
         return stock(self, *args, **kwargs)
 
     return process_inputs
