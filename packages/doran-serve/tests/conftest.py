@@ -65,6 +65,17 @@ def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
 
 
 MIXED = {"enable_lora": True, "max_loras": 5, "max_lora_rank": 16}
+ALWAYS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "max_model_len": 128,
+    # Prompts longer than a step are cut, and prefixes are cached in blocks smaller than the prompts.
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 64,
+    "block_size": 32,
+    "disable_log_stats": False,
+}
 
 
 class Engine:
@@ -82,8 +93,7 @@ class Engine:
         self.separate = separate
         self.kind = (name, separate, merged)
         mode = {"additional_config": merged_options()} if merged else MIXED
-        options = {"max_model_len": 128, "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
-        self.llm = LLM(str(folder), **(options | mode | more))
+        self.llm = LLM(str(folder), **(ALWAYS | mode | more))
 
     def answer(self, prompts: list[list[int]], adapters: list[Any], tokens: int) -> list[list[int]]:
         """Greedy continuations of all prompts, sent together, each with its LoRARequest or None."""

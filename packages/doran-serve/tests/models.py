@@ -1,4 +1,4 @@
-"""Base models for the tests: tiny random Llama and Qwen2 (with biases), real SmolLM2; and Hugging Face's answers."""
+"""Base models for the tests: tiny Llama, Qwen2 (with biases), Gemma; real SmolLM2; and Hugging Face's answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from adapter_specs import AdapterSpec
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GenerationConfig, LlamaConfig, Qwen2Config
 
 _TINY = {
     "vocab_size": 512,
@@ -26,8 +26,12 @@ _TINY = {
 
 
 def build_tiny(kind: str, folder: Path) -> Path:
-    """Write a random float32 checkpoint of `kind` ("llama" or "qwen2"); its biases are not zero."""
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**_TINY)
+    """Write a random float32 checkpoint of `kind` ("llama", "qwen2", "gemma"); its biases are not zero."""
+    config = {
+        "llama": lambda: LlamaConfig(**_TINY),
+        "qwen2": lambda: Qwen2Config(**_TINY),
+        "gemma": lambda: GemmaConfig(**_TINY | {"head_dim": 64, "tie_word_embeddings": True}),
+    }[kind]()
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
+
+from contract import REQUIRED, source_in
 
 from doran_serve import compat, names
 
@@ -41,40 +45,22 @@ def test_a_missing_name_is_refused_before_anything_is_patched(monkeypatch: pytes
         compat.apply()
 
 
-@pytest.mark.parametrize(
-    ("target", "attributes"),
-    [
-        ("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA", ["base_layer", "device", "tp_size", "n_slices"]),
-        (
-            "vllm.lora.layers.column_parallel_linear:ColumnParallelLinearWithLoRA",
-            ["self.output_size =", "slice_lora_b"],
-        ),
-        ("vllm.lora.layers.row_parallel_linear:RowParallelLinearWithLoRA", ["self.output_size =", "slice_lora_b"]),
-        ("vllm.lora.layers.replicated_linear:ReplicatedLinearWithLoRA", ["self.output_size ="]),
-        ("vllm.lora.layers.base:BaseLayerWithLoRA", ["self.punica_wrapper"]),
-        ("vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase", ["self._token_lora_indices"]),
-        (
-            "vllm.lora.model_manager:LoRAModelManager",
-            ["self.modules", "self.packed_modules", "self.lora_index_to_id", "self.model", "module.reset_lora(index)"],
-        ),
-        ("vllm.lora.worker_manager:WorkerLoRAManager", ["_manager_cls", "self._adapter_manager", "self.lora_config"]),
-        (
-            "vllm.lora.layers.column_parallel_linear:MergedColumnParallelLinearWithLoRA.set_lora",
-            ["self.reset_lora(index)"],
-        ),
-        ("vllm.v1.engine.input_processor:InputProcessor", ["self.vllm_config", "self._validate_lora(lora_request)"]),
-        ("vllm.v1.engine.llm_engine:LLMEngine", ["self.vllm_config"]),
-        ("vllm.v1.engine.async_llm:AsyncLLM", ["self.vllm_config"]),
-        ("vllm.model_executor.layers.linear:RowParallelLinear", ["self.input_is_parallel"]),
-        (
-            "vllm.model_executor.layers.linear:QKVParallelLinear",
-            ["self.total_num_heads", "self.total_num_kv_heads", "self.head_size"],
-        ),
-    ],
-)
-def test_the_attributes_are_there(target: str, attributes: list[str]) -> None:
+@pytest.mark.parametrize("target", REQUIRED)
+def test_the_attributes_are_there(target: str) -> None:
     text = source(target)
-    assert [attribute for attribute in attributes if attribute not in text] == []
+    assert [wanted for wanted in REQUIRED[target] if wanted not in text] == []
+
+
+@pytest.mark.skipif("DORAN_TEST_VLLM_SOURCE" not in os.environ, reason="DORAN_TEST_VLLM_SOURCE names no other source")
+def test_another_release_by_its_source() -> None:
+    root = Path(os.environ["DORAN_TEST_VLLM_SOURCE"])
+    names_and_patches = [*names.NAMES.values(), *(patch.target for patch in compat.PATCHES)]
+    assert [target for target in names_and_patches if source_in(root, target) is None] == []
+    lacking = {
+        target: [text for text in wanted if text not in (source_in(root, target) or "")]
+        for target, wanted in REQUIRED.items()
+    }
+    assert {target: texts for target, texts in lacking.items() if texts} == {}
 
 
 def test_signatures() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,24 @@ def requests_for(adapters: dict[str, AdapterSpec], folder: Path, first: int = 1)
         name: LoRARequest(f"{folder.name}-{name}", number, str(spec.write(folder / name)))
         for number, (name, spec) in enumerate(adapters.items(), first)
     }
+
+
+def ask_elsewhere(
+    base: Path, adapters: dict[str, Path], prompts: list[list[int]], tokens: int, **options: Any
+) -> dict[str, list[list[int]]]:
+    """Answers of an engine in processes of its own, by adapter ("None" is the base)."""
+    spec = {"base": str(base), "adapters": {n: str(p) for n, p in adapters.items()}, "prompts": prompts}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("ask.py")), json.dumps(spec | {"tokens": tokens} | options)],
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
+    answers: dict[str, list[list[int]]] = json.loads(line.removeprefix("ANSWERS "))
+    return answers
 
 
 def prompts_of(lengths: list[int], vocabulary: int, seed: int) -> list[list[int]]:
@@ -73,6 +95,45 @@ def test_qwen2_with_biases(engine: Callable[..., Any], reference: Callable[[str]
     prompts = prompts_of([5, 9, 17], 512, seed=11)
     lora = requests_for(adapters, tmp_path)
     check_mixed(engine("qwen2"), base, adapters, lora, prompts=prompts, tokens=16)
+
+
+def test_long_prompts_in_pieces_and_from_the_cache(
+    engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Chunked prefill (64 tokens a step, see conftest) and prefix caching, with another adapter per prefix."""
+    base, running = reference("llama"), engine("llama")
+    adapters = five_adapters(base.weights, 0.5)
+    lora = requests_for(adapters, tmp_path)
+    prompts = prompts_of([100, 100], 512, seed=13)
+    prompts[1][:96] = prompts[0][:96]
+    for _ in range(2):
+        check_mixed(running, base, adapters, lora, prompts=prompts, tokens=6)
+    metrics = {metric.name: getattr(metric, "value", 0) for metric in running.llm.get_metrics()}
+    assert metrics["vllm:prefix_cache_hits"] > 0
+
+
+def test_gemma(engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path) -> None:
+    base = reference("gemma")
+    adapters = five_adapters(base.weights, 0.5)
+    prompts = prompts_of([5, 9, 17], 512, seed=11)
+    lora = requests_for(adapters, tmp_path)
+    check_mixed(engine("gemma"), base, adapters, lora, prompts=prompts, tokens=16)
+
+
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 4 and "DORAN_TEST_RANKS" not in os.environ,
+    reason="two ranks on fewer than four cores take minutes; DORAN_TEST_RANKS=1 runs them",
+)
+def test_two_ranks(checkpoint: Callable[[str], Path], reference: Callable[[str], Any], tmp_path: Path) -> None:
+    """Tensor parallelism, in a process of its own: its workers outlive an engine in this one."""
+    adapters = five_adapters(reference("qwen2").weights, 0.5)
+    for name, spec in adapters.items():
+        spec.write(tmp_path / name)
+    prompts = prompts_of([5, 9], 512, seed=12)
+    expected = {name: reference("qwen2").answer(prompts, name and adapters[name], 8) for name in (None, *adapters)}
+    for mode in ("mixed", "merged"):
+        found = ask_elsewhere(checkpoint("qwen2"), {n: tmp_path / n for n in adapters}, prompts, 8, mode=mode, ranks=2)
+        assert found == {str(name): answers for name, answers in expected.items()}, mode
 
 
 def test_llama(engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path) -> None:
