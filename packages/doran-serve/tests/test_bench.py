@@ -1,0 +1,74 @@
+"""`doran bench-serve`: real engines on a small workload, and the comparison by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_specs import make_adapter
+
+from doran_core.adapter import PeftAdapter, read_adapter
+from doran_core.errors import DoranError
+from doran_serve import cli
+from doran_serve.bench.cases import Case, Workload
+from doran_serve.bench.run import measure, summary, table
+from doran_serve.bench.strip import write_lora
+from doran_serve.store import AdapterStore
+
+
+def test_ratios_are_of_medians() -> None:
+    rounds = [("base", 100.0, 2.0), ("base", 300.0, 4.0), ("base", 200.0, 3.0), ("lora", 150.0, 6.0)]
+    results: list[dict[str, Any]] = [
+        {"case": name, "tokens_per_s": speed, "alone_ms_per_token": alone} for name, speed, alone in rounds
+    ]
+    medians = summary([{"case": "base", "start_s": 9.0}, *results])
+    assert medians == {
+        "base": {"tokens_per_s": 200.0, "alone_ms_per_token": 3.0},
+        "lora": {"tokens_per_s": 150.0, "alone_ms_per_token": 6.0},
+    }
+    assert table(medians).splitlines()[-1] == "| lora | 150 | 0.750 | 1.000 | 6.00 | 2.000 | 1.000 |"
+
+
+def test_the_lora_of_an_adapter_has_its_factors(tmp_path: Path) -> None:
+    base = {"model.layers.0.mlp.up_proj": torch.randn(24, 16)}
+    spec = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4)
+    adapter = AdapterStore(None).load(spec.write(tmp_path / "doran"))
+    assert adapter is not None
+    lora = read_adapter(write_lora(adapter, tmp_path / "lora"))
+    assert isinstance(lora, PeftAdapter)
+    part, layer = lora.modules["model.layers.0.mlp.up_proj"], spec.layers["model.layers.0.mlp.up_proj"]
+    torch.testing.assert_close(part.scaling * part.B @ part.A, layer.scaling * layer.B @ layer.A)
+    assert part.magnitude is None
+
+
+def test_every_case_is_measured(
+    checkpoint: Callable[[str], Path], reference: Callable[[str], Any], tmp_path: Path, capsys: Any
+) -> None:
+    pytest.importorskip("vllm")
+    for index in range(2):
+        spec = make_adapter("compiled", reference("llama").weights, ("q_proj",), rank=4, seed=index, size=0.4)
+        spec.write(tmp_path / "adapters" / f"{index}")
+    engine = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 64}
+    parser = argparse.ArgumentParser()
+    cli.register(parser.add_subparsers())
+    sizes = ["--requests", "4", "--prompt-tokens", "8", "--output-tokens", "4", "--rounds", "1"]
+    where = [str(checkpoint("llama")), "--adapters", str(tmp_path / "adapters"), "--json", str(tmp_path / "rounds")]
+    args = parser.parse_args(["bench-serve", *where, *sizes, "--engine", json.dumps(engine)])
+    assert args.func(args) == 0
+    lines = [json.loads(line) for line in (tmp_path / "rounds").read_text().splitlines()]
+    measured = {line["case"]: line["tokens_per_s"] for line in lines if "tokens_per_s" in line}
+    assert list(measured) == ["base", "lora", "doran mixed", "doran merged"]
+    assert all(speed > 0 for speed in measured.values())
+    assert "| doran mixed |" in capsys.readouterr().out
+
+
+def test_an_engine_that_fails_is_said_with_its_reason(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    case = Case("base", False, str(tmp_path / "nowhere"), {})
+    with pytest.raises(DoranError, match=r"base: ended with 1: [\s\S]*nowhere"):
+        list(measure(case, Workload()))
