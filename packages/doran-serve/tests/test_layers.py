@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
+from doran_serve import fused
 from doran_serve.layers import ScaledOutput, scale_output, with_scaled_output
 
 
@@ -55,3 +60,83 @@ def test_a_scaled_class_stays_a_stock_class() -> None:
     assert issubclass(scaled, Stock)
     assert issubclass(scaled, ScaledOutput)
     assert scaled.__name__ == "ScaledStock"
+
+
+class StockLinear(nn.Module):
+    """What a packed LoRA layer of vLLM does, with two projections."""
+
+    def __init__(self, sizes: tuple[int, int], d_in: int) -> None:
+        super().__init__()
+        self.device, self.tp_size, self.tp_rank, self.n_slices = torch.device("cpu"), 1, 0, len(sizes)
+        self.sizes, self.output_size = sizes, sum(sizes)
+        self._enable_aux_cuda_stream = False
+        self.base_layer = nn.Linear(d_in, sum(sizes))
+        self.base_layer.skip_bias_add = False  # type: ignore[assignment]
+
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        rank, d_in = lora_config.max_lora_rank, self.base_layer.in_features
+        self.lora_a_stacked = tuple(torch.zeros(max_loras, 1, rank, d_in) for _ in self.sizes)
+        self.lora_b_stacked = tuple(torch.zeros(max_loras, 1, size, rank) for size in self.sizes)
+
+    def reset_lora(self, index: int) -> None:
+        for part in (*self.lora_a_stacked, *self.lora_b_stacked):
+            part[index] = 0
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._apply_lora_to_output(x, nn.functional.linear(x, self.base_layer.weight, bias))
+
+
+def in_the_interpreters_place(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, *rest: Any) -> None:
+    """The operator on the CPU, token by token."""
+    bias, sizes, order, ids, counts, starts, idle = rest
+    if idle.item():
+        return
+    for slot, count, start in zip(ids.tolist(), counts.tolist(), starts.tolist(), strict=False):
+        for token in order[start : start + count].tolist() if slot >= 0 else []:
+            h = (a[slot] @ x[token]).view(len(sizes), -1)
+            delta = torch.cat([part @ h[i] for i, part in enumerate(b[slot].split(sizes))])
+            y[token] = scale[slot] * (y[token] + delta - bias) + bias
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_fused_path_under_torch_compile(batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the operator: joined factors, sizes, bias, slots; and torch.compile keeps what it changes."""
+    library: Any = torch.library.Library("doran", "IMPL")
+    library.impl("add_adapters", in_the_interpreters_place, "CPU")
+    monkeypatch.setattr(fused, "usable", lambda device: True)
+    monkeypatch.setattr(fused, "prepare", lambda sizes, device: None)
+    draw = torch.Generator().manual_seed(10)
+    sizes, d_in, rank, most = (6, 10), 12, 4, 3
+    layer: Any = with_scaled_output(StockLinear)(sizes, d_in)
+    layer.create_lora_weights(most, SimpleNamespace(max_lora_rank=rank, fully_sharded_loras=False))
+    layer.reset_lora(2)
+    for parts in (layer.lora_a_stacked, layer.lora_b_stacked):
+        for part in parts:
+            part.copy_(torch.randn(part.shape, generator=draw))
+    scales = 1 + 0.3 * torch.randn(most, sum(sizes), generator=draw)
+    for slot in range(most):
+        layer.set_scale(slot, list(scales[slot].split(sizes)))
+    slots = torch.tensor([2, -1, 0, 0, 2])
+    layer.punica_wrapper = SimpleNamespace(
+        token_mapping_meta=SimpleNamespace(
+            token_indices_sorted_by_lora_ids=torch.tensor([1, 2, 3, 0, 4]),
+            active_lora_ids=torch.tensor([-1, 0, 2, -1]),
+            num_tokens_per_lora=torch.tensor([1, 2, 2, 0]),
+            lora_token_start_loc=torch.tensor([0, 1, 3, 5, 0]),
+            no_lora_flag_cpu=torch.tensor([False]),
+        )
+    )
+    x = torch.randn(5, d_in, generator=draw)
+    bias = layer.base_layer.bias
+    compiled = torch.compile(lambda x: layer.apply(x, bias) * 2, fullgraph=True, backend="inductor")
+    with torch.no_grad():
+        found = compiled(x[None] if batched else x) / 2
+        expected = layer.base_layer(x)
+        for token, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                delta = [
+                    b[slot, 0] @ (a[slot, 0] @ x[token])
+                    for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+                ]
+                expected[token] = scales[slot] * (expected[token] + torch.cat(delta) - bias) + bias
+    torch.testing.assert_close(found.view(5, -1), expected)

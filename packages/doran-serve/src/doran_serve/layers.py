@@ -160,5 +160,11 @@ class ScaledOutput(StockLayer):
 
 
 def with_scaled_output(stock: type) -> type:
-    """A subclass of the vLLM LoRA layer class `stock` whose output is scaled."""
-    return type(f"Scaled{stock.__name__}", (ScaledOutput, stock), {"__module__": __name__})
+    """A subclass of the vLLM LoRA layer class `stock` whose output is scaled.
+
+    It becomes a name of this module: what torch.compile has cached finds a class by where it is defined.
+    """
+    name = f"Scaled{stock.__name__}"
+    globals()[name] = type(name, (ScaledOutput, stock), {"__module__": __name__})
+    scaled: type = globals()[name]
+    return scaled
