@@ -46,60 +46,6 @@ def _add_adapters(
     starts: Tensor,
     idle: Tensor,
 ) -> None:
-    if idle.item():  # no token of the batch has an adapter
-        return
-    from doran_serve import kernels
-
-    x = x if x.stride(1) == 1 else x.contiguous()
-    h = kernels.shrink(x, a, order, ids, counts, starts)
-    config = kernels.expand_config(x.shape[0], b.shape[2], y.dtype)
-    blocks = _column_blocks(tuple(sizes), config.columns, y.device)
-    kernels.expand(h, b, scale, bias, y, order, ids, counts, starts, blocks, config)
-
-
-def _add_adapters_fake(
-    y: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    sizes: list[int],
-    order: Tensor,
-    ids: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    idle: Tensor,
-) -> None:
-    return None
-
-
-@functools.cache
-def _column_blocks(sizes: tuple[int, ...], columns: int, device: torch.device) -> Tensor:
-    from doran_serve import kernels
-
-    return kernels.column_blocks(sizes, columns, device)
-
-
-_library.define(_NAME + torch.library.infer_schema(_add_adapters, mutates_args=["y"]))
-_library.impl(_NAME, _add_adapters, "CUDA")
-_library._register_fake(_NAME, _add_adapters_fake)
-
-
-def add_adapters(
-    y: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    sizes: list[int],
-    order: Tensor,
-    ids: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    idle: Tensor,
-) -> None:
     """`y = c * (y + B A x) + (1 - c) * bias` in place, for every token that has a slot.
 
     Args:
@@ -116,4 +62,28 @@ def add_adapters(
         starts: see `order`.
         idle: a CPU boolean: nobody has a slot.
     """
-    torch.ops.doran.add_adapters(y, x, a, b, scale, bias, sizes, order, ids, counts, starts, idle)
+    if idle.item():  # no token of the batch has an adapter
+        return
+    from doran_serve import kernels
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    h = kernels.shrink(x, a, order, ids, counts, starts)
+    config = kernels.expand_config(x.shape[0], b.shape[2], y.dtype)
+    blocks = _column_blocks(tuple(sizes), config.columns, y.device)
+    kernels.expand(h, b, scale, bias, y, order, ids, counts, starts, blocks, config)
+
+
+@functools.cache
+def _column_blocks(sizes: tuple[int, ...], columns: int, device: torch.device) -> Tensor:
+    from doran_serve import kernels
+
+    return kernels.column_blocks(sizes, columns, device)
+
+
+_library.define(_NAME + torch.library.infer_schema(_add_adapters, mutates_args=["y"]))
+_library.impl(_NAME, _add_adapters, "CUDA")
+_library._register_fake(_NAME, lambda *args: None)
+
+
+add_adapters: Any = torch.ops.doran.add_adapters
+"""`_add_adapters` as an operator of torch."""
