@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from doran_serve import kernels
+from doran_serve.tiles import expand_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies no bfloat16
@@ -52,7 +53,7 @@ def test_every_token_gets_its_own_adapter(case: str, with_bias: bool) -> None:
     found = y.clone().to(DEVICE)
     order, ids, counts, starts = metadata(slots, most)
     h = kernels.shrink(x.to(DEVICE), a.to(DEVICE), order, ids, counts, starts)
-    config = kernels.expand_config(n, rank, dtype)
+    config = expand_config(n, rank, dtype)
     blocks = kernels.column_blocks(sizes, config.columns, DEVICE)
     on = [t if t is None else t.to(DEVICE) for t in (b, scale, bias)]
     kernels.expand(h, *on, found, order, ids, counts, starts, blocks, config)
@@ -79,7 +80,7 @@ def test_nobody_has_an_adapter() -> None:
     ids, counts, starts = torch.full((3,), -1), torch.zeros(3), torch.zeros(4)
     meta = [t.to(torch.int32).to(DEVICE) for t in (order, ids, counts, starts)]
     h = kernels.shrink(x.to(DEVICE), a.to(DEVICE), *meta)
-    config = kernels.expand_config(6, 8, torch.float32)
+    config = expand_config(6, 8, torch.float32)
     blocks = kernels.column_blocks((24,), config.columns, DEVICE)
     kernels.expand(h, b.to(DEVICE), torch.ones(3, 24).to(DEVICE), None, y, *meta, blocks, config)
     assert torch.equal(y, before)
@@ -91,7 +92,7 @@ def test_the_sum_does_not_depend_on_the_other_tokens() -> None:
     x, a = torch.randn(8, 64, generator=draw), torch.randn(3, 8, 64, generator=draw)
     b, y = torch.randn(3, 32, 8, generator=draw), torch.randn(8, 32, generator=draw)
     scale = torch.rand(4, 32, generator=draw) + 0.5
-    config = kernels.expand_config(8, 8, torch.float32)
+    config = expand_config(8, 8, torch.float32)
     blocks = kernels.column_blocks((32,), config.columns, DEVICE)
     results = []
     for slots in (torch.tensor([1, 0, 2, 0, -1, 1, 2, 2]), torch.tensor([1, 1, 1, 1, 1, 1, 1, 1])):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from doran_serve.tiles import EXPAND_COLUMNS, expand_config
+
 __all__ = ["add_adapters", "prepare", "usable"]
 
 _NAME = "add_adapters"
@@ -26,9 +28,7 @@ def usable(device: torch.device) -> bool:
 
 def prepare(sizes: list[int], device: torch.device) -> None:
     """Make what the operator needs for a layer of these projections, before a CUDA graph is captured."""
-    from doran_serve import kernels
-
-    for columns in kernels.EXPAND_COLUMNS:
+    for columns in EXPAND_COLUMNS:
         _column_blocks(tuple(sizes), columns, device)
 
 
@@ -68,7 +68,7 @@ def _add_adapters(
 
     x = x if x.stride(1) == 1 else x.contiguous()
     h = kernels.shrink(x, a, order, ids, counts, starts)
-    config = kernels.expand_config(x.shape[0], b.shape[2], y.dtype)
+    config = expand_config(x.shape[0], b.shape[2], y.dtype)
     blocks = _column_blocks(tuple(sizes), config.columns, y.device)
     kernels.expand(h, b, scale, bias, y, order, ids, counts, starts, blocks, config)
 

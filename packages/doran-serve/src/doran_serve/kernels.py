@@ -11,7 +11,6 @@ replayed with any other mix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,70 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = [
-    "EXPAND_COLUMNS",
-    "ExpandConfig",
-    "ShrinkConfig",
-    "column_blocks",
-    "expand",
-    "expand_config",
-    "shrink",
-    "shrink_config",
-]
+from doran_serve.tiles import ExpandConfig, ShrinkConfig, expand_config, shrink_config, token_blocks
 
-EXPAND_COLUMNS = (64, 128)
-"""Values of `ExpandConfig.columns` that `expand_config` chooses among."""
-
-_MULTIPROCESSORS = 132
-"""Programs that run at once, roughly; only the split of d_in depends on it."""
-
-
-@dataclass(frozen=True)
-class ShrinkConfig:
-    """Tile sizes: tokens, columns of h, columns of x; d_in is cut into `split` parts."""
-
-    tokens: int
-    columns: int
-    depth: int
-    split: int
-    warps: int = 4
-    stages: int = 3
-
-
-@dataclass(frozen=True)
-class ExpandConfig:
-    """Tile sizes: tokens, columns of y, ranks."""
-
-    tokens: int
-    columns: int
-    depth: int
-    warps: int = 4
-    stages: int = 2
-
-
-def shrink_config(tokens: int, slots: int, width: int, d_in: int, dtype: torch.dtype) -> ShrinkConfig:
-    """Tile sizes for `tokens` tokens of up to `slots` adapters, h of `width` columns.
-
-    Args:
-        tokens: n.
-        slots: of the engine.
-        width: projections packed in the layer, times the largest rank.
-        d_in: columns of x.
-        dtype: of x; float32 takes more room.
-    """
-    block = 16 if tokens <= 256 else 64
-    wide = min(128, max(16, triton.next_power_of_2(width)))
-    depth = 128 if dtype != torch.float32 else 32
-    programs = _blocks(tokens, slots, block) * triton.cdiv(width, wide)
-    split = max(1, min(2 * _MULTIPROCESSORS // programs, d_in // (2 * depth), 32 if tokens < 16 else 8))
-    split = 1 << (split.bit_length() - 1)  # few values, for each is compiled
-    return ShrinkConfig(block, wide, depth, split)
-
-
-def expand_config(tokens: int, rank: int, dtype: torch.dtype) -> ExpandConfig:
-    """Tile sizes for `tokens` tokens and slots of `rank`."""
-    columns = EXPAND_COLUMNS[dtype != torch.float32]
-    return ExpandConfig(16 if tokens <= 256 else 64, columns, min(64, max(16, triton.next_power_of_2(rank))))
+__all__ = ["column_blocks", "expand", "shrink"]
 
 
 def column_blocks(sizes: tuple[int, ...], columns: int, device: torch.device | str) -> Tensor:
@@ -92,11 +30,6 @@ def column_blocks(sizes: tuple[int, ...], columns: int, device: torch.device | s
         rows += [(index, first, start + size) for first in range(start, start + size, columns)]
         start += size
     return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-def _blocks(tokens: int, slots: int, block: int) -> int:
-    """Upper bound of the token blocks when each slot's tokens start a new one."""
-    return int(triton.cdiv(tokens, block)) + min(slots, tokens) - 1
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -239,7 +172,7 @@ def shrink(
     part = triton.cdiv(triton.cdiv(d_in, config.split), config.depth) * config.depth
     split = triton.cdiv(d_in, part)
     h = torch.empty(split, n, width, dtype=torch.float32, device=x.device)
-    grid = (_blocks(n, slots, config.tokens), triton.cdiv(width, config.columns), split)
+    grid = (token_blocks(n, slots, config.tokens), triton.cdiv(width, config.columns), split)
     _shrink_kernel[grid](
         *(x, a, h, order, ids, counts, starts, n, ids.shape[0], d_in, part, x.stride(0)),
         WIDTH=width,
@@ -283,7 +216,7 @@ def expand(
     split, n, width = h.shape
     slots, d_out, rank = b.shape
     config = config or expand_config(n, rank, y.dtype)
-    grid = (_blocks(n, slots, config.tokens), blocks.shape[0])
+    grid = (token_blocks(n, slots, config.tokens), blocks.shape[0])
     _expand_kernel[grid](
         *(h, b, scale, bias if bias is not None else scale, y, order, ids, counts, starts, blocks),
         *(n, ids.shape[0], d_out, y.stride(0)),
