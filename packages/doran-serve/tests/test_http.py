@@ -104,10 +104,14 @@ def test_a_bad_adapter_is_refused_and_the_server_lives(
 def test_adapters_are_found_by_name_in_a_directory(server: Server, reference: Callable[[str], Any]) -> None:
     folder = Path(server.log.name).parent / "more"
     weights = reference("llama").weights
-    for seed, form in enumerate(("trainable", "dora", "compiled", "lora")):
+    forms = ("trainable", "dora", "compiled", "lora") * 3  # three times as many as there are slots
+    expected = {}
+    for seed, form in enumerate(forms):
         spec = make_adapter(form, weights, TARGETS, rank=5, seed=80 + seed, size=0.5)
         spec.write(folder / f"tenant-{seed}")
-        assert server.complete(f"tenant-{seed}", PROMPTS[0]) == reference("llama").answer([PROMPTS[0]], spec, TOKENS)[0]
+        expected[f"tenant-{seed}"] = reference("llama").answer([PROMPTS[0]], spec, TOKENS)[0]
+    for name in [*expected, *reversed(expected)]:
+        assert server.complete(name, PROMPTS[0]) == expected[name], name
     foreign = make_adapter("compiled", weights, TARGETS, rank=5, seed=90, size=0.5)
     foreign.write_scales(foreign.write(folder / "foreign"), fingerprint="sha256:beef")
     status, text = server.complete("foreign", PROMPTS[0])

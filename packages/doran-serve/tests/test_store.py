@@ -78,6 +78,17 @@ def test_rank_limit(store: AdapterStore, base: Any, tmp_path: Path) -> None:
         store.check(folder)
 
 
+def test_target_limit(base: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
+    for allowed in (["up_proj"], ["gate_up_proj"], ["gate_proj"], ["q_proj", "model.layers.0.mlp.up_proj"]):
+        store = AdapterStore(tmp_path / "base", targets=allowed)
+        if "q_proj" not in allowed:
+            assert store.check(folder).modules == 2
+            continue
+        with pytest.raises(TargetError, match=r"adapts model\.layers\.1\.mlp\.up_proj, .*lora_target_modules=model"):
+            store.check(folder)
+
+
 def test_a_module_that_the_base_lacks(store: AdapterStore, base: Any, tmp_path: Path) -> None:
     other = {"model.layers.9.mlp.up_proj": torch.randn(24, 16)}
     folder = make_adapter("compiled", other, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")

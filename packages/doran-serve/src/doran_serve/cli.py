@@ -18,7 +18,8 @@ from doran_serve import fit, flags
 from doran_serve.base import local_directory
 from doran_serve.bench.cli import add_bench
 from doran_serve.resolver import VARIABLE
-from doran_serve.store import AdapterInfo, AdapterStore
+from doran_serve.served import AdapterInfo
+from doran_serve.store import AdapterStore
 
 __all__ = ["check_adapters", "find_adapters", "register"]
 

@@ -11,12 +11,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import Any
 
 from doran_core.adapter import (
     AnyAdapter,
@@ -28,73 +25,22 @@ from doran_core.adapter import (
 )
 from doran_core.adapter.schema import ADAPTER_FILES, CONFIG_FILE, SCALE_FILE, TENSOR_FILE
 from doran_core.convert import compile_adapter, from_peft
-from doran_core.errors import AdapterFormatError, CheckpointError, RankError, UnexpectedKeyError
+from doran_core.errors import AdapterFormatError, CheckpointError, RankError, TargetError, UnexpectedKeyError
 from doran_serve.base import BaseModel, local_directory
 from doran_serve.names import lookup
+from doran_serve.served import AdapterForm, AdapterInfo, ServedAdapter, ServedModule
 
 __all__ = [
-    "AdapterForm",
-    "AdapterInfo",
     "AdapterStore",
-    "ServedAdapter",
-    "ServedModule",
     "adapter_version",
     "default_cache_directory",
 ]
 
-AdapterForm = Literal["lora", "dora", "compiled", "trainable"]
-
-
-@dataclass(frozen=True)
-class ServedModule:
-    """One adapted layer: ``y = c * (W0 x + B A x) + bias``.
-
-    Attributes:
-        name: the module's name in the base model.
-        A: ``[r, d_in]``.
-        B: ``[d_out, r]``, scaling included.
-        scale: c, ``[d_out]`` float32; None for LoRA (all ones).
-    """
-
-    name: str
-    A: Tensor
-    B: Tensor
-    scale: Tensor | None
-
-
-@dataclass(frozen=True)
-class ServedAdapter:
-    """An adapter ready for a slot: checked, scaling baked in, networks evaluated."""
-
-    path: Path
-    form: AdapterForm
-    modules: Mapping[str, ServedModule]
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of its modules."""
-        return max(module.A.shape[0] for module in self.modules.values())
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What is known of a checked adapter without its tensors.
-
-    Attributes:
-        path: its directory.
-        form: as it lies there.
-        rank: the largest rank; None if only vLLM can read it.
-        modules: how many layers it adapts.
-        values: how many numbers a slot has to hold for it.
-        targets: ends of the names of these layers; empty if only vLLM can read it.
-    """
-
-    path: Path
-    form: AdapterForm
-    rank: int | None
-    modules: int
-    values: int
-    targets: frozenset[str] = frozenset()
+_PACKED = (
+    frozenset({"qkv_proj", "q_proj", "k_proj", "v_proj"}),
+    frozenset({"gate_up_proj", "gate_proj", "up_proj"}),
+)
+"""Layers of vLLM with the projections that it packs into them: one of the names makes all of them adaptable."""
 
 
 def default_cache_directory() -> Path:
@@ -110,23 +56,33 @@ class AdapterStore:
     Args:
         base: directory of the base checkpoint, or None if it is not at hand.
         max_rank: refuse ranks above it (vLLM's ``max_lora_rank``); None for no limit.
+        targets: refuse modules of other names (vLLM's ``lora_target_modules``); None for no limit.
         cache_directory: where compiled adapters are kept.
     """
 
     def __init__(
-        self, base: str | Path | None, *, max_rank: int | None = None, cache_directory: Path | None = None
+        self,
+        base: str | Path | None,
+        *,
+        max_rank: int | None = None,
+        targets: Collection[str] | None = None,
+        cache_directory: Path | None = None,
     ) -> None:
         self.base = BaseModel(None if base is None else Path(base))
         self.max_rank = max_rank
+        self.targets = None if targets is None else frozenset(targets)
         self.cache_directory = cache_directory or default_cache_directory()
         self._checked: dict[Path, tuple[_Signature, AdapterInfo]] = {}
         self._lock = threading.Lock()
 
     @classmethod
     def for_engine(cls, vllm_config: Any) -> AdapterStore:
-        """The store of a vLLM engine; one per base model and rank limit in a process."""
+        """The store of a vLLM engine; one per base model and limits in a process."""
         model, lora = vllm_config.model_config, vllm_config.lora_config
-        return _shared_store(model.model, model.revision, None if lora is None else lora.max_lora_rank)
+        if lora is None:
+            return _shared_store(model.model, model.revision, None, None)
+        targets = None if lora.target_modules is None else frozenset(lora.target_modules)
+        return _shared_store(model.model, model.revision, lora.max_lora_rank, targets)
 
     @staticmethod
     def require_directory(path: str | Path, name: str) -> None:
@@ -171,6 +127,7 @@ class AdapterStore:
             served = _served(folder, form, record)
         if served is not None:
             self._check_rank(served)
+            self._check_targets(served)
         return served, record
 
     def _info(self, folder: Path) -> AdapterInfo:
@@ -191,6 +148,16 @@ class AdapterStore:
             raise RankError(
                 f"{adapter.path}: rank {adapter.rank}, but the engine was started with max_lora_rank={self.max_rank}"
             )
+
+    def _check_targets(self, adapter: ServedAdapter) -> None:
+        for name in adapter.modules if self.targets is not None else ():
+            last = name.rpartition(".")[2]
+            beside = next((names for names in _PACKED if last in names), frozenset())
+            if self.targets is not None and not self.targets & {name, last, *beside}:
+                raise TargetError(
+                    f"{adapter.path}: adapts {name}, but the engine was started with lora_target_modules="
+                    f"{','.join(sorted(self.targets))}"
+                )
 
     def _load_lora(self, folder: Path) -> tuple[ServedAdapter | None, AnyAdapter | None]:
         try:
@@ -226,8 +193,10 @@ class AdapterStore:
 
 
 @functools.cache
-def _shared_store(model: str, revision: str | None, max_rank: int | None) -> AdapterStore:
-    return AdapterStore(local_directory(model, revision), max_rank=max_rank)
+def _shared_store(
+    model: str, revision: str | None, max_rank: int | None, targets: frozenset[str] | None
+) -> AdapterStore:
+    return AdapterStore(local_directory(model, revision), max_rank=max_rank, targets=targets)
 
 
 def _form(folder: Path) -> AdapterForm:

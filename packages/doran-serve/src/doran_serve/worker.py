@@ -15,7 +15,8 @@ from doran_core.errors import TargetError, TensorShapeError
 from doran_serve.layers import ScaledOutput
 from doran_serve.names import lookup
 from doran_serve.places import nearest, output_sizes, renamer
-from doran_serve.store import AdapterStore, ServedAdapter, ServedModule
+from doran_serve.served import ServedAdapter, ServedModule
+from doran_serve.store import AdapterStore
 
 if TYPE_CHECKING:
 

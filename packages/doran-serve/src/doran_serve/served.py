@@ -1,0 +1,66 @@
+"""Records of adapters as a server holds them. Imports torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["AdapterForm", "AdapterInfo", "ServedAdapter", "ServedModule"]
+
+AdapterForm = Literal["lora", "dora", "compiled", "trainable"]
+
+
+@dataclass(frozen=True)
+class ServedModule:
+    """One adapted layer: ``y = c * (W0 x + B A x) + bias``.
+
+    Attributes:
+        name: the module's name in the base model.
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``, scaling included.
+        scale: c, ``[d_out]`` float32; None for LoRA (all ones).
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter ready for a slot: checked, scaling baked in, networks evaluated."""
+
+    path: Path
+    form: AdapterForm
+    modules: Mapping[str, ServedModule]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules."""
+        return max(module.A.shape[0] for module in self.modules.values())
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What is known of a checked adapter without its tensors.
+
+    Attributes:
+        path: its directory.
+        form: as it lies there.
+        rank: the largest rank; None if only vLLM can read it.
+        modules: how many layers it adapts.
+        values: how many numbers a slot has to hold for it.
+        targets: ends of the names of these layers; empty if only vLLM can read it.
+    """
+
+    path: Path
+    form: AdapterForm
+    rank: int | None
+    modules: int
+    values: int
+    targets: frozenset[str] = frozenset()
