@@ -15,7 +15,7 @@ from adapter_specs import make_adapter
 from doran_core.adapter import PeftAdapter, read_adapter
 from doran_core.errors import DoranError
 from doran_serve import cli
-from doran_serve.bench.cases import Case, Workload
+from doran_serve.bench.cases import Case, Workload, standard_cases
 from doran_serve.bench.run import measure, summary, table
 from doran_serve.bench.strip import write_lora
 from doran_serve.store import AdapterStore
@@ -46,10 +46,16 @@ def test_the_lora_of_an_adapter_has_its_factors(tmp_path: Path) -> None:
     assert part.magnitude is None
 
 
-def test_every_case_is_measured(
-    checkpoint: Callable[[str], Path], reference: Callable[[str], Any], tmp_path: Path, capsys: Any
+def test_stock_and_plugin_are_measured_and_compared(
+    checkpoint: Callable[[str], Path],
+    reference: Callable[[str], Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("vllm")
+    # Each case starts an engine: stock LoRA and mixed serving stand for all four.
+    monkeypatch.setattr("doran_serve.bench.cli.standard_cases", lambda *given: standard_cases(*given)[1:3])
     for index in range(2):
         spec = make_adapter("compiled", reference("llama").weights, ("q_proj",), rank=4, seed=index, size=0.4)
         spec.write(tmp_path / "adapters" / f"{index}")
@@ -62,7 +68,7 @@ def test_every_case_is_measured(
     assert args.func(args) == 0
     lines = [json.loads(line) for line in (tmp_path / "rounds").read_text().splitlines()]
     measured = {line["case"]: line["tokens_per_s"] for line in lines if "tokens_per_s" in line}
-    assert list(measured) == ["base", "lora", "doran mixed", "doran merged"]
+    assert list(measured) == ["lora", "doran mixed"]
     assert all(speed > 0 for speed in measured.values())
     assert "| doran mixed |" in capsys.readouterr().out
 

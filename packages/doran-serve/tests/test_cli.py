@@ -120,6 +120,18 @@ def test_many_adapters_are_found_by_name(
     assert "36 adapters: found by name" in capsys.readouterr().out
 
 
+def test_memory_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text('#!/bin/sh\n[ "$2" = 3 ] && echo "81559, NVIDIA H100"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    assert fit.device_memory() == fit.Memory(81559 * 2**20, "NVIDIA H100")
+    assert fit.device_memory(2) == fit.Memory(2 * 81559 * 2**20, "2 x NVIDIA H100")
+    script.write_text("#!/bin/sh\nexit 9\n")
+    assert fit.device_memory().name == "this machine"
+
+
 def test_slots_that_fit() -> None:
     shapes = [(24, 16), (8, 16)]
     each = fit.slot_bytes(shapes, rank=4, width=2)

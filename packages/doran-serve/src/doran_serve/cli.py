@@ -144,16 +144,16 @@ def _serve(args: argparse.Namespace) -> int:
 def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str]) -> list[str]:
     """vLLM's flags, and a line on the memory that the adapters will take."""
     shapes, width, base = _base_sizes(store, checked.targets)
-    memory = fit.device_memory()
     if mode == "merged":
         if shapes:
             kept = fit.base_row_bytes(shapes, width)
             print(f"merged mode keeps {kept / 2**30:.2f} GiB of base weights beside the model", flush=True)
         return flags.merged_flags(checked.paths, given)
     slots = min(len(checked.paths), flags.MOST_SLOTS)
-    if shapes:
+    if shapes and flags.given_value(given, "--max-loras") is None:
         each = fit.slot_bytes(shapes, flags.served_rank(checked.rank), width)
-        slots = fit.fitting_slots(slots, each, base, memory)
+        ranks = int(flags.given_value(given, "--tensor-parallel-size") or flags.given_value(given, "-tp") or 1)
+        slots = fit.fitting_slots(slots, each, base, fit.device_memory(ranks))
         print(f"{slots} slots of {each / 2**20:.1f} MiB for {len(checked.paths)} adapters", flush=True)
     return flags.mixed_flags(checked.paths, checked.rank, slots, checked.targets, given)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
-
-import torch
 
 from doran_core.checkpoint import Checkpoint
 from doran_core.errors import DoranError
@@ -27,11 +26,19 @@ class Memory:
     name: str
 
 
-def device_memory() -> Memory:
-    """Of the first GPU, else of the machine."""
-    if torch.cuda.is_available():
-        return Memory(torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0))
-    return Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine")
+def device_memory(ranks: int = 1) -> Memory:
+    """Of the first visible NVIDIA GPU, times the ranks that share a model; of the machine if there is none.
+
+    It asks nvidia-smi: asking CUDA would take device memory in this process and keep vLLM from forking.
+    """
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", "-i", device, "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        size, _, name = answer.strip().partition(", ")
+        return Memory(int(size) * 2**20 * ranks, name if ranks == 1 else f"{ranks} x {name}")
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine")
 
 
 def adaptable(checkpoint: Checkpoint, targets: Collection[str]) -> list[tuple[int, int]]:
