@@ -3,8 +3,9 @@
     python benchmarks/serve.py --out DIR [--parts kernel-tests kernels equal-fp32 equal-merged equal-bf16 speed swap]
 
 Each part is a process with a time limit of its own; results are printed as JSON lines as they come and appended to
-DIR/serve.jsonl. A part that is complete there is not run again. vLLM has to be importable. Packages of this repository
-may be on PYTHONPATH without being installed: the plugin's entry point is then supplied from a temporary folder.
+DIR/serve.jsonl. A part that is complete there is not run again, nor is a case of `speed`. vLLM has to be importable.
+Packages of this repository may be on PYTHONPATH without being installed: the plugin's entry point is then supplied
+from a temporary folder.
 """
 
 from __future__ import annotations
@@ -106,14 +107,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "serve-results")))
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--cases", nargs="+", help="of the part `speed`: base, lora, 'doran mixed', 'doran merged'")
     parser.add_argument("--budget", type=float, default=580, help="seconds for all parts")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.budget
     with environment() as variables:
+        variables["DORAN_BENCH_RESULTS"] = str((args.out / "serve.jsonl").resolve())
+        variables["DORAN_BENCH_CASES"] = ",".join(args.cases or [])
         for part in args.parts:
             left = deadline - time.monotonic()
-            if part in complete(args.out):
+            if part in complete(args.out) and not (part == "speed" and args.cases):
                 print(f"{part}: complete in {args.out}", flush=True)
             elif left < 30:
                 print(f"{part}: no time left", flush=True)

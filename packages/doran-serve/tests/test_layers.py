@@ -104,7 +104,7 @@ def test_the_fused_path_under_torch_compile(batched: bool, monkeypatch: pytest.M
     library: Any = torch.library.Library("doran", "IMPL")
     library.impl("add_adapters", in_the_interpreters_place, "CPU")
     monkeypatch.setattr(fused, "usable", lambda device: True)
-    monkeypatch.setattr(fused, "prepare", lambda sizes, device: None)
+    monkeypatch.setattr(fused, "prepare", lambda *args: None)
     draw = torch.Generator().manual_seed(10)
     sizes, d_in, rank, most = (6, 10), 12, 4, 3
     layer: Any = with_scaled_output(StockLinear)(sizes, d_in)

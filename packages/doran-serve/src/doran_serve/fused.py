@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doran_serve.tiles import EXPAND_COLUMNS, expand_config
+from doran_serve.tiles import FEW_TOKENS, expand_config
 
 __all__ = ["add_adapters", "prepare", "usable"]
 
@@ -26,10 +26,21 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def prepare(sizes: list[int], device: torch.device) -> None:
-    """Make what the operator needs for a layer of these projections, before a CUDA graph is captured."""
-    for columns in EXPAND_COLUMNS:
-        _column_blocks(tuple(sizes), columns, device)
+def prepare(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, sizes: list[int]) -> None:
+    """Compile and allocate what the operator needs for a layer, so that no request and no CUDA graph waits for it.
+
+    vLLM's trial runs at its start have no adapter except for the few tokens of a graph. The arguments are those of
+    `_add_adapters`.
+    """
+    slots, d_out, _ = b.shape
+    ids = torch.full((slots + 1,), -1, dtype=torch.int32, device=b.device)  # nobody has a slot: nothing is computed
+    none = torch.zeros(slots + 2, dtype=torch.int32, device=b.device)
+    for tokens in (1, FEW_TOKENS + 1):
+        x, y = (torch.zeros(tokens, width, dtype=b.dtype, device=b.device) for width in (a.shape[2], d_out))
+        order = torch.zeros(tokens, dtype=torch.int32, device=b.device)
+        _add_adapters(
+            y, x, a, b, scale, bias, sizes, order, ids, none[:-1], none, torch.zeros(1, dtype=torch.bool, device="cpu")
+        )
 
 
 def _add_adapters(

@@ -6,7 +6,8 @@ pair clears its buffer in a third launch, sums with atomics in any order, and ta
 
 Programs are dealt out by token block, not by slot: tokens come sorted by slot, and each program finds the slot of its
 block from the tokens per slot. So the grid depends on the number of tokens and slots alone, and a CUDA graph may be
-replayed with any other mix.
+replayed with any other mix. What is compiled depends on layer and tile sizes alone, of which there are two, for few and
+for many tokens: the engine's own trial runs at its start compile both, and no request waits for it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, total, mask=valid[:, None] & (column < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "groups"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens", "groups", "split"])  # type: ignore[untyped-decorator]
 def _expand_kernel(  # type: ignore[no-untyped-def]
     h,
     b,
@@ -104,7 +105,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     groups,
     d_out,
     y_stride,
-    SPLIT: tl.constexpr,
+    split,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -125,7 +126,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     for first in range(0, RANK, DEPTH):
         depth = first + tl.arange(0, DEPTH)
         left = tl.zeros((TOKENS, DEPTH), dtype=tl.float32)
-        for part in range(SPLIT):
+        for part in range(split):
             source = h + (part * tokens + position[:, None]).to(tl.int64) * WIDTH + projection * RANK + depth[None, :]
             left += tl.load(source, mask=valid[:, None] & (depth < RANK)[None, :], other=0.0)
         right = tl.load(b_rows + depth[None, :], mask=inside[:, None] & (depth < RANK)[None, :], other=0.0)
@@ -219,8 +220,7 @@ def expand(
     grid = (token_blocks(n, slots, config.tokens), blocks.shape[0])
     _expand_kernel[grid](
         *(h, b, scale, bias if bias is not None else scale, y, order, ids, counts, starts, blocks),
-        *(n, ids.shape[0], d_out, y.stride(0)),
-        SPLIT=split,
+        *(n, ids.shape[0], d_out, y.stride(0), split),
         WIDTH=width,
         RANK=rank,
         HAS_BIAS=bias is not None,

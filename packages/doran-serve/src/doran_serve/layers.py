@@ -91,9 +91,9 @@ class ScaledOutput(StockLayer):
         a, b = self.lora_a_stacked, self.lora_b_stacked
         self.doran_a, self.doran_b = torch.cat(a, dim=2).squeeze(1), torch.cat(b, dim=2).squeeze(1)
         self.doran_sizes = [part.shape[2] for part in b]
-        fused.prepare(self.doran_sizes, self.doran_b.device)
         self.lora_a_stacked = tuple(torch.split(self.doran_a.unsqueeze(1), [part.shape[2] for part in a], dim=2))
         self.lora_b_stacked = tuple(torch.split(self.doran_b.unsqueeze(1), self.doran_sizes, dim=2))
+        fused.prepare(self.doran_a, self.doran_b, self.doran_scale, self._bias_in_output(), self.doran_sizes)
 
     def reset_lora(self, index: int) -> None:
         """Empty slot `index`: zero factors, scale 1. vLLM calls this before every `set_lora`, too."""

@@ -6,10 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["EXPAND_COLUMNS", "ExpandConfig", "ShrinkConfig", "expand_config", "shrink_config", "token_blocks"]
+__all__ = [
+    "EXPAND_COLUMNS",
+    "FEW_TOKENS",
+    "ExpandConfig",
+    "ShrinkConfig",
+    "expand_config",
+    "shrink_config",
+    "token_blocks",
+]
 
 EXPAND_COLUMNS = (64, 128)
 """Values of `ExpandConfig.columns` that `expand_config` chooses among."""
+
+FEW_TOKENS = 256
+"""Up to so many tokens the tiles are those of decoding; beyond, those of prompts."""
 
 _MULTIPROCESSORS = 132
 """Programs that run at once, roughly; only the split of d_in depends on it."""
@@ -48,19 +59,18 @@ def shrink_config(tokens: int, slots: int, width: int, d_in: int, dtype: torch.d
         d_in: columns of x.
         dtype: of x; float32 takes more room.
     """
-    block = 16 if tokens <= 256 else 64
+    block = 16 if tokens <= FEW_TOKENS else 64
     wide = min(128, max(16, _power_of_two(width)))
     depth = 128 if dtype != torch.float32 else 32
     programs = token_blocks(tokens, slots, block) * -(-width // wide)
     split = max(1, min(2 * _MULTIPROCESSORS // programs, d_in // (2 * depth), 32 if tokens < 16 else 8))
-    split = 1 << (split.bit_length() - 1)  # few values, for each is compiled
     return ShrinkConfig(block, wide, depth, split)
 
 
 def expand_config(tokens: int, rank: int, dtype: torch.dtype) -> ExpandConfig:
     """Tile sizes for `tokens` tokens and slots of `rank`."""
     columns = EXPAND_COLUMNS[dtype != torch.float32]
-    return ExpandConfig(16 if tokens <= 256 else 64, columns, min(64, max(16, _power_of_two(rank))))
+    return ExpandConfig(16 if tokens <= FEW_TOKENS else 64, columns, min(64, max(16, _power_of_two(rank))))
 
 
 def token_blocks(tokens: int, slots: int, block: int) -> int:

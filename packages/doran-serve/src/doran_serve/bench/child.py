@@ -27,11 +27,15 @@ def main(path: str) -> None:
 
     llm = LLM(case["model"], **case["engine"])
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    report(case=case["name"], start_s=round(time.perf_counter() - start, 1))
+
+    def reached(stage: str) -> None:
+        report(case=case["name"], reached=stage, after_s=round(time.perf_counter() - start, 2))
+
+    reached("engine up")
     adapters: list[Any] = [LoRARequest(Path(a).name, i, a) for i, a in enumerate(case["adapters"], 1)] or [None]
     draw = random.Random(0)
 
-    def timed(requests: int, tokens: int) -> float:
+    def timed(requests: int, tokens: int, adapters: list[Any] = adapters) -> float:
         """Seconds for `requests` new prompts, `tokens` of output each."""
         prompts = [
             {"prompt_token_ids": [draw.randrange(10, vocabulary) for _ in range(workload["prompt_tokens"])]}
@@ -43,8 +47,11 @@ def main(path: str) -> None:
         llm.generate(prompts, sampling, lora_request=chosen, use_tqdm=False)
         return time.perf_counter() - begin
 
-    timed(len(adapters), 4)  # loads the adapters
+    for index, adapter in enumerate(adapters):
+        timed(1, 1, [adapter])
+        reached(f"adapter {index} answers")
     timed(workload["requests"], 8)
+    reached("warm")
     for _ in range(workload["rounds"]):
         many = timed(workload["requests"], workload["output_tokens"])
         alone = timed(1, workload["output_tokens"])
