@@ -70,7 +70,10 @@ def shrink_config(tokens: int, slots: int, width: int, d_in: int, dtype: torch.d
 def expand_config(tokens: int, rank: int, dtype: torch.dtype) -> ExpandConfig:
     """Tile sizes for `tokens` tokens and slots of `rank`."""
     columns = EXPAND_COLUMNS[dtype != torch.float32]
-    return ExpandConfig(16 if tokens <= FEW_TOKENS else 64, columns, min(64, max(16, _power_of_two(rank))))
+    depth = min(64, max(16, _power_of_two(rank)))
+    if tokens <= FEW_TOKENS:
+        return ExpandConfig(16, columns, depth)
+    return ExpandConfig(64, columns, depth, warps=8)  # four would spill registers
 
 
 def token_blocks(tokens: int, slots: int, block: int) -> int:
