@@ -35,7 +35,7 @@ def speed() -> None:
     cases = standard_cases(model, engine, [f"{path}-lora" for path in doran], doran, 32)
     mixed = cases[2]
     narrow = {**mixed.engine, "lora_target_modules": [*LINEAR]}
-    cases.append(Case("doran mixed, no embeddings", True, model, narrow, mixed.adapters))
+    cases.append(Case("doran mixed without embeddings", True, model, narrow, mixed.adapters))
     wanted = os.environ.get("DORAN_BENCH_CASES", "")
     rounds = int(os.environ.get("DORAN_BENCH_ROUNDS", "4"))
     results = earlier(Path(os.environ["DORAN_BENCH_RESULTS"])) if "DORAN_BENCH_RESULTS" in os.environ else []

@@ -17,7 +17,7 @@ from doran_core.errors import DoranError
 from doran_serve import metrics
 from doran_serve.merged.mode import is_merged
 from doran_serve.names import lookup
-from doran_serve.store import AdapterStore, adapter_version
+from doran_serve.store import AdapterStore
 
 __all__ = [
     "adapter_id",
@@ -46,8 +46,11 @@ def refused_error() -> type[DoranError]:
     return type("AdapterRefusedError", bases, {"__module__": __name__, "__doc__": "An adapter cannot be served."})
 
 
-def check_request(vllm_config: Any, lora_request: Any) -> None:
+def check_request(vllm_config: Any, lora_request: Any) -> tuple[str, str]:
     """Refuse a request whose adapter the engine could not load; cheap for an adapter that was checked before.
+
+    Returns:
+        Directory and version of the adapter.
 
     Raises:
         AdapterRefusedError: the adapter's directory is not fit to be served; the message says why.
@@ -57,7 +60,7 @@ def check_request(vllm_config: Any, lora_request: Any) -> None:
     try:
         store = AdapterStore.for_engine(vllm_config)
         store.require_directory(path, lora_request.lora_name)
-        store.check(path)
+        return path, store.check(path).version
     except DoranError as error:
         metrics.refused(lora_request.lora_name)
         raise refused_error()(f"adapter {lora_request.lora_name!r} refused: {error}") from error
@@ -73,14 +76,12 @@ def current_request(vllm_config: Any, lora_request: Any) -> Any:
     Raises:
         as `check_request`.
     """
-    check_request(vllm_config, lora_request)
-    path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
-    now = (path, adapter_version(path))
+    path, version = now = check_request(vllm_config, lora_request)
     if _first.setdefault((lora_request.lora_name, lora_request.lora_int_id), now) == now:
         if lora_request.load_inplace:  # vLLM would read it again for every request
             return lookup("LoRARequest")(lora_request.lora_name, lora_request.lora_int_id, path)
         return lora_request
-    name = f"{lora_request.lora_name}@{now[1]}"
+    name = f"{lora_request.lora_name}@{version}"
     return lookup("LoRARequest")(name, adapter_id(f"{name} {path}"), path)
 
 

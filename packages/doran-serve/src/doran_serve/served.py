@@ -56,6 +56,7 @@ class AdapterInfo:
         modules: how many layers it adapts.
         values: how many numbers a slot has to hold for it.
         targets: ends of the names of these layers; empty if only vLLM can read it.
+        version: of the files that were checked, see `store.adapter_version`.
     """
 
     path: Path
@@ -64,3 +65,4 @@ class AdapterInfo:
     modules: int
     values: int
     targets: frozenset[str] = frozenset()
+    version: str = ""

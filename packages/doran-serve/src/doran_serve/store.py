@@ -12,6 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ class AdapterStore:
         with self._lock:
             known = self._checked.get(folder)
             if known is None or known[0] != signature:
-                known = self._checked[folder] = (signature, self._info(folder))
+                info = replace(self._info(folder), version=_short(signature))
+                known = self._checked[folder] = (signature, info)
         return known[1]
 
     def load(self, path: str | Path) -> ServedAdapter | None:
@@ -231,7 +233,11 @@ def _served(folder: Path, form: AdapterForm, adapter: CompiledAdapter) -> Served
 
 def adapter_version(path: str | Path) -> str:
     """A short name for the files of an adapter as they are now; another one once any of them is replaced."""
-    return hashlib.sha256(repr(_signature(Path(path))).encode()).hexdigest()[:16]
+    return _short(_signature(Path(path)))
+
+
+def _short(signature: _Signature) -> str:
+    return hashlib.sha256(repr(signature).encode()).hexdigest()[:16]
 
 
 _Signature = tuple[tuple[str, int, int, int], ...]
@@ -242,7 +248,7 @@ def _signature(folder: Path) -> _Signature:
     found = []
     for name in ADAPTER_FILES:
         try:
-            status = (folder / name).stat()
+            status = os.stat(f"{folder}/{name}")  # noqa: PTH116 - every request comes by, and Paths cost more
         except OSError:
             continue
         found.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
