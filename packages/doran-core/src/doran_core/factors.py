@@ -112,7 +112,7 @@ class _HiddenLayers(nn.Module):
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, offset: Tensor | None) -> Tensor:
-        hidden = self.embedding if offset is None else self.embedding + offset
+        hidden = self.embedding if offset is None else self.embedding + offset.to(self.embedding)
         for weight in self.weights:
             hidden = self.activation(F.linear(hidden, weight) / math.sqrt(weight.shape[1]))
         return hidden / hidden.shape[1]
@@ -155,6 +155,10 @@ def _output_weight(hidden: Tensor, d_in: int) -> Tensor:
         return weight
     spread = (hidden @ weight.T).square().mean().sqrt().clamp_min(1e-12)
     return weight * (1.0 / math.sqrt(3.0 * d_in) / spread)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 class GeneratedFactors(nn.Module):
@@ -224,15 +228,16 @@ class GeneratedFactors(nn.Module):
         return trunk.output_A[str(self.d_in)], trunk.output_B[str(self.d_out)]
 
     def networks(self) -> Networks | None:
-        """The parameters as the kernels take them; None for networks of another depth than two."""
+        """The parameters as the kernels take them; None for another depth than two, and where a hook sees the calls."""
         trunk, block = self._trunk[0], self._block_embedding[0]
-        if len(trunk.A.weights) != 1:
+        if len(trunk.A.weights) != 1 or any(_has_hooks(part) for part in (self, trunk, trunk.A, trunk.B)):
             return None
         w2_A, w2_B = self._output_weights()
         embedding_A: Tensor = trunk.A.embedding
         embedding_B: Tensor = trunk.B.embedding
         if block is not None:
-            embedding_A, embedding_B = embedding_A + block.vector, embedding_B + block.vector
+            vector = block.vector.to(embedding_A)  # a trunk may lie on another device than a block
+            embedding_A, embedding_B = embedding_A + vector, embedding_B + vector
         return Networks(embedding_A, trunk.A.weights[0], w2_A, embedding_B, trunk.B.weights[0], w2_B)
 
 

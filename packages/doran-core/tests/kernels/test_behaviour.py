@@ -232,3 +232,41 @@ def test_triton_by_name_on_float64(device):
     layer, x = USUAL.layer(torch.float64, device), USUAL.x(torch.float64, device)
     with use_backend("triton"), pytest.raises(BackendError, match=r"the dtype is torch.float64"):
         layer(x)
+
+
+def test_a_second_derivative_says_what_it_needs(implementation, device):
+    layer, x = USUAL.layer(torch.float32, device), USUAL.x(torch.float32, device)
+    with use_backend(implementation), pytest.raises(BackendError, match=r"use_backend\('reference'\)"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with use_backend("reference"):
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        first.square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("derived", [True, False])
+def test_a_generators_own_forward_and_hooks_are_called(derived, implementation, device):
+    layer, x = USUAL.layer(torch.float32, device), USUAL.x(torch.float32, device)
+    factors = layer.doran_adapter.factors
+    calls = []
+    if derived:
+
+        class Loud(type(factors)):
+            def forward(self):
+                calls.append("forward")
+                return super().forward()
+
+        factors.__class__ = Loud
+    else:
+        factors.register_forward_hook(lambda *_: calls.append("hook"))
+    with use_backend(implementation):
+        layer(x)
+    assert len(calls) == 1
+
+
+def test_model_wide_sharing_with_the_trunk_in_another_dtype(implementation, device):
+    layer = cases.Case(options={"sharing": "model"}).layer(torch.float32, device)
+    trunk = layer.doran_adapter.factors._trunk[0]
+    trunk.to(torch.float64)
+    with use_backend(implementation):
+        assert layer(USUAL.x(torch.float32, device)).isfinite().all()

@@ -12,7 +12,7 @@ import torch
 
 from doran_core.errors import BackendError
 
-__all__ = ["Backend", "Implementation", "choose", "get_backend", "set_backend", "use_backend"]
+__all__ = ["Backend", "Implementation", "choose", "get_backend", "set_backend", "triton_can_run", "use_backend"]
 
 Implementation = Literal["reference", "torch", "triton"]
 """``reference``: the formulas of doran_core.functional under autograd. ``torch``: the same function with a backward
@@ -43,6 +43,8 @@ def get_backend() -> Backend:
 
 def set_backend(name: Backend) -> None:
     """Ask for an implementation, for all layers and threads of this process. At the start it is ``$DORAN_BACKEND``.
+
+    Embeddings, convolutions and layers with a trained bias have the reference alone, whatever is asked for.
 
     Raises:
         BackendError: an unknown name; or triton, and it cannot run on this machine at all.
@@ -75,12 +77,17 @@ def choose(device: torch.device, dtype: torch.dtype) -> Implementation:
     """
     if _current in ("reference", "torch"):
         return _current
-    reason = _triton_cannot(device, dtype)
-    if reason is None and (_current == "triton" or torch.version.hip is None):
+    if triton_can_run(device, dtype):
         return "triton"
     if _current == "triton":
-        raise BackendError(f"backend 'triton' cannot run on this layer: {reason}")
+        raise BackendError(f"backend 'triton' cannot run on this layer: {_triton_cannot(device, dtype)}")
     return "torch"
+
+
+def triton_can_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors of this device and dtype would go to Triton; asks, and raises nothing."""
+    wanted = _current == "triton" or (_current == "auto" and torch.version.hip is None)
+    return wanted and _triton_cannot(device, dtype) is None
 
 
 def interpreting() -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from doran_core.kernels.backend import choose
+from doran_core.kernels.backend import triton_can_run
 
 __all__ = ["SLOPES", "Networks", "fits", "generate", "gradients", "values"]
 
@@ -50,10 +50,9 @@ def fits(networks: Networks, activation: str) -> bool:
         and embedding.shape[0] <= _MOST_RANK
         and w1.shape[0] <= _MOST_RANK
         and embedding.shape[1] <= _MOST_WIDTH
-        and embedding.dtype == w2.dtype == torch.float32
-        and embedding.device == w2.device
+        and triton_can_run(w2.device, w2.dtype)
+        and all(p.dtype == torch.float32 and p.device == w2.device and p.is_contiguous() for p in networks)
         and not torch.compiler.is_compiling()
-        and choose(w2.device, w2.dtype) == "triton"
     )
 
 
@@ -113,7 +112,7 @@ def gradients(networks: Networks, slope: float, grad_A: Tensor, grad_B: Tensor) 
 class _Generate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slope: float, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        networks = Networks(*(parameter.contiguous() for parameter in parameters))
+        networks = Networks(*parameters)
         ctx.slope = slope
         ctx.save_for_backward(*networks)
         return values(networks, slope)

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from doran_core.errors import BackendError
 from doran_core.kernels.backend import Implementation
 from doran_core.kernels.generate import Networks, gradients, values
 from doran_core.kernels.passes import Assembled, Passes, Source, TorchPasses, small_scale
@@ -317,7 +318,11 @@ class _WriteCounter:
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """:func:`forward` and :func:`backward` for autograd; ``apply(facts, *inputs)`` gives ``y``."""
+    """:func:`forward` and :func:`backward` for autograd; ``apply(facts, *inputs)`` gives ``y``.
+
+    It keeps the memory of ``y``. Later operations in place are noticed; writes through ``y.data``, which PyTorch does
+    not count, are not, and need the backend "reference". So do second derivatives.
+    """
 
     @staticmethod
     def forward(ctx: Any, facts: Facts, *tensors: Tensor | None) -> Tensor:
@@ -332,8 +337,12 @@ class AdaptedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise BackendError(
+                "the hand-written backward of an adapted layer has no derivative of its own (create_graph=True): "
+                "use doran_core.kernels.use_backend('reference')"
+            )
         output, *saved = ctx.saved_tensors
         inputs = Inputs.of(*saved[_KEPT:])
         wanted = dict(zip(Inputs._fields, ctx.needs_input_grad[1:], strict=False))

@@ -185,7 +185,8 @@ class DoranAdapter(nn.Module):
 
     def _networks(self) -> Networks | None:
         """The factor networks' parameters where the kernels can go all the way from them, and back to them."""
-        if self.experts is not None or not isinstance(self.factors, GeneratedFactors):
+        # A class derived from GeneratedFactors may have a forward of its own.
+        if self.experts is not None or type(self.factors) is not GeneratedFactors:
             return None
         networks = self.factors.networks()
         return networks if networks is not None and fits(networks, self.config.activation) else None

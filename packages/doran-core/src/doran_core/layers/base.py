@@ -27,6 +27,7 @@ class BaseView(ABC):
 
     Attributes:
         layer: the base layer.
+        layer_type: its class when the view was made; a parametrization changes it.
         kind: what sort of layer it is.
         d_out: rows of the matrix.
         d_in: columns of it.
@@ -38,6 +39,7 @@ class BaseView(ABC):
 
     def __init__(self, layer: nn.Module, d_out: int, d_in: int) -> None:
         self.layer = layer
+        self.layer_type = type(layer)
         self.d_out = d_out
         self.d_in = d_in
 
@@ -71,7 +73,10 @@ class BaseView(ABC):
         return matrix
 
     def weight_version(self) -> tuple[int, int, torch.dtype] | None:
-        """Changes when W0 is replaced, moved, cast or written to; None where the weight is hidden."""
+        """Changes when W0 is replaced, moved, cast or written to; None where the weight is hidden.
+
+        PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one.
+        """
         if self.weight() is None:
             return None
         weight = cast(Tensor, self.layer.weight)

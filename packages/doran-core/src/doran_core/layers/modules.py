@@ -74,7 +74,7 @@ class DoranLayer(nn.Module):
         """The base layer as a matrix. Checked anew when the layer is another one, not at each call."""
         if torch.compiler.is_compiling():
             return base_view(self.base_layer, self.doran_adapter.spec.name)
-        if self._view.layer is not self.base_layer:
+        if self._view.layer is not self.base_layer or self._view.layer_type is not type(self.base_layer):
             self._view = base_view(self.base_layer, self.doran_adapter.spec.name)
         return self._view
 
