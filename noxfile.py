@@ -78,6 +78,7 @@ def core(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """The Triton kernels: on a GPU where there is one, else in Triton's interpreter, and compiled for GPUs."""
     install(session, "core", extra={"core": "[test,triton]"})
+    session.install("numpy")  # for the interpreter
     session.env["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0" if shutil.which("nvidia-smi") else "1")
     test(session, "packages/doran-core/tests/kernels")
 
