@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 
 from doran_core.errors import ConfigError
 from doran_hf import DoranConfig
-from doran_hf.layer import doran_layers
+from doran_hf.layer import DoranLayer, doran_layers
 
 
 def two_adapters() -> PeftModel:
@@ -82,6 +82,14 @@ def test_deleting_the_active_adapter_falls_back_to_the_other() -> None:
     with pytest.warns(UserWarning, match="was active which is now deleted"):
         model.delete_adapter("default")
     assert model.active_adapters == ["second"]
+
+
+def test_one_pass_looks_at_the_base_layer_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = next(doran_layers(get_peft_model(make_llama(), DoranConfig(rank=4))))
+    view, looks = type(layer).view, []
+    monkeypatch.setattr(DoranLayer, "view", property(lambda self: (looks.append(self), view.fget(self))[1]))
+    layer(torch.randn(2, layer.in_features))
+    assert looks == [layer]
 
 
 def test_active_together_the_changes_of_each_layer_add_up() -> None:

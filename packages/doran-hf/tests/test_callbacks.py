@@ -13,8 +13,8 @@ from test_training import Sentences, adapted, arguments
 from transformers import Trainer, TrainerCallback
 
 from doran_core.diagnostics import GradientProbe
-from doran_core.errors import CheckpointError
-from doran_hf import DoranConfig, LayerMetricsCallback, layer_states, tau_by_layer
+from doran_core.errors import CheckpointError, ConfigError
+from doran_hf import DoranConfig, LayerMetricsCallback, factor_penalty, layer_states, restore_start, tau_by_layer
 from doran_hf.diagnostics import LayerState, probed_layers
 from doran_hf.layer import doran_layers
 from doran_hf.layer_table import read_states, write_states
@@ -145,6 +145,40 @@ def test_a_resumed_training_goes_on_with_the_file(tmp_path: Path) -> None:
 
     whole = run(None)
     assert run(str(tmp_path / "checkpoint-4")) == whole
+
+
+def test_a_second_training_replaces_the_rows_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "layers.parquet"
+    callback = LayerMetricsCallback(file)
+    long = train(tmp_path, callback, True, max_steps=8, logging_steps=1)
+    assert {row.step for row in read_states(file)} == set(range(9))
+    long.args.max_steps = 3
+    long.train()
+    assert read_states(file) == callback.states
+    assert {row.step for row in callback.states} == set(range(4))
+
+
+@pytest.mark.parametrize(
+    "look", [tau_by_layer, factor_penalty, restore_start, lambda *a: layer_states(a[0], 0, None, *a[1:])]
+)
+def test_adapters_that_are_not_there_are_named(look: Any) -> None:
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no DoRAN adapter"):
+        look(make_llama())
+    model = get_peft_model(make_llama(), DoranConfig(rank=4, target_modules="all-linear"))
+    with pytest.raises(ConfigError, match=r"no DoRAN adapter 'other'; there are \['default'\]"):
+        look(model, "other")
+    look(model)
+
+
+def test_a_trained_adapter_is_not_restored_and_not_cast() -> None:
+    model = get_peft_model(make_llama(), DoranConfig(rank=4, target_modules="all-linear"))
+    disturb(model)
+    model.to(torch.float64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"'default' has been trained \(B of model.layers.0.* is not 0\)"):
+        restore_start(model)
+    after = model.state_dict()
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_plot(tmp_path: Path) -> None:

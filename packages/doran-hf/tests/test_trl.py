@@ -83,5 +83,5 @@ def test_a_quantized_base_keeps_its_start(saved_base: Path, tmp_path: Path) -> N
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
-    with pytest.raises(ConfigError, match="not 0 at the start"):
+    with pytest.raises(ConfigError, match="has been trained"):
         restore_start(run.model)

@@ -42,8 +42,9 @@ class LayerMetricsCallback(TrainerCallback):
         states: all records, from the first step on.
 
     Args:
-        file: also write them there, as parquet (needs pyarrow): at the end, with every checkpoint, and in between
-            when there are a tenth more. A resumed training goes on with the file's rows. Only the main process writes.
+        file: also write them there, as parquet (needs pyarrow): at the start and end, with every checkpoint, and in
+            between when there are a tenth more. A resumed training goes on with the file's rows. Only the main process
+            writes.
         adapter_name: which adapter; None for the active one.
         gradients: record the gradient split.
     """
@@ -77,11 +78,12 @@ class LayerMetricsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record the start, or take over what a resumed run has recorded."""
-        self.states = []
+        self.states, self._written = [], 0
         if state.global_step and self._file is not None and self._file.is_file():
             self.states = [row for row in read_states(self._file) if row.step <= state.global_step]
         if not self.states:
             self._record(state, kwargs["model"])
+        self._write(state)  # a kill right after the first checkpoint comes before on_save
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,7 +119,7 @@ class LayerMetricsCallback(TrainerCallback):
         if rows and state.log_history:
             taus = [row.tau for row in rows]
             state.log_history[-1].update(tau_mean=sum(taus) / len(taus), tau_min=min(taus), tau_max=max(taus))
-        if len(self.states) > 1.1 * self._written:
+        if control.should_save or len(self.states) > 1.1 * self._written:
             self._write(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

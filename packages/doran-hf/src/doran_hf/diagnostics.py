@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from doran_core.diagnostics import GradientSplit, ProbedLayer, effective_rank, singular_values
 from doran_core.layers import DoranAdapter
-from doran_hf.layer import DoranLayer, doran_layers
+from doran_hf.layer import DoranLayer, check_adapter, doran_layers
 
 __all__ = ["LayerState", "factor_penalty", "layer_states", "probed_layers", "tau_by_layer"]
 
@@ -42,7 +42,12 @@ class LayerState:
 
 
 def _adapters(model: nn.Module, adapter_name: str | None) -> list[tuple[DoranLayer, DoranAdapter]]:
-    """Adapted layers and their adapters: of one name, or the active ones."""
+    """Adapted layers and their adapters: of one name, or the active ones.
+
+    Raises:
+        ConfigError: see :func:`doran_hf.layer.check_adapter`.
+    """
+    check_adapter(model, adapter_name)
     found = []
     for layer in doran_layers(model, adapter_name):
         names = [adapter_name] if adapter_name is not None else layer.active_adapters
@@ -59,6 +64,9 @@ def tau_by_layer(model: nn.Module, adapter_name: str | None = None) -> dict[str,
 
     Returns:
         For each module name of the base model ``[1]`` or, per head or row, ``[d_out]``: detached copies on the CPU.
+
+    Raises:
+        ConfigError: a model without DoRAN adapters, or no adapter of this name.
     """
     return {layer.name: adapter.tau.value().detach().cpu().clone() for layer, adapter in _adapters(model, adapter_name)}
 
@@ -74,6 +82,9 @@ def factor_penalty(model: nn.Module, adapter_name: str | None = None) -> Tensor 
 
     Returns:
         The mean over the adapted layers, or None if no configuration asks for a penalty.
+
+    Raises:
+        ConfigError: a model without DoRAN adapters, or no adapter of this name.
     """
     penalties = [a.penalty() for _, a in _adapters(model, adapter_name) if a.config.factor_penalty > 0.0]
     if not penalties:

@@ -11,12 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from doran_core.config import DoranConfig as CoreConfig
+from doran_core.errors import ConfigError
 from doran_core.factors import FactorBuilder
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
 from doran_core.layers.modules import layer_spec
 from doran_hf.mixed import check_rows
 
-__all__ = ["DoranConv2d", "DoranEmbedding", "DoranLayer", "DoranLinear", "doran_layers", "layer_class"]
+__all__ = ["DoranConv2d", "DoranEmbedding", "DoranLayer", "DoranLinear", "check_adapter", "doran_layers", "layer_class"]
 
 
 class DoranLayer(nn.Module, BaseTunerLayer):
@@ -111,13 +112,13 @@ class DoranLayer(nn.Module, BaseTunerLayer):
             return self._forward_rows(x, self.base_layer(x, *args, **kwargs), adapter_names)
         active = () if self.disable_adapters or self.merged else self.active_adapters
         names = [name for name in active if name in self.doran_adapter]
-        if len(names) == 1 and not args and not kwargs and self.view.layer is self.base_layer:
-            alone: Tensor = self.adapter(names[0])(self.view, x)  # which calls the base layer itself, and spares a copy
+        view = self.view if names else None
+        if view is not None and len(names) == 1 and not args and not kwargs and view.layer is self.base_layer:
+            alone: Tensor = self.adapter(names[0])(view, x)  # which calls the base layer itself, and spares a copy
             return alone
         base_output: Tensor = self.base_layer(x, *args, **kwargs)
-        if not names:
+        if view is None:
             return base_output
-        view = self.view
         outputs: list[Tensor] = [self.adapter(name)(view, x, base_output) for name in names]
         output = outputs[0]
         for other in outputs[1:]:
@@ -208,3 +209,16 @@ def doran_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[
     for module in model.modules():
         if isinstance(module, DoranLayer) and (adapter_name is None or adapter_name in module.doran_adapter):
             yield module
+
+
+def check_adapter(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Refuse a model without what is asked for.
+
+    Raises:
+        ConfigError: no layer has a DoRAN adapter, or none has one of this name.
+    """
+    names = {name for layer in doran_layers(model) for name in layer.doran_adapter}
+    if not names:
+        raise ConfigError(f"model: {type(model).__name__} has no DoRAN adapter")
+    if adapter_name is not None and adapter_name not in names:
+        raise ConfigError(f"adapter_name: no DoRAN adapter {adapter_name!r}; there are {sorted(names)}")

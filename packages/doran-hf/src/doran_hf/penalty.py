@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from doran_hf.diagnostics import factor_penalty
+from doran_hf.layer import doran_layers
 
 __all__ = ["PenaltyHook"]
 
@@ -38,7 +39,7 @@ class PenaltyHook:
         loss = _loss_of(output)
         if not model.training or loss is None:
             return None
-        penalty = factor_penalty(model)
+        penalty = factor_penalty(model) if any(layer.doran_adapter for layer in doran_layers(model)) else None
         if penalty is None:
             return None
         return _with_loss(output, loss + (penalty * _share_of_step(model, args, kwargs)).to(loss.device))

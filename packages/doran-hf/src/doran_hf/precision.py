@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from doran_hf.layer import doran_layers
+from doran_core.errors import ConfigError
+from doran_hf.layer import check_adapter, doran_layers
 
 __all__ = ["restore_start"]
 
@@ -22,8 +23,15 @@ def restore_start(model: nn.Module, adapter_name: str = "default") -> None:
         adapter_name: which adapter.
 
     Raises:
-        ConfigError: the adapter has been trained (its B is not 0).
+        ConfigError: no such adapter, or it has been trained (its B is not 0); nothing is changed then.
     """
+    check_adapter(model, adapter_name)
+    for layer in doran_layers(model, adapter_name):
+        if bool(layer.adapter(adapter_name).factor_pair()[1].any()):
+            raise ConfigError(
+                f"restore_start: the adapter {adapter_name!r} has been trained (B of {layer.name} is not 0); "
+                "call this before training"
+            )
     for layer in doran_layers(model, adapter_name):
         adapter = layer.adapter(adapter_name)
         adapter.float()

@@ -21,7 +21,7 @@ from tiny_bases import make_tokenizer, save_image_base, save_text_base
 from transformers import AutoModelForSequenceClassification, ViTForImageClassification
 
 from doran_core.cli.main import main
-from doran_core.errors import CheckpointError, ConfigError
+from doran_core.errors import CheckpointError, ConfigError, DoranError
 from doran_hf.layer_table import read_states
 from doran_hf.train import load_config, train
 from doran_hf.train.config import DataConfig
@@ -32,6 +32,13 @@ ROWS = [
     for number in range(8)
     for letter in "abcdef"
 ]
+
+CLASSIFY = {
+    "data__prompt": None,
+    "data__completion": None,
+    "data__choices": None,
+    "data__label": "sentiment",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +256,14 @@ def test_held_out_examples_are_the_seeds_and_apart() -> None:
         ({"data__max_length": 2}, r"data.train: nothing to learn is left of 48 examples cut to 2 tokens"),
         ({"adapter__target_modules": ["q_prj"]}, r"'q_prj' matches no module .*q_proj"),
         ({"trainer__eval_strategy": "sometimes"}, r"trainer: .*sometimes"),
+        ({"trainer__eval_strategy": "steps", "data__eval": None}, r"trainer: .*eval"),
+        ({"trainer__report_to": "wandb"}, r"trainer: .*wandb"),
+        (
+            {"data__max_length": 5, "data__choices": [" positive", " negative", " a b"]},
+            r"data.max_length: an example to choose in has 6 tokens with the choice ' a b', 5 are kept",
+        ),
+        ({"task": "sequence-classification", **CLASSIFY, "data__text": "txt"}, r"data.text: 'txt' is no column"),
+        ({"task": "sequence-classification", **CLASSIFY, "data__text_pair": "b"}, r"data.text_pair: 'b' is no column"),
         ({"output": "base"}, r"output: base is not empty and holds no run"),
         ({"output": "train.jsonl"}, r"output: train.jsonl exists and is not a directory"),
     ],
@@ -268,3 +283,121 @@ def test_plot_says_what_it_needs() -> None:
     with pytest.raises(CheckpointError, match=r"cannot read missing\.parquet"):
         read_states("missing.parquet")
     assert main(["plot", "."]) == 2
+
+
+def _three_classes(**changes: Any) -> dict[str, Any]:
+    rows = [
+        {"text": f"{letter} {number}", "topic": "xyz"["abcdef".index(letter) // 2]}
+        for number in range(8)
+        for letter in "abcdef"
+    ]
+    unset = {f"data__{name}": "unset" for name in ("prompt", "completion", "choices", "append_eos")}
+    values = {
+        "task": "sequence-classification",
+        "data__train": write_rows("topics.jsonl", rows),
+        "data__eval": write_rows("topics-test.jsonl", rows[::5]),
+        "data__label": "topic",
+        "adapter__target_modules": "all-linear",
+        "trainer__max_steps": 60,
+    }
+    return unset | values | changes
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_cards_code_loads_a_classifier_of_three_classes(family: str) -> None:
+    if family == "llama":
+        from conftest import make_llama
+
+        model = make_llama()
+        model.config.pad_token_id = None
+        model.save_pretrained("decoder")
+        make_tokenizer().save_pretrained("decoder")
+        base = "decoder"
+    else:
+        base = str(save_text_base(Path("bert"), "bert"))
+    metrics = run(base=base, **_three_classes())
+    assert metrics["adapter"]["accuracy"] > 0.9
+    assert json.loads(Path("run/adapter/labels.json").read_text()) == ["x", "y", "z"]
+    code = re.search(r"```python\n(.*?)```", Path("run/adapter/README.md").read_text(), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1].replace("this-directory", "run/adapter"), names)
+    model = names["model"].eval()
+    assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
+    rows = [json.loads(line) for line in Path("topics-test.jsonl").read_text().splitlines()]
+    batch = make_tokenizer()([row["text"] for row in rows], return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        found = [names["names"][int(index)] for index in model(**batch).logits.argmax(-1)]
+    right = sum(name == row["topic"] for name, row in zip(found, rows, strict=True))
+    assert right / len(rows) == metrics["adapter"]["accuracy"]
+
+
+def test_the_users_modules_to_save_do_not_displace_the_head() -> None:
+    from doran_hf.train.classification import ImageClassification
+
+    model = ViTForImageClassification.from_pretrained(save_image_base(Path("vit")))
+    for wanted, expected in (
+        (None, ["classifier"]),
+        (["layernorm"], ["layernorm", "classifier"]),
+        (["classifier"], ["classifier"]),
+    ):
+        recipe = object.__new__(ImageClassification)
+        config = settings(task="image-classification", adapter__modules_to_save=wanted)
+        for name in ("data.prompt", "data.completion", "data.choices", "data.append_eos"):
+            del config[name]
+        recipe.config = load_config(None, config)
+        assert recipe.head(model) == expected
+
+
+def test_labels_that_are_one_or_have_gaps(capsys: pytest.CaptureFixture[str]) -> None:
+    base = str(save_text_base(Path("bert"), "bert"))
+    one = write_rows("one.jsonl", [{"text": "a", "topic": "x"}] * 4)
+    with pytest.raises(ConfigError, match=r"data.label: every example has the label 'x'"):
+        run(base=base, **_three_classes(data__train=one))
+    gaps = write_rows("gaps.jsonl", [{"text": "a", "topic": index % 2 * 3} for index in range(8)])
+    run(base=base, **_three_classes(data__train=gaps, data__eval="unset", trainer__max_steps=1))
+    assert re.search(r"classes +4, 2 of them without an example to train on: '1', '2'\n", capsys.readouterr().out)
+
+
+def test_overwrite_waits_for_a_run_that_can_begin_and_leaves_other_files() -> None:
+    run(trainer__max_steps=1)
+    Path("run/notes.txt").write_text("mine")
+    Path("run/layers.png").write_bytes(b"old")
+    for broken in ({"data__train": "nowhere.jsonl"}, {"trainer__eval_strategy": "steps", "data__eval": "unset"}):
+        values = {k: v for k, v in settings(trainer__max_steps=2, **broken).items() if v != "unset"}
+        with pytest.raises(ConfigError):
+            train(load_config(None, values), overwrite=True)
+        assert json.loads(Path("run/metrics.json").read_text())["training"]["steps"] == 1
+    train(load_config(None, settings(trainer__max_steps=2)), overwrite=True)
+    assert json.loads(Path("run/metrics.json").read_text())["training"]["steps"] == 2
+    assert Path("run/notes.txt").read_text() == "mine"
+    assert not Path("run/layers.png").exists()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"trainer__eval_strategy": "steps", "data__eval": "unset"}, {"adapter__target_modules": ["q_prj"]}],
+)
+def test_what_never_began_does_not_block_its_corrected_rerun(broken: dict[str, Any]) -> None:
+    with pytest.raises((ConfigError, DoranError)):
+        run(**broken)
+    assert not Path("run").exists()
+    run(trainer__max_steps=1)
+
+
+def test_splits_of_image_folders_are_not_guessed() -> None:
+    for name in ("train/dark", "train/light", "plain/dark", "plain/light"):
+        Path("images", name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(Path("images", name, "0.png"))
+    Path("images/plain").rename("plain")
+    both = DataConfig(train="images", eval="plain")
+    assert len(load_examples(both, seed=0).eval) == 2  # another folder with one split
+    assert len(load_examples(DataConfig(train="plain"), seed=0).train) == 2
+    with pytest.raises(ConfigError, match=r"data.eval_split: 'images' has no split 'test'; its splits are \['train'\]"):
+        load_examples(DataConfig(train="images", eval="images"), seed=0)
+
+
+def test_a_suffix_in_capitals() -> None:
+    Path("A.TSV").write_text("text\tlabel\na b\tc\n")
+    assert list(load_examples(DataConfig(train="A.TSV"), seed=0).train) == [{"text": "a b", "label": "c"}]

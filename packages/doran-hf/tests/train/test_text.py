@@ -85,6 +85,8 @@ def test_long_examples_are_cut() -> None:
     [
         (["a"], {}, {}, r"data: set data.text.*\['a'\]"),
         (["text"], {"text": "{title}"}, {"text": "x"}, r"data.text.*'title'.*\['text'\]"),
+        (["text"], {"text": "txt"}, {"text": "x"}, r"data.text: 'txt' is no column.*\['text'\]"),
+        (["p"], {"prompt": "{p}", "completion": "answer"}, {"p": "x"}, r"data.completion: 'answer' is no column"),
         (["text"], {"messages": "chat"}, {}, r"data.messages: no column 'chat'.*\['text'\]"),
         (["m"], {"messages": "m"}, {"m": "hello"}, r"data.messages: expected a list.*'hello'"),
         (["m"], {"messages": "m"}, {"m": [{"role": "user", "content": "a"}]}, r"no turn of the assistant"),
@@ -128,3 +130,12 @@ def test_choice_accuracy_is_that_of_one_forward_pass_per_pair(choices: list[str]
     assert choice_accuracy(model, encode, rows, "choosing") == pytest.approx(hits / len(rows))
     with pytest.raises(ConfigError, match=r"' z' of an example is not among"):
         choice_accuracy(model, encode, [{"x": "a", "y": " z"}], "choosing")
+
+
+def test_choices_that_are_cut_are_not_compared() -> None:
+    choices = [" a", " b c d"]
+    encode = encoder(["x", "y"], prompt="{x}", completion="{y}", choices=choices, max_length=4, append_eos=False)
+    model = make_llama()
+    assert choice_accuracy(model, encode, [{"x": "e", "y": " a"}], "choosing") in (0.0, 1.0)
+    with pytest.raises(ConfigError, match=r"data.max_length: an example to choose in has 5 tokens .*' b c d', 4 are"):
+        choice_accuracy(model, encode, [{"x": "e f", "y": " a"}], "choosing")

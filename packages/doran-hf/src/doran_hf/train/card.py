@@ -15,7 +15,7 @@ __all__ = ["model_card"]
 
 _LOADERS = {
     "causal-lm": ("AutoPeftModelForCausalLM", "text-generation"),
-    "sequence-classification": ("AutoPeftModelForSequenceClassification", "text-classification"),
+    "sequence-classification": ("AutoModelForSequenceClassification", "text-classification"),
     "image-classification": ("AutoModelForImageClassification", "image-classification"),
 }
 
@@ -50,8 +50,14 @@ Settings that are not defaults:
 """
 
 
-def model_card(config: TrainConfig, metrics: Mapping[str, Any]) -> str:
-    """The card as Markdown, with the metadata that the hub reads."""
+def model_card(config: TrainConfig, metrics: Mapping[str, Any], pad_token_id: int | None = None) -> str:
+    """The card as Markdown, with the metadata that the hub reads.
+
+    Args:
+        config: of the run.
+        metrics: of the run.
+        pad_token_id: what a classifier's configuration has to be given, where it has none.
+    """
     loader, pipeline = _LOADERS[config.task]
     header = {
         "base_model": config.base,
@@ -67,7 +73,7 @@ def model_card(config: TrainConfig, metrics: Mapping[str, Any]) -> str:
         base=config.base,
         task=config.task,
         made_by=created_by().replace("doran-core", "doran-hf with doran-core"),
-        loading=_loading(config, loader),
+        loading=_loading(config, loader, pad_token_id),
         results=_results(metrics),
         training=f"{facts['steps']} steps on {facts['examples']:,} examples of `{source.name or source}`, "
         f"{facts['trainable_parameters']:,} trained parameters, mean loss {facts['loss']:.4f}, seed {config.seed}.",
@@ -75,12 +81,17 @@ def model_card(config: TrainConfig, metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _loading(config: TrainConfig, loader: str) -> str:
-    if config.task != "image-classification":
+def _loading(config: TrainConfig, loader: str, pad_token_id: int | None) -> str:
+    if config.task == "causal-lm":
         return f'from peft import {loader}\n\nmodel = {loader}.from_pretrained("this-directory")'
+    padding = "" if pad_token_id is None else f"base.config.pad_token_id = {pad_token_id}\n"
     return (
+        "import json\nfrom pathlib import Path\n\n"
         f"from peft import PeftModel\nfrom transformers import {loader}\n\n"
-        f"base = {loader}.from_pretrained({config.base!r}, num_labels=..., ignore_mismatched_sizes=True)\n"
+        'names = json.loads(Path("this-directory/labels.json").read_text("utf-8"))\n'
+        f"base = {loader}.from_pretrained(\n"
+        f"    {config.base!r}, num_labels=len(names), id2label=dict(enumerate(names)), ignore_mismatched_sizes=True\n"
+        f")\n{padding}"
         'model = PeftModel.from_pretrained(base, "this-directory")'
     )
 

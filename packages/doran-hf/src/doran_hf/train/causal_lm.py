@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from doran_core.errors import ConfigError
-from doran_hf.train.choices import choice_accuracy
+from doran_hf.train.choices import check_choices, choice_accuracy
 from doran_hf.train.config import TrainConfig
 from doran_hf.train.data import Examples
 from doran_hf.train.recipe import Prepared, TaskRecipe, load_tokenizer
@@ -30,6 +30,8 @@ class CausalLM(TaskRecipe):
     def prepare(self) -> Prepared:
         train, dropped = self._encode(self.examples.train, "train")
         held_out = None if self.examples.eval is None else self._encode(self.examples.eval, "eval")[0]
+        if self.examples.eval is not None and self.config.data.choices is not None:
+            check_choices(self.encoder, self.examples.eval)  # before hours of training, not after them
         first = train[0]
         learned = [token for token, label in zip(first["input_ids"], first["labels"], strict=True) if label != IGNORED]
         sample = f"{self.processor.decode(first['input_ids'])!r}, learned: {self.processor.decode(learned)!r}"

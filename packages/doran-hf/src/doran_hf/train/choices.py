@@ -12,9 +12,19 @@ from doran_core.errors import ConfigError
 from doran_core.progress import ProgressBar
 from doran_hf.train.text import IGNORED, TextEncoder
 
-__all__ = ["choice_accuracy"]
+__all__ = ["check_choices", "choice_accuracy"]
 
 _BATCH = 32
+
+
+def check_choices(encoder: TextEncoder, rows: Any) -> None:
+    """Refuse examples that :func:`choice_accuracy` would refuse.
+
+    Raises:
+        ConfigError: a row whose completion is none of the choices, or a choice that ``data.max_length`` cuts.
+    """
+    for row in rows:
+        _candidates(encoder, row)
 
 
 @torch.no_grad()
@@ -28,18 +38,15 @@ def choice_accuracy(model: Any, encoder: TextEncoder, rows: Any, label: str) -> 
         label: for the progress bar.
 
     Raises:
-        ConfigError: a row whose completion is none of the choices.
+        ConfigError: a row whose completion is none of the choices, or a choice that ``data.max_length`` cuts.
     """
-    choices = encoder.config.choices or []
     inputs: dict[tuple[int, ...], int] = {}  # choices of one token share the prompt: it is run once
     asked: list[list[tuple[int, list[tuple[int, int]]]]] = []
     right = []
     for row in rows:
-        prompt, completion = encoder.pair(row)
-        if completion not in choices:
-            raise ConfigError(f"data.choices: the completion {completion!r} of an example is not among {choices!r}")
-        right.append(choices.index(completion))
-        asked.append([_question(encoder.encode_pair(prompt, choice), inputs) for choice in choices])
+        place, candidates = _candidates(encoder, row)
+        right.append(place)
+        asked.append([_question(encoded, inputs) for encoded in candidates])
     wanted: dict[int, set[tuple[int, int]]] = {}
     for question in asked:
         for index, targets in question:
@@ -47,6 +54,15 @@ def choice_accuracy(model: Any, encoder: TextEncoder, rows: Any, label: str) -> 
     found = _log_probabilities(model, list(inputs), wanted, label)
     scores = torch.tensor([[sum(found[index, target] for target in targets) for index, targets in q] for q in asked])
     return float((scores.argmax(1) == torch.tensor(right)).double().mean())
+
+
+def _candidates(encoder: TextEncoder, row: Any) -> tuple[int, list[dict[str, list[int]]]]:
+    """The number of the right choice, and the row's prompt with each of the choices."""
+    choices = encoder.config.choices or []
+    prompt, completion = encoder.pair(row)
+    if completion not in choices:
+        raise ConfigError(f"data.choices: the completion {completion!r} of an example is not among {choices!r}")
+    return choices.index(completion), [encoder.encode_whole_pair(prompt, choice) for choice in choices]
 
 
 def _question(encoded: dict[str, list[int]], inputs: dict[tuple[int, ...], int]) -> tuple[int, list[tuple[int, int]]]:

@@ -33,6 +33,7 @@ class _Classification(TaskRecipe):
         self.labels = Labels.of(config.data, examples.train)
         if examples.eval is not None:
             self.labels.check_same(config.data, examples.eval)
+        self.class_names = self.labels.names
         self.compute_metrics = self._metrics
 
     def _model_options(self) -> dict[str, Any]:
@@ -45,10 +46,14 @@ class _Classification(TaskRecipe):
         }
 
     def head(self, model: Any) -> list[str] | None:
-        if self.config.adapter.get("modules_to_save") is not None:
-            return None
-        named = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
-        return [name for name, child in named if any(True for _ in child.parameters())] or None
+        wanted = list(self.config.adapter.get("modules_to_save") or [])
+        for name, child in model.named_children():
+            if name == model.base_model_prefix or not any(True for _ in child.parameters()):
+                continue
+            parts = {name, *(inner.rpartition(".")[2] for inner, _ in child.named_modules())}
+            if parts.isdisjoint(wanted):  # else the user has chosen the head, or what of it is to be trained
+                wanted.append(name)
+        return wanted or None
 
     def _metrics(self, prediction: Any) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -68,7 +73,7 @@ class SequenceClassification(_Classification):
     def model(self) -> Any:
         model = super().model()
         if model.config.pad_token_id is None:  # decoders look for the last token before the padding
-            model.config.pad_token_id = self.processor.pad_token_id
+            model.config.pad_token_id = self.pad_token_id = self.processor.pad_token_id
         return model
 
     def prepare(self) -> Prepared:
@@ -76,7 +81,7 @@ class SequenceClassification(_Classification):
         held_out = None if self.examples.eval is None else self._encode(self.examples.eval, "eval")
         first = train[0]
         sample = f"{self.processor.decode(first['input_ids'])!r}, class: {self.labels.names[first['labels']]!r}"
-        return Prepared(train, held_out, 0, sample)
+        return Prepared(train, held_out, 0, sample, self.labels.described())
 
     def _encode(self, rows: Any, name: str) -> Any:
         data = self.config.data
@@ -114,7 +119,7 @@ class ImageClassification(_Classification):
         held_out = None if self.examples.eval is None else self.examples.eval.with_transform(self._transform)
         first = self.examples.train[0]
         sample = f"{first[self.config.data.image]}, class: {self.labels.name(first[self.config.data.label])!r}"
-        return Prepared(train, held_out, 0, sample)
+        return Prepared(train, held_out, 0, sample, self.labels.described())
 
     def _transform(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         data = self.config.data

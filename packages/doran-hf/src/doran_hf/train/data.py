@@ -65,9 +65,9 @@ def _load(config: DataConfig, source: str, where: str, split: str) -> Any:
             dataset = datasets.load_dataset(source, config.subset, split=split)
         elif kind == "imagefolder":
             found = datasets.load_dataset("imagefolder", data_dir=str(path.resolve()))
-            dataset = found[split] if split in found else found[next(iter(found))]
+            dataset = found[_split_of_folder(config, source, where, split, list(found))]
         else:
-            options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+            options = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
             dataset = datasets.load_dataset(kind, data_files=str(path.resolve()), split="train", **options)
     except DoranError:
         raise
@@ -77,6 +77,16 @@ def _load(config: DataConfig, source: str, where: str, split: str) -> Any:
     if len(dataset) == 0:
         raise ConfigError(f"{where}: {source!r} holds no examples")
     return dataset
+
+
+def _split_of_folder(config: DataConfig, source: str, where: str, split: str, found: list[str]) -> str:
+    """A folder without folders for splits is one split; it is not evaluated on if it was trained on."""
+    if split in found:
+        return split
+    apart = where == "data.train" or Path(source).resolve() != Path(config.train).resolve()
+    if len(found) == 1 and apart:
+        return found[0]
+    raise ConfigError(f"{where}_split: {source!r} has no split {split!r}; its splits are {found}")
 
 
 def _kind(config: DataConfig, source: str, where: str) -> str:

@@ -13,17 +13,22 @@ __all__ = ["Labels"]
 
 @dataclass(frozen=True)
 class Labels:
-    """Names of the classes, in the order of their numbers; ``numbers`` maps what stands in the data."""
+    """Names of the classes, in the order of their numbers; ``numbers`` maps what stands in the data.
+
+    ``unseen`` are the names of those without an example to train on.
+    """
 
     names: list[str]
     numbers: dict[Any, int]
+    unseen: list[str]
 
     @classmethod
     def of(cls, config: DataConfig, rows: Any) -> Labels:
         """The classes of a dataset: those that the configuration, the dataset itself or its labels name.
 
         Raises:
-            ConfigError: no column of labels, labels that are neither numbers nor names, or too few names.
+            ConfigError: no column of labels, labels that are neither numbers nor names, too few names, or the same
+                label everywhere.
         """
         if config.label not in rows.column_names:
             raise ConfigError(f"data.label: no column {config.label!r}; the columns are {sorted(rows.column_names)}")
@@ -34,14 +39,17 @@ class Labels:
             unknown = sorted(set(values) - set(names))
             if unknown:
                 raise ConfigError(f"data.label_names: the label {unknown[0]!r} of the data is not among {names}")
-            return cls(names, {name: index for index, name in enumerate(names)})
+            _check_several(config, values)
+            return cls(names, {name: index for index, name in enumerate(names)}, sorted(set(names) - set(values)))
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
             odd = next(value for value in values if not isinstance(value, int) or isinstance(value, bool))
             raise ConfigError(f"data.label: expected whole numbers or names, got {odd!r} in column {config.label!r}")
         names = list(declared or map(str, range(max(values) + 1)))
         if values[0] < 0 or values[-1] >= len(names):
             raise ConfigError(f"data.label: labels from {values[0]} to {values[-1]}, but there are {len(names)} names")
-        return cls(names, {index: index for index in range(len(names))})
+        _check_several(config, values)
+        unseen = [name for index, name in enumerate(names) if index not in set(values)]
+        return cls(names, {index: index for index in range(len(names))}, unseen)
 
     def check_same(self, config: DataConfig, rows: Any) -> None:
         """Refuse examples to evaluate on whose numbers stand for other classes.
@@ -54,6 +62,13 @@ class Labels:
         declared = getattr(rows.features[config.label], "names", None)
         if declared is not None and list(declared) != self.names:
             raise ConfigError(f"data.eval: its classes are {declared}, those of data.train {self.names}")
+
+    def described(self) -> str:
+        """How many there are, and which have no example to train on."""
+        if not self.unseen:
+            return str(len(self.names))
+        shown = ", ".join(map(repr, self.unseen[:10])) + (", ..." if len(self.unseen) > 10 else "")
+        return f"{len(self.names)}, {len(self.unseen)} of them without an example to train on: {shown}"
 
     def index(self, value: Any) -> int:
         """The number of a label of the data.
@@ -68,3 +83,8 @@ class Labels:
     def name(self, value: Any) -> str:
         """The name of a label of the data."""
         return self.names[self.index(value)]
+
+
+def _check_several(config: DataConfig, values: list[Any]) -> None:
+    if len(values) < 2:
+        raise ConfigError(f"data.label: every example has the label {values[0]!r} in column {config.label!r}")

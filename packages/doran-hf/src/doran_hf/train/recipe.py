@@ -23,10 +23,12 @@ class Prepared:
         held_out: dataset to evaluate on, or None.
         dropped: how many examples had nothing to learn after cutting.
         sample: the first example, for people to read.
+        classes: the classes, for people to read, or None.
     """
 
-    def __init__(self, train: Any, held_out: Any | None, dropped: int, sample: str) -> None:
-        self.train, self.held_out, self.dropped, self.sample = train, held_out, dropped, sample
+    def __init__(self, train: Any, held_out: Any | None, dropped: int, sample: str, classes: str | None = None) -> None:
+        self.train, self.held_out, self.dropped = train, held_out, dropped
+        self.sample, self.classes = sample, classes
 
 
 class TaskRecipe(ABC):
@@ -44,6 +46,8 @@ class TaskRecipe(ABC):
     auto_model: ClassVar[Any]
     processor: Any
     compute_metrics: Any = None
+    class_names: list[str] | None = None
+    pad_token_id: int | None = None  # what the model's configuration has to be given, where it has none
 
     def __init__(self, config: TrainConfig, examples: Examples) -> None:
         self.config = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -42,19 +43,25 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
         DoranError: of one kind or another, saying what is wrong with the configuration, the data or the base.
     """
     run = None if dry_run else RunDirectory(config, overwrite=overwrite)
-    if run is not None and run.done:
+    if run is not None and run.done and not overwrite:
         print(f"{run.path} is done; --overwrite trains again")
         return run.read("metrics.json") or {}
     set_seed(config.seed)
     recipe = recipe_for(config, load_examples(config.data, config.seed))
     prepared = recipe.prepare()
     model = _adapted(config, recipe)
-    checkpoint = None if run is None else run.last_checkpoint()
+    checkpoint = None if run is None or overwrite else run.last_checkpoint()
     with tempfile.TemporaryDirectory() as nowhere:  # a Trainer makes its directory even if it never trains
-        trainer = _trainer(config, recipe, prepared, model, Path(nowhere) if run is None else run.checkpoints)
+        try:
+            trainer = _trainer(config, recipe, prepared, model, Path(nowhere) if run is None else run.checkpoints)
+        except ConfigError:
+            if run is not None:
+                run.withdraw()
+            raise
     print(_plan(config, prepared, model, trainer, checkpoint), flush=True)
     if run is None:
         return {}
+    run.begin()
     callback = LayerMetricsCallback(run.layers).attach(trainer)
     if (
         config.evaluate_base
@@ -109,15 +116,18 @@ def _trainer(config: TrainConfig, recipe: TaskRecipe, prepared: Prepared, model:
         raise ConfigError(
             "trainer.label_smoothing_factor leaves no loss for adapter.factor_penalty to join: set one only"
         )
-    return Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.held_out,
-        data_collator=recipe.collator(),
-        processing_class=recipe.processor,
-        compute_metrics=recipe.compute_metrics,
-    )
+    try:
+        return Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.held_out,
+            data_collator=recipe.collator(),
+            processing_class=recipe.processor,
+            compute_metrics=recipe.compute_metrics,
+        )
+    except (ValueError, RuntimeError, ImportError) as error:  # settings that do not go together or need a package
+        raise ConfigError(f"trainer: {error}") from error
 
 
 def _plan(config: TrainConfig, prepared: Prepared, model: Any, trainer: Trainer, checkpoint: Path | None) -> str:
@@ -134,6 +144,7 @@ def _plan(config: TrainConfig, prepared: Prepared, model: Any, trainer: Trainer,
         "task": config.task,
         "base": f"{config.base} ({type(model.get_base_model()).__name__}, {model.dtype}, on {arguments.device})",
         "train": f"{config.data.train}: {len(prepared.train)} examples{dropped}",
+        "classes": prepared.classes,
         "eval": "none" if prepared.held_out is None else f"{len(prepared.held_out)} examples",
         "an example": prepared.sample,
         "adapter": f"rank {adapter.rank}, tau {adapter.tau_kind}, factors {adapter.factors}, {len(layers)} layers",
@@ -168,11 +179,14 @@ def _save(
     metrics: dict[str, Any],
     callback: LayerMetricsCallback,
 ) -> None:
-    names = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+    names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "labels.json")
     with new_directory(run.adapter, overwrite=True, owned=names) as folder:
         model.save_pretrained(folder)
         recipe.processor.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(config, metrics, recipe.pad_token_id), encoding="utf-8")
+        if recipe.class_names is not None:
+            names_of_classes = json.dumps(recipe.class_names, ensure_ascii=False, indent=2) + "\n"
+            (folder / "labels.json").write_text(names_of_classes, encoding="utf-8")
     run.write("metrics.json", metrics)
     if not config.keep_checkpoints:
         run.remove_checkpoints()

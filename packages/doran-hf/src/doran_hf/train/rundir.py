@@ -4,12 +4,13 @@ RUN/config.yaml      the configuration, all defaults filled in
 RUN/base.json        metrics of the untouched base model
 RUN/checkpoints/     the Trainer's, until the run is done
 RUN/layers.parquet   tau, norm, rank and gradients of each layer
-RUN/adapter/         the adapter, its tokenizer or image processor, and a model card
+RUN/adapter/         the adapter, its tokenizer or image processor, names of classes, and a model card
 RUN/metrics.json     written last: a run that has it is done
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,11 +29,11 @@ __all__ = ["RunDirectory"]
 
 
 class RunDirectory:
-    """One run's directory, made or taken up again.
+    """One run's directory. It is only looked at until :meth:`begin`.
 
     Args:
         config: the configuration.
-        overwrite: remove an earlier run with another configuration, or one that is done.
+        overwrite: remove an earlier run, done or not, when this one begins. Files that are not a run's stay.
 
     Raises:
         ConfigError: the directory holds a run with another configuration, naming the fields.
@@ -45,20 +46,27 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.layers = self.path / FILE_NAME
-        self._files = (self.config_file, self.path / "base.json", self.path / "metrics.json", self.layers)
+        self._files = (
+            self.config_file,
+            self.path / "base.json",
+            self.path / "metrics.json",
+            self.layers,
+            self.path / "layers.png",
+        )
+        self._config, self._overwrite = config, overwrite
         try:
-            if overwrite and self.config_file.is_file():
-                self._remove_run()
-            self._take_up(config)
+            self._check()
         except OSError as error:
-            raise CheckpointError(f"output: cannot write {self.path}: {error.strerror or error}") from error
+            raise CheckpointError(f"output: cannot read {self.path}: {error.strerror or error}") from error
 
-    def _take_up(self, config: TrainConfig) -> None:
+    def _check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"output: {self.path} exists and is not a directory")
         if self.config_file.is_file():
+            if self._overwrite:
+                return
             changed = _differences(
-                parse_yaml(self.config_file.read_text("utf-8"), str(self.config_file)), config.to_dict()
+                parse_yaml(self.config_file.read_text("utf-8"), str(self.config_file)), self._config.to_dict()
             )
             if changed:
                 raise ConfigError(
@@ -68,8 +76,26 @@ class RunDirectory:
             return
         if self.path.is_dir() and any(self.path.iterdir()):
             raise CheckpointError(f"output: {self.path} is not empty and holds no run of doran train")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write("config.yaml", config.to_yaml())
+
+    def begin(self) -> None:
+        """Make the directory, or remove the run that is to be overwritten, and write the configuration.
+
+        Raises:
+            CheckpointError: the directory cannot be written.
+        """
+        try:
+            if self._overwrite and self.config_file.is_file():
+                self._remove_run()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write("config.yaml", self._config.to_yaml())
+        except OSError as error:
+            raise CheckpointError(f"output: cannot write {self.path}: {error.strerror or error}") from error
+
+    def withdraw(self) -> None:
+        """Remove the empty directories that a Trainer has made before it refused."""
+        for folder in (self.checkpoints, self.path):
+            with contextlib.suppress(OSError):  # not there, or not empty
+                folder.rmdir()
 
     def _remove_run(self) -> None:
         for folder in (self.adapter, self.checkpoints):

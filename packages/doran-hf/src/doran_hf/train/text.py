@@ -33,10 +33,13 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
     """A column's text, or a template with the columns' values in braces.
 
     Raises:
-        ConfigError: naming the column that is not there.
+        ConfigError: naming the column that is not there; a text without braces that is no column, which would be
+            the same for every row.
     """
     if template in row:
         return str(row[template])
+    if "{" not in template:
+        raise ConfigError(f"{where}: {template!r} is no column and names none in braces; the columns are {sorted(row)}")
     try:
         return template.format_map(row)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -85,12 +88,23 @@ class TextEncoder:
         return prompt, fill(self.config.completion or "completion", row, "data.completion")
 
     def encode_pair(self, prompt: str, completion: str) -> dict[str, list[int]]:
-        """Tokens and labels of one prompt and completion."""
-        if self.config.chat:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return self._encode(self._chat(turns))
-        text = prompt + completion
-        return self._encode(_Rendered(text, [(len(prompt), len(text))], add_special_tokens=True))
+        """Tokens of one prompt and completion, cut to ``max_length``, and their labels."""
+        return self._encode(self._pair(prompt, completion))
+
+    def encode_whole_pair(self, prompt: str, completion: str) -> dict[str, list[int]]:
+        """Tokens and labels of one prompt and completion.
+
+        Raises:
+            ConfigError: ``max_length`` cuts the end off, and with it what is to be compared.
+        """
+        encoded = self._tokens(self._pair(prompt, completion))
+        length, limit = len(encoded["input_ids"]), self.config.max_length
+        if length > limit:
+            raise ConfigError(
+                f"data.max_length: an example to choose in has {length} tokens with the choice {completion!r}, "
+                f"{limit} are kept, so that the choices cannot be compared; raise it or shorten the prompts"
+            )
+        return encoded
 
     def _chat(self, messages: Sequence[Mapping[str, Any]]) -> _Rendered:
         if not isinstance(messages, list) or not all("role" in turn and "content" in turn for turn in messages):
@@ -109,6 +123,12 @@ class TextEncoder:
             raise ConfigError(f"data.messages: no turn of the assistant, nothing to learn, in {messages!r}")
         return _Rendered(text, spans, add_special_tokens=False)
 
+    def _pair(self, prompt: str, completion: str) -> _Rendered:
+        if self.config.chat:
+            return self._chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+        text = prompt + completion
+        return _Rendered(text, [(len(prompt), len(text))], add_special_tokens=True)
+
     def _template(self, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
 
@@ -122,6 +142,9 @@ class TextEncoder:
         return prefix
 
     def _encode(self, rendered: _Rendered) -> dict[str, list[int]]:
+        return {name: tokens[: self.config.max_length] for name, tokens in self._tokens(rendered).items()}
+
+    def _tokens(self, rendered: _Rendered) -> dict[str, list[int]]:
         encoded = self.tokenizer(
             rendered.text, add_special_tokens=rendered.add_special_tokens, return_offsets_mapping=True
         )
@@ -136,7 +159,7 @@ class TextEncoder:
         if self.config.append_eos and rendered.add_special_tokens and ending is not None and ids[-1:] != [ending]:
             ids.append(ending)
             labels.append(ending)
-        return {"input_ids": ids[: self.config.max_length], "labels": labels[: self.config.max_length]}
+        return {"input_ids": ids, "labels": labels}
 
 
 def _shape(config: DataConfig, columns: Sequence[str]) -> Shape:
