@@ -199,6 +199,15 @@ def test_unknown_provider_and_inputs(tiny_decoder: tuple[Path, object]) -> None:
         OnnxRunner(directory).run({"pixel_values": np.zeros((1, 1, 8, 8))})
     with pytest.raises(ConfigError, match="input input_ids has dtype float64, expected int64"):
         OnnxRunner(directory).run({"input_ids": [[1.0, 2.0]]})
+    with pytest.raises(ConfigError, match="max_new_tokens: expected at least 1, got 0"):
+        OnnxRunner(directory).generate([[1, 2]], max_new_tokens=0)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_tolerance_that_proves_nothing(model: Path, tmp_path: Path, tolerance: float) -> None:
+    with pytest.raises(ConfigError, match="tolerance: expected a positive number or None, got"):
+        export(model, tmp_path / "out", tolerance=tolerance)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_onnxruntime(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

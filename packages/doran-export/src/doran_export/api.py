@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from doran_core.errors import ConfigError
 from doran_core.merge import merge_checkpoint
 from doran_export.adapters import compile_adapters
@@ -104,7 +106,8 @@ def export(
             return export_source(source, work, out, request, clock)
         merged = work / "merged"
         with clock.stage("merging"):
-            merge_checkpoint(place, adapter, merged, dtype=wanted.dtype, progress=clock.bytes("merging"))
+            # In float32, so that PyTorch's answers are those of weights that nothing has rounded yet.
+            merge_checkpoint(place, adapter, merged, dtype=torch.float32, progress=clock.bytes("merging"))
         return export_source(open_source(merged, task), work, out, request, clock, scratch=merged)
 
 

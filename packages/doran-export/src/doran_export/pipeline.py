@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from doran_core.adapter import CompiledAdapter
+from doran_core.errors import ConfigError
 from doran_export.adapter_file import write_adapter
 from doran_export.adapters import adapter_tensors, merged, union_of_targets
 from doran_export.cases import GREEDY_STEPS, given_cases, greedy_prompts, random_cases
@@ -48,6 +50,10 @@ class Request:
     inputs: Sequence[Any] = ()
     tolerance: float | None = None
     adapters: Mapping[str, CompiledAdapter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None and not 0.0 < self.tolerance < math.inf:
+            raise ConfigError(f"tolerance: expected a positive number or None, got {self.tolerance!r}")
 
 
 def export_source(

@@ -154,6 +154,8 @@ class OnnxRunner:
         """
         if not self.has_cache:
             raise ConfigError(f"{self.directory} is not a decoder with a cache: it cannot generate")
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         feed = self._complete(
             {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
         )

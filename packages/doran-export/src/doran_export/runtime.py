@@ -65,6 +65,10 @@ def open_session(path: Path, providers: Sequence[str] | None = None, *, threads:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return runtime.InferenceSession(str(path), options, providers=[(name, _OPTIONS[name]) for name in chosen])
+        session = runtime.InferenceSession(str(path), options, providers=[(name, _OPTIONS[name]) for name in chosen])
     except Exception as error:
         raise ExportError(f"onnxruntime {runtime.__version__} cannot load {path}: {str(error).strip()}") from error
+    # A provider whose libraries do not load is dropped by onnxruntime with a line in a log.
+    if providers and (lost := [name for name in chosen if name not in session.get_providers()]):
+        raise ConfigError(f"onnxruntime {runtime.__version__} has {lost[0]} but could not start it on this machine")
+    return session
