@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from doran_core.config import DoranConfig
 from doran_core.errors import ConfigError
+from doran_core.kernels.backend import triton_can_run
 from doran_core.kernels.generate import Networks, fits, generate
 
 __all__ = [
@@ -214,7 +215,7 @@ class GeneratedFactors(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         networks = self.networks()
-        if networks is not None and fits(networks, self.activation):
+        if networks is not None:
             return generate(networks, self.activation)
         hidden_A, hidden_B = self._hidden()
         w2_A, w2_B = self._output_weights()
@@ -228,17 +229,20 @@ class GeneratedFactors(nn.Module):
         return trunk.output_A[str(self.d_in)], trunk.output_B[str(self.d_out)]
 
     def networks(self) -> Networks | None:
-        """The parameters as the kernels take them; None for another depth than two, and where a hook sees the calls."""
+        """The parameters as the kernels take them; None where they do not, or where a hook sees the networks' calls."""
         trunk, block = self._trunk[0], self._block_embedding[0]
+        w2_A, w2_B = self._output_weights()
+        if torch.compiler.is_compiling() or not triton_can_run(w2_A.device, w2_A.dtype):
+            return None
         if len(trunk.A.weights) != 1 or any(_has_hooks(part) for part in (self, trunk, trunk.A, trunk.B)):
             return None
-        w2_A, w2_B = self._output_weights()
         embedding_A: Tensor = trunk.A.embedding
         embedding_B: Tensor = trunk.B.embedding
         if block is not None:
             vector = block.vector.to(embedding_A)  # a trunk may lie on another device than a block
             embedding_A, embedding_B = embedding_A + vector, embedding_B + vector
-        return Networks(embedding_A, trunk.A.weights[0], w2_A, embedding_B, trunk.B.weights[0], w2_B)
+        networks = Networks(embedding_A, trunk.A.weights[0], w2_A, embedding_B, trunk.B.weights[0], w2_B)
+        return networks if fits(networks, self.activation) else None
 
 
 class BlockEmbedding(nn.Module):

@@ -22,7 +22,6 @@ from torch import Tensor
 
 __all__ = [
     "CANCELLATION_THRESHOLD",
-    "accumulated",
     "accumulation_dtype",
     "adapted_linear",
     "adapted_output",
@@ -35,6 +34,7 @@ __all__ = [
     "factored_row_norm",
     "merged_weight",
     "output_scale",
+    "per_row",
     "row_norm",
     "scaled_factor",
     "wide_product",
@@ -52,11 +52,6 @@ _UPCAST_BYTES = 64 * 2**20
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which sums over these tensors are taken: float64 if any of them is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def accumulated(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype in which sums over it are taken."""
-    return tensor.to(accumulation_dtype(tensor))
 
 
 def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
@@ -277,6 +272,20 @@ def output_scale(magnitude: Tensor, norm: Tensor, tau: Tensor | float) -> Tensor
         return (magnitude / denominator).masked_fill_(denominator <= 0, 0.0)
     positive = denominator > 0
     return torch.where(positive, magnitude / torch.where(positive, denominator, 1.0), 0.0)
+
+
+def per_row(groups: Tensor, rows: int) -> Tensor:
+    """tau of each row from one of each group of neighbouring rows (a head); a single one, or one a row, as it is.
+
+    Args:
+        groups: ``[k]``, k a divisor of ``rows``.
+        rows: d_out.
+
+    Returns:
+        ``[1]`` or ``[rows]``.
+    """
+    size = groups.numel()
+    return groups if size in (1, rows) else groups.repeat_interleave(rows // size)
 
 
 def scaled_factor(B: Tensor, scale: Tensor, scaling: float) -> Tensor:

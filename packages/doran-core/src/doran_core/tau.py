@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from doran_core.config import DoranConfig
 from doran_core.errors import ConfigError
+from doran_core.functional import per_row
 
 __all__ = ["Tau", "tau_size"]
 
@@ -91,7 +92,7 @@ class Tau(nn.Module):
         if self.raw is None:
             return torch.zeros(())
         positive = F.softplus(self.raw)
-        return self._expand(positive * _HALF_NORMAL_MEAN if self.kind == "gaussian" else positive)
+        return per_row(positive * _HALF_NORMAL_MEAN if self.kind == "gaussian" else positive, self.d_out)
 
     def forward(self) -> Tensor | float:
         """What this pass adds to the norm: a fresh draw in training for the kind gaussian, else the value."""
@@ -99,12 +100,8 @@ class Tau(nn.Module):
             return 0.0
         if self.kind == "gaussian" and self.training:
             sigma = F.softplus(self.raw)
-            return self._expand((sigma * torch.randn_like(sigma)).abs())
+            return per_row((sigma * torch.randn_like(sigma)).abs(), self.d_out)
         return self.value()
-
-    def _expand(self, groups: Tensor) -> Tensor:
-        size = groups.numel()
-        return groups if size in (1, self.d_out) else groups.repeat_interleave(self.d_out // size)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, size={0 if self.raw is None else self.raw.numel()}"

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from doran_core.kernels.backend import triton_can_run
-
 __all__ = ["SLOPES", "Networks", "fits", "generate", "gradients", "values"]
 
 SLOPES = {"leaky_relu": 0.01, "relu": 0.0, "identity": 1.0}
@@ -43,16 +41,14 @@ class Networks(NamedTuple):
 
 
 def fits(networks: Networks, activation: str) -> bool:
-    """Whether the kernels take these networks: two layers, a piecewise linear activation, small widths, a GPU."""
+    """Whether the kernels take these: a piecewise linear activation, small widths, one device, float32."""
     embedding, w1, w2 = networks.embedding_A, networks.w1_A, networks.w2_A
     return (
         activation in SLOPES
         and embedding.shape[0] <= _MOST_RANK
         and w1.shape[0] <= _MOST_RANK
         and embedding.shape[1] <= _MOST_WIDTH
-        and triton_can_run(w2.device, w2.dtype)
         and all(p.dtype == torch.float32 and p.device == w2.device and p.is_contiguous() for p in networks)
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from doran_core import functional
 from doran_core.errors import BackendError
 from doran_core.kernels.backend import Implementation
 from doran_core.kernels.generate import Networks, gradients, values
@@ -169,7 +170,7 @@ def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
     passes = passes_of(facts.implementation)
     weight, low = inputs.weight, _flat(inputs.branch_input)
     wide_A, B = inputs.factors if facts.slope is None else values(Networks(*inputs.factors), facts.slope)
-    tau = _expanded(F.softplus(inputs.tau), B.shape[0]) if facts.raw_tau else inputs.tau
+    tau = functional.per_row(F.softplus(inputs.tau), B.shape[0]) if facts.raw_tau else inputs.tau
     A = norm_A = wide_A.to(low.dtype)
     if inputs.product is not None:
         norm_A, product = wide_A, inputs.product.clone()
@@ -287,17 +288,10 @@ def backward(
     )
 
 
-def _expanded(groups: Tensor, rows: int) -> Tensor:
-    """One value per group of rows as one per row; a single one stays as it is."""
-    return groups if groups.numel() in (1, rows) else groups.repeat_interleave(rows // groups.numel())
-
-
-def _tau_gradient(per_row: Tensor, tau: Tensor, *, raw: bool) -> Tensor:
+def _tau_gradient(rows: Tensor, tau: Tensor, *, raw: bool) -> Tensor:
     """The gradient of tau, or of what its softplus is taken of, from those per row."""
-    if tau.numel() == per_row.numel():
-        return per_row * tau.sigmoid() if raw else per_row
-    grouped = per_row.view(tau.numel(), -1).sum(1)
-    return grouped * tau.sigmoid() if raw else grouped
+    grad = rows if tau.numel() == rows.numel() else rows.view(tau.numel(), -1).sum(1)
+    return grad * tau.sigmoid() if raw else grad
 
 
 def _shaped_as(flat: Tensor | None, like: Tensor | None) -> Tensor | None:

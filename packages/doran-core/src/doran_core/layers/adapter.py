@@ -14,7 +14,7 @@ from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.experts import RankOneExperts
 from doran_core.factors import GeneratedFactors, LayerSpec, factor_penalty
 from doran_core.kernels import dispatch
-from doran_core.kernels.generate import SLOPES, Networks, fits
+from doran_core.kernels.generate import SLOPES, Networks
 from doran_core.kernels.layer import without_autocast
 from doran_core.layers.base import BaseView
 from doran_core.tau import Tau
@@ -188,8 +188,7 @@ class DoranAdapter(nn.Module):
         # A class derived from GeneratedFactors may have a forward of its own.
         if self.experts is not None or type(self.factors) is not GeneratedFactors:
             return None
-        networks = self.factors.networks()
-        return networks if networks is not None and fits(networks, self.config.activation) else None
+        return self.factors.networks()
 
     def _reference_forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
         """The formulas under autograd, for every kind of layer."""
