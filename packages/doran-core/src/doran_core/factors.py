@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from doran_core.config import DoranConfig
 from doran_core.errors import ConfigError
-from doran_core.kernels.backend import triton_can_run
-from doran_core.kernels.generate import Networks, fits, generate
+from doran_core.kernels.networks import SLOPES, Networks, are_uniform
 
 __all__ = [
     "FactorBuilder",
@@ -118,6 +117,10 @@ class _HiddenLayers(nn.Module):
             hidden = self.activation(F.linear(hidden, weight) / math.sqrt(weight.shape[1]))
         return hidden / hidden.shape[1]
 
+    def first_layer(self) -> tuple[Tensor, Tensor]:
+        """Embedding ``[r, e]`` and W1 ``[h, e]``."""
+        return self.embedding, self.weights[0]
+
 
 class FactorTrunk(nn.Module):
     """What the layers of a sharing group share: embeddings, first layers and, if asked for, last layers.
@@ -214,9 +217,6 @@ class GeneratedFactors(nn.Module):
         return hidden
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        networks = self.networks()
-        if networks is not None:
-            return generate(networks, self.activation)
         hidden_A, hidden_B = self._hidden()
         w2_A, w2_B = self._output_weights()
         # A trunk may lie on another device, or in another precision, than this layer.
@@ -228,21 +228,25 @@ class GeneratedFactors(nn.Module):
         trunk = self._trunk[0]
         return trunk.output_A[str(self.d_in)], trunk.output_B[str(self.d_out)]
 
-    def networks(self) -> Networks | None:
-        """The parameters as the kernels take them; None where they do not, or where a hook sees the networks' calls."""
+    def networks(self) -> tuple[Networks, float] | None:
+        """The parameters and the activation's slope left of 0, for doran_core.kernels to do by hand what a call does.
+
+        None where that is something else: other depths and activations, mixed dtypes or devices, a class derived from
+        this one, a hook that sees the networks' calls.
+        """
         trunk, block = self._trunk[0], self._block_embedding[0]
+        slope = SLOPES.get(self.activation)
+        if slope is None or len(trunk.A.weights) != 1 or type(self) is not GeneratedFactors:
+            return None
+        if any(_has_hooks(part) for part in (self, trunk, trunk.A, trunk.B)):
+            return None
         w2_A, w2_B = self._output_weights()
-        if torch.compiler.is_compiling() or not triton_can_run(w2_A.device, w2_A.dtype):
-            return None
-        if len(trunk.A.weights) != 1 or any(_has_hooks(part) for part in (self, trunk, trunk.A, trunk.B)):
-            return None
-        embedding_A: Tensor = trunk.A.embedding
-        embedding_B: Tensor = trunk.B.embedding
+        (embedding_A, w1_A), (embedding_B, w1_B) = trunk.A.first_layer(), trunk.B.first_layer()
         if block is not None:
             vector = block.vector.to(embedding_A)  # a trunk may lie on another device than a block
             embedding_A, embedding_B = embedding_A + vector, embedding_B + vector
-        networks = Networks(embedding_A, trunk.A.weights[0], w2_A, embedding_B, trunk.B.weights[0], w2_B)
-        return networks if fits(networks, self.activation) else None
+        networks = Networks(embedding_A, w1_A, w2_A, embedding_B, w1_B, w2_B)
+        return (networks, slope) if are_uniform(networks) else None
 
 
 class BlockEmbedding(nn.Module):

@@ -66,7 +66,7 @@ def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
 def _safe_sqrt(square: Tensor) -> Tensor:
     """sqrt with value and gradient 0 where ``square`` is not positive (a plain sqrt's gradient is inf or NaN)."""
     if not torch.is_grad_enabled():
-        return square.clamp_min(0.0).sqrt()
+        return square.clamp_min(0.0).sqrt_()
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
@@ -215,8 +215,9 @@ def cancelled_rows(norm: Tensor, squared_norm: Tensor) -> Tensor:
         norm: ``[d_out]``, from :func:`factored_row_norm`.
         squared_norm: ``||W0||^2``, ``[d_out]``.
     """
-    bound = CANCELLATION_THRESHOLD**2 * squared_norm
-    return (norm.detach().square() < bound).nonzero()[:, 0]
+    lost = norm.detach().square() < CANCELLATION_THRESHOLD**2 * squared_norm
+    # Asking first is cheaper than an empty list of indices, and there is hardly ever one that is not.
+    return lost.nonzero()[:, 0] if bool(lost.any()) else lost.new_empty(0, dtype=torch.int64)
 
 
 def direction(weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, out: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 The formulas are doran_core.functional's; what is here computes the same function and is held to it by tests.
 ``backend.py`` chooses, ``layer.py`` is the layer, ``passes.py`` and ``triton_passes.py`` its passes over memory,
-``generate.py`` the factor networks, ``compiled.py`` the operator that torch.compile sees. Triton is imported when first
+``networks.py`` the factor networks by hand, ``compiled.py`` the operator that torch.compile sees. Triton is imported when first
 used, never before.
 """
 

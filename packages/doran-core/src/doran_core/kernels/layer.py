@@ -30,7 +30,7 @@ from torch import Tensor
 from doran_core import functional
 from doran_core.errors import BackendError
 from doran_core.kernels.backend import Implementation
-from doran_core.kernels.generate import Networks, gradients, values
+from doran_core.kernels.networks import Networks
 from doran_core.kernels.passes import Assembled, Passes, Source, TorchPasses, small_scale
 
 __all__ = [
@@ -169,7 +169,7 @@ def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
     """``y [..., d_out]`` and what to keep."""
     passes = passes_of(facts.implementation)
     weight, low = inputs.weight, _flat(inputs.branch_input)
-    wide_A, B = inputs.factors if facts.slope is None else values(Networks(*inputs.factors), facts.slope)
+    wide_A, B = inputs.factors if facts.slope is None else passes.generate(Networks(*inputs.factors), facts.slope)
     tau = functional.per_row(F.softplus(inputs.tau), B.shape[0]) if facts.raw_tau else inputs.tau
     A = norm_A = wide_A.to(low.dtype)
     if inputs.product is not None:
@@ -259,10 +259,13 @@ def backward(
     )
     grad_hidden = flat_grad @ assembled.scaled_B
     grad_A = passes.product(grad_hidden.T, low)
-    if finished.product is not None and finished.gram is not None:
+    if finished.product is not None:
         if weight is not None:
             grad_A = passes.add_transposed_product(grad_A, finished.product, weight)
-        mixed = assembled.scaled_B.T @ finished.gram  # the transpose of N^T B', which is symmetric
+        if finished.gram is None:
+            mixed = (kept.B.T @ finished.product).mul_(facts.scaling)
+        else:
+            mixed = assembled.scaled_B.T @ finished.gram  # the transpose of N^T B', which is symmetric
         grad_A = passes.add_transposed_product(grad_A, mixed, kept.A)
     grad_x = grad_low = None
     if need_input:
@@ -276,7 +279,7 @@ def backward(
             grad_low = grad_hidden @ kept.A
     factors: tuple[Tensor, ...] = (grad_A, finished.B)
     if facts.slope is not None:
-        factors = gradients(Networks(*inputs.factors), facts.slope, *factors)
+        factors = passes.generate_gradients(Networks(*inputs.factors), facts.slope, *factors)
     return Gradients(
         _shaped_as(grad_x, inputs.x),
         _shaped_as(grad_low, inputs.low_rank_input),

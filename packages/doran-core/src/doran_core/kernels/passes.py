@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from doran_core import functional
+from doran_core.kernels import networks
+from doran_core.kernels.networks import Networks
 
 __all__ = ["Assembled", "Finished", "Passes", "Source", "TorchPasses", "small_scale"]
 
@@ -39,7 +41,7 @@ class Finished(NamedTuple):
         B: ``[d_out, r]`` acc.
         product: ``M = dL/dU``, ``[d_out, r]`` in the dtype of W0; None for a detached norm.
         gram: ``N = M / c``, ``[d_out, r]`` in the layer's dtype, without a division: ``N^T B' = g M^T B``, which is
-            ``2 dL/d(A A^T)``; None for a detached norm.
+            ``2 dL/d(A A^T)``; None for a detached norm, or where ``M`` and B have one dtype and give that themselves.
         magnitude: ``[d_out]`` acc.
         tau: ``[d_out]`` acc, one value a row whatever tau's granularity.
     """
@@ -73,7 +75,15 @@ class Source(NamedTuple):
 
 
 class Passes(Protocol):
-    """The four passes, and the product that keeps its sums in acc."""
+    """The factor networks, the four passes, and the products that keep their sums in acc."""
+
+    def generate(self, parameters: Networks, slope: float) -> tuple[Tensor, Tensor]:
+        """``(A [r, d_in], B [d_out, r])`` of the networks."""
+        ...
+
+    def generate_gradients(self, parameters: Networks, slope: float, grad_A: Tensor, grad_B: Tensor) -> Networks:
+        """The gradients of the networks' parameters."""
+        ...
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """``left @ right``, accumulated and returned in acc."""
@@ -178,6 +188,12 @@ def _narrow_on_cuda(tensor: Tensor) -> bool:
 class TorchPasses:
     """On any device."""
 
+    def generate(self, parameters: Networks, slope: float) -> tuple[Tensor, Tensor]:
+        return networks.values(parameters, slope)
+
+    def generate_gradients(self, parameters: Networks, slope: float, grad_A: Tensor, grad_B: Tensor) -> Networks:
+        return networks.gradients(parameters, slope, grad_A, grad_B)
+
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         if _narrow_on_cuda(left):
             return torch.mm(left, right, out_dtype=torch.float32)
@@ -263,21 +279,21 @@ class TorchPasses:
             grad_scale = total + scaling * (factor_grad * B).sum(1)
         else:
             grad_scale = total / scale
-            rows = (scale.abs() < source.threshold).nonzero()[:, 0]
-            if rows.numel():
+            small = scale.abs() < source.threshold
+            if bool(small.any()):
+                rows = small.nonzero()[:, 0]
                 grad_scale[rows] = source.sums(rows) + scaling * (factor_grad[rows] * B[rows]).sum(1)
         denominator = norm + tau
-        grad_magnitude = (grad_scale / denominator).masked_fill_(denominator <= 0, 0.0)
-        grad_tau = -grad_magnitude * scale
+        grad_magnitude = grad_scale.div_(denominator).masked_fill_(denominator <= 0, 0.0)
+        grad_tau = (grad_magnitude * scale).neg_()
         grad_B = (scale * scaling)[:, None] * factor_grad
         if detach_norm:
             return Finished(grad_B, None, None, grad_magnitude, grad_tau)
-        per_norm = (grad_magnitude * -scaling / norm).masked_fill_(norm <= 0, 0.0)
-        through_norm = (per_norm * scale)[:, None]
-        return Finished(
-            grad_B.addcmul_(through_norm, aligned),
-            (through_norm * B).to(product_dtype),
-            (per_norm[:, None] * B).to(scaled_B.dtype),
-            grad_magnitude,
-            grad_tau,
-        )
+        through_norm = (grad_tau * scaling).div_(norm).masked_fill_(norm <= 0, 0.0)[:, None]
+        grad_B.addcmul_(through_norm, aligned)
+        grad_product = through_norm * B
+        if product_dtype == B.dtype:
+            return Finished(grad_B, grad_product, None, grad_magnitude, grad_tau)
+        per_norm = (grad_magnitude * -scaling).div_(norm).masked_fill_(norm <= 0, 0.0)
+        grad_gram = (per_norm[:, None] * B).to(scaled_B.dtype)
+        return Finished(grad_B, grad_product.to(product_dtype), grad_gram, grad_magnitude, grad_tau)

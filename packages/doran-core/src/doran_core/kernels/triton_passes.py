@@ -11,9 +11,15 @@ from torch import Tensor
 from doran_core import functional
 from doran_core.kernels import triton_kernels as kernels
 from doran_core.kernels.backend import interpreting
+from doran_core.kernels.networks import Networks
 from doran_core.kernels.passes import Assembled, Finished, Source, TorchPasses
 
 __all__ = ["TritonPasses", "dot_precision", "on_device"]
+
+_MOST_RANK = 64
+_MOST_WIDTH = 128
+_BLOCK = 64
+"""Sizes up to which a network's inner layer is one block, and columns of A or rows of B in a block."""
 
 _PARTS = 64
 """Parts into which the tokens are cut for the sums over them: enough programs for narrow layers."""
@@ -36,6 +42,41 @@ def _rank_block(rank: int, most: int) -> int:
 
 class TritonPasses(TorchPasses):
     """float32, bfloat16 and float16 on a CUDA device, or anywhere under TRITON_INTERPRET=1."""
+
+    def generate(self, parameters: Networks, slope: float) -> tuple[Tensor, Tensor]:
+        sizes = _network_sizes(parameters)
+        if sizes is None:
+            return super().generate(parameters, slope)
+        d_in, d_out, rank, width, hidden, padded = sizes
+        A, B = parameters.w2_A.new_empty(rank, d_in), parameters.w2_B.new_empty(d_out, rank)
+        blocks_A, blocks_B = triton.cdiv(d_in, _BLOCK), triton.cdiv(d_out, _BLOCK)
+        with on_device(A):
+            kernels.generate_kernel[(blocks_A + blocks_B,)](
+                *parameters, A, B, d_in, d_out, rank, width, hidden, slope, blocks_A, **padded, BLOCK=_BLOCK
+            )
+        return A, B
+
+    def generate_gradients(self, parameters: Networks, slope: float, grad_A: Tensor, grad_B: Tensor) -> Networks:
+        sizes = _network_sizes(parameters)
+        if sizes is None:
+            return super().generate_gradients(parameters, slope, grad_A, grad_B)
+        d_in, d_out, rank, width, hidden, padded = sizes
+        found = Networks(*(torch.empty_like(parameter) for parameter in parameters))
+        blocks_A, blocks_B = triton.cdiv(d_in, _BLOCK), triton.cdiv(d_out, _BLOCK)
+        parts = grad_A.new_empty(blocks_A + blocks_B, padded["R"], padded["H"])
+        with on_device(grad_A):
+            kernels.generate_outer_gradient_kernel[(blocks_A + blocks_B,)](
+                *parameters, grad_A.contiguous(), grad_B.contiguous(), found.w2_A, found.w2_B, parts,
+                d_in, d_out, rank, width, hidden, slope, blocks_A, **padded, BLOCK=_BLOCK,
+            )  # fmt: skip
+            # PyTorch adds the blocks' parts faster than the two programs of the next kernel would.
+            kernels.generate_inner_gradient_kernel[(2,)](
+                parameters.embedding_A, parameters.w1_A, parameters.embedding_B, parameters.w1_B,
+                parts[:blocks_A].sum(0), parts[blocks_A:].sum(0),
+                found.embedding_A, found.w1_A, found.embedding_B, found.w1_B,
+                rank, width, hidden, slope, **padded,
+            )  # fmt: skip
+        return found
 
     def assemble(
         self,
@@ -145,3 +186,13 @@ def _parts(tokens: int) -> tuple[int, int]:
     """How many parts the tokens are cut into, and their size."""
     rows = triton.cdiv(tokens, _PARTS)
     return triton.cdiv(tokens, rows), rows
+
+
+def _network_sizes(parameters: Networks) -> tuple[int, int, int, int, int, dict[str, int]] | None:
+    """``(d_in, d_out, rank, e, h)`` and the kernels' padded sizes; None if the networks are too large for them."""
+    rank, width = parameters.embedding_A.shape
+    hidden = parameters.w1_A.shape[0]
+    if rank > _MOST_RANK or hidden > _MOST_RANK or width > _MOST_WIDTH or parameters.w2_A.dtype != torch.float32:
+        return None
+    padded = {name: max(16, triton.next_power_of_2(size)) for name, size in (("R", rank), ("E", width), ("H", hidden))}
+    return parameters.w2_A.shape[0], parameters.w2_B.shape[0], rank, width, hidden, padded

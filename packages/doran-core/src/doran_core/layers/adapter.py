@@ -14,8 +14,8 @@ from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.experts import RankOneExperts
 from doran_core.factors import GeneratedFactors, LayerSpec, factor_penalty
 from doran_core.kernels import dispatch
-from doran_core.kernels.generate import SLOPES, Networks
 from doran_core.kernels.layer import without_autocast
+from doran_core.kernels.networks import Networks
 from doran_core.layers.base import BaseView
 from doran_core.tau import Tau
 
@@ -166,10 +166,10 @@ class DoranAdapter(nn.Module):
         implementation = dispatch.choose_for(view, x, self.magnitude, norm_method=self.config.norm_method)
         if implementation == "reference":
             return self._reference_forward(view, x, view.layer(x) if base_output is None else base_output)
-        networks = self._networks() if implementation == "triton" and view.weight() is not None else None
-        tau: Tensor | float | None = self.tau.raw if networks is not None and self.tau.is_softplus else None
+        by_hand = self._networks(view)
+        tau: Tensor | float | None = self.tau.raw if by_hand is not None and self.tau.is_softplus else None
         with without_autocast(self.magnitude):
-            factors = self.factor_pair() if networks is None else networks
+            factors, slope = (self.factor_pair(), None) if by_hand is None else by_hand
             raw = tau is not None
             if tau is None:
                 tau = self.tau()
@@ -179,16 +179,16 @@ class DoranAdapter(nn.Module):
             detach_norm=self.config.norm_grad == "detached",
             repair=self.config.norm_method == "auto",
             dropout=self.config.dropout if self.training else 0.0,
-            slope=None if networks is None else SLOPES[self.config.activation],
+            slope=slope,
             raw_tau=raw,
         )  # fmt: skip
 
-    def _networks(self) -> Networks | None:
-        """The factor networks' parameters where the kernels can go all the way from them, and back to them."""
-        # A class derived from GeneratedFactors may have a forward of its own.
-        if self.experts is not None or type(self.factors) is not GeneratedFactors:
+    def _networks(self, view: BaseView) -> tuple[Networks, float] | None:
+        """The factor networks where the kernels can go all the way from their parameters, and back to them."""
+        factors = self.factors
+        if self.experts is not None or view.weight() is None or torch.compiler.is_compiling():
             return None
-        return self.factors.networks()
+        return factors.networks() if isinstance(factors, GeneratedFactors) else None
 
     def _reference_forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
         """The formulas under autograd, for every kind of layer."""
