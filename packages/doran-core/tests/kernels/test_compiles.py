@@ -6,11 +6,12 @@ import pytest
 pytestmark = cases.needs_triton
 
 POINTERS = {"product", "gram", "B", "squared_norm", "magnitude", "tau", "norm", "scale", "grad_B", "aligned"} | {
-    "factor_grad", "sums", "grad_magnitude", "grad_tau"
+    "factor_grad", "sums", "grad_magnitude", "grad_tau", "raw_tau"
 }  # fmt: skip
 HALF_POINTERS = {"weight", "A", "scaled_B", "base_output", "hidden", "bias", "y", "grad", "kept", "scaled", "x"} | {
     "grad_product",
-    "grad_gram",
+    "product_grad",
+    "grad_hidden",
 }
 FLOATS = {"scaling", "threshold", "slope"}
 BLOCKS = {"BLOCK_D": 32, "BLOCK_R": 32, "BLOCK_K": 64, "BLOCK_T": 64, "BLOCK": 64, "R": 16, "E": 64, "H": 32}
@@ -21,7 +22,7 @@ FLAGS = {
     "OF_OUTPUT": True,
     "DETACH": False,
     "WIDEN": False,
-    "WHOLE_RANK": True,
+    "RAW_TAU": True,
     "PARTS": 64,
     "AT_ONCE": 2,
 }
@@ -49,10 +50,11 @@ def compile_all(half, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from doran_core.kernels import triton_kernels
+    from doran_core.kernels import triton_kernels, triton_networks
 
-    for kernel_name in [n for n in dir(triton_kernels) if n.endswith("_kernel")]:
-        kernel = getattr(triton_kernels, kernel_name)
+    known = vars(triton_kernels) | vars(triton_networks)
+    for kernel_name in [n for n in known if n.endswith("_kernel")]:
+        kernel = known[kernel_name]
         constants = {n: v for n, v in (BLOCKS | FLAGS | {"PRECISION": "ieee"}).items() if n in kernel.arg_names}
         full = "fp32" if kernel_name.startswith("generate") else half
         signature = {n: "constexpr" if n in constants else type_of(n, full) for n in kernel.arg_names}
@@ -75,4 +77,4 @@ def test_every_kernel_compiles(half, capability, tmp_path):
     program = PROGRAM.format(folder=folder, half=half, capability=capability)
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 7, run.stdout
+    assert run.stdout.count("compiled") == 9, run.stdout

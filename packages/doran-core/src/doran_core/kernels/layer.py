@@ -9,7 +9,7 @@ Backward, from G = dL/dy, summed over tokens t:
 
     dc = sum_t G (y - bias) / c       dm = dc / (n + tau)       dtau = dn = -dc c / (n + tau)
     P = G^T (x A^T)      dB = c g P + (dn g / n) K      M = dL/dU = (dn g / n) B
-    dA = (G B')^T x + M^T W0 + (N^T B') A, N = M / c      dx = (c G) W0 + (G B') A
+    dA = (G B')^T x + M^T (W0 + g B A)      dx = (c G) W0 + (G B') A
 
 ``dc`` needs the output before scaling. It is not kept: y, which the next layer often keeps anyway, stands in for it,
 and where c is near 0 that product is computed again. Half precision uses A rounded to the layer's dtype, in the branch
@@ -31,7 +31,7 @@ from doran_core import functional
 from doran_core.errors import BackendError
 from doran_core.kernels.backend import Implementation
 from doran_core.kernels.networks import Networks
-from doran_core.kernels.passes import Assembled, Passes, Source, TorchPasses, small_scale
+from doran_core.kernels.passes import Assembled, Passes, Source, TorchPasses, added, small_scale
 
 __all__ = [
     "AdaptedLinear",
@@ -169,26 +169,29 @@ def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
     """``y [..., d_out]`` and what to keep."""
     passes = passes_of(facts.implementation)
     weight, low = inputs.weight, _flat(inputs.branch_input)
-    wide_A, B = inputs.factors if facts.slope is None else passes.generate(Networks(*inputs.factors), facts.slope)
+    if facts.slope is None:
+        wide_A, B = inputs.factors
+    else:
+        one_dtype = weight is not None and weight.dtype == low.dtype
+        dtype = low.dtype if one_dtype else inputs.factors[0].dtype
+        wide_A, B = passes.generate(Networks(*inputs.factors), facts.slope, dtype)
     tau = functional.per_row(F.softplus(inputs.tau), B.shape[0]) if facts.raw_tau else inputs.tau
     A = norm_A = wide_A.to(low.dtype)
-    if inputs.product is not None:
-        norm_A, product = wide_A, inputs.product.clone()
-    else:
-        assert weight is not None
-        if weight.dtype != A.dtype:
-            norm_A = wide_A.to(weight.dtype)
-        product = passes.product(weight, norm_A.T)
+    if weight is None:
+        norm_A = wide_A
+    elif weight.dtype != A.dtype:
+        norm_A = wide_A.to(weight.dtype)
     assembled = passes.assemble(
-        product,
+        weight,
+        None if inputs.product is None else inputs.product.clone(),
         norm_A,
         B,
         inputs.squared_norm,
         inputs.magnitude,
         tau,
         facts.scaling,
-        weight if facts.repair else None,
         low.dtype,
+        repair=facts.repair,
     )
     hidden = low @ A.T
     base_output = inputs.base_output
@@ -255,18 +258,11 @@ def backward(
         facts.scaling,
         kept.B.dtype if weight is None else weight.dtype,
         source,
+        inputs.tau if facts.raw_tau else None,
         detach_norm=facts.detach_norm,
     )
     grad_hidden = flat_grad @ assembled.scaled_B
-    grad_A = passes.product(grad_hidden.T, low)
-    if finished.product is not None:
-        if weight is not None:
-            grad_A = passes.add_transposed_product(grad_A, finished.product, weight)
-        if finished.gram is None:
-            mixed = (kept.B.T @ finished.product).mul_(facts.scaling)
-        else:
-            mixed = assembled.scaled_B.T @ finished.gram  # the transpose of N^T B', which is symmetric
-        grad_A = passes.add_transposed_product(grad_A, mixed, kept.A)
+    grad_A = passes.gradient_of_A(grad_hidden, low, finished.product, weight, kept.A, kept.B, facts.scaling)
     grad_x = grad_low = None
     if need_input:
         if own_base:
@@ -277,24 +273,27 @@ def backward(
             grad_x.addmm_(grad_hidden, kept.A)
         else:
             grad_low = grad_hidden @ kept.A
-    factors: tuple[Tensor, ...] = (grad_A, finished.B)
-    if facts.slope is not None:
-        factors = passes.generate_gradients(Networks(*inputs.factors), facts.slope, *factors)
+    factors: tuple[Tensor, ...]
+    if facts.slope is None:
+        factors = added(grad_A), finished.B
+    else:
+        factors = passes.generate_gradients(Networks(*inputs.factors), facts.slope, grad_A, finished.B)
     return Gradients(
         _shaped_as(grad_x, inputs.x),
         _shaped_as(grad_low, inputs.low_rank_input),
         None if own_base else _shaped_as(scaled_grad, inputs.base_output),
         finished.product if weight is None else None,
         finished.magnitude,
-        _tau_gradient(finished.tau, inputs.tau, raw=facts.raw_tau),
+        finished.tau
+        if inputs.tau.numel() == finished.tau.numel()
+        else finished.tau.view(inputs.tau.numel(), -1).sum(1),
         factors,
     )
 
 
-def _tau_gradient(rows: Tensor, tau: Tensor, *, raw: bool) -> Tensor:
-    """The gradient of tau, or of what its softplus is taken of, from those per row."""
-    grad = rows if tau.numel() == rows.numel() else rows.view(tau.numel(), -1).sum(1)
-    return grad * tau.sigmoid() if raw else grad
+def _per_group(rows: Tensor, groups: int) -> Tensor:
+    """The sum over each group of neighbouring rows."""
+    return rows if rows.numel() == groups else rows.view(groups, -1).sum(1)
 
 
 def _shaped_as(flat: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from doran_core import functional
 from doran_core.kernels import networks
 from doran_core.kernels.networks import Networks
 
-__all__ = ["Assembled", "Finished", "Passes", "Source", "TorchPasses", "small_scale"]
+__all__ = ["Assembled", "Finished", "Passes", "Source", "TorchPasses", "added", "small_scale"]
 
 
 class Assembled(NamedTuple):
@@ -40,15 +40,12 @@ class Finished(NamedTuple):
     Attributes:
         B: ``[d_out, r]`` acc.
         product: ``M = dL/dU``, ``[d_out, r]`` in the dtype of W0; None for a detached norm.
-        gram: ``N = M / c``, ``[d_out, r]`` in the layer's dtype, without a division: ``N^T B' = g M^T B``, which is
-            ``2 dL/d(A A^T)``; None for a detached norm, or where ``M`` and B have one dtype and give that themselves.
         magnitude: ``[d_out]`` acc.
-        tau: ``[d_out]`` acc, one value a row whatever tau's granularity.
+        tau: ``[d_out]`` acc, one value a row whatever tau's granularity; of its raw value if that was given.
     """
 
     B: Tensor
     product: Tensor | None
-    gram: Tensor | None
     magnitude: Tensor
     tau: Tensor
 
@@ -77,46 +74,45 @@ class Source(NamedTuple):
 class Passes(Protocol):
     """The factor networks, the four passes, and the products that keep their sums in acc."""
 
-    def generate(self, parameters: Networks, slope: float) -> tuple[Tensor, Tensor]:
-        """``(A [r, d_in], B [d_out, r])`` of the networks."""
+    def generate(self, parameters: Networks, slope: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``(A [r, d_in], B [d_out, r])`` of the networks, A in ``dtype``."""
         ...
 
     def generate_gradients(self, parameters: Networks, slope: float, grad_A: Tensor, grad_B: Tensor) -> Networks:
-        """The gradients of the networks' parameters."""
+        """The gradients of the parameters from those of A, in parts ``[k, r, d_in]``, and of B ``[d_out, r]``."""
         ...
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """``left @ right``, accumulated and returned in acc."""
         ...
 
-    def add_transposed_product(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """``total + left^T @ right`` in acc, perhaps in place; ``right`` may be as large as W0."""
-        ...
-
     def assemble(
         self,
-        product: Tensor,
+        weight: Tensor | None,
+        product: Tensor | None,
         A: Tensor,
         B: Tensor,
         squared_norm: Tensor,
         magnitude: Tensor,
         tau: Tensor,
         scaling: float,
-        weight: Tensor | None,
         dtype: torch.dtype,
+        *,
+        repair: bool,
     ) -> Assembled:
         """Norm, scale and scaled factor.
 
         Args:
-            product: ``U = W0 A^T``, ``[d_out, r]`` acc; may be overwritten.
+            weight: W0, or None if the layer hides it.
+            product: ``U = W0 A^T``, ``[d_out, r]`` acc, where W0 is hidden; may be overwritten.
             A: ``[r, d_in]``, as the layer uses it.
             B: ``[d_out, r]``.
             squared_norm: ``||W0||^2``, ``[d_out]``.
             magnitude: ``[d_out]``.
             tau: ``[1]`` or ``[d_out]``.
             scaling: ``g``.
-            weight: W0, to take the norm directly for rows in which V cancels; None to leave them.
             dtype: of ``scaled_B``.
+            repair: take the norm directly for rows in which V cancels.
         """
         ...
 
@@ -151,6 +147,7 @@ class Passes(Protocol):
         scaling: float,
         product_dtype: torch.dtype,
         source: Source | None,
+        raw_tau: Tensor | None,
         *,
         detach_norm: bool,
     ) -> Finished:
@@ -167,7 +164,31 @@ class Passes(Protocol):
             scaling: ``g``.
             product_dtype: of ``Finished.product``.
             source: what the sums are to be taken from anew for the rows whose ``c`` is near 0.
+            raw_tau: what tau is the softplus of, ``[1]`` or one a group of rows; None for tau's own gradient.
             detach_norm: the norm is a constant.
+        """
+        ...
+
+    def gradient_of_A(
+        self,
+        grad_hidden: Tensor,
+        x: Tensor,
+        product_grad: Tensor | None,
+        weight: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """``grad_hidden^T x + M^T (W0 + g B A)``, in parts that are still to be added, ``[k, r, d_in]`` acc.
+
+        Args:
+            grad_hidden: ``G B'``, ``[T, r]``.
+            x: the branch's input, ``[T, d_in]``.
+            product_grad: ``M``, ``[d_out, r]``; None for a detached norm.
+            weight: W0; None if it is hidden, and then its term is left out.
+            A: ``[r, d_in]``, as the layer uses it.
+            B: ``[d_out, r]``.
+            scaling: ``g``.
         """
         ...
 
@@ -180,6 +201,11 @@ def small_scale(dtype: torch.dtype, bias: Tensor | None) -> float:
     return 0.5 if bias is not None or dtype == torch.float16 else 1e-3
 
 
+def added(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, without an operation if there is one part."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
 def _narrow_on_cuda(tensor: Tensor) -> bool:
     """Whether the GPU's matrix units accumulate it in float32 by themselves."""
     return tensor.is_cuda and tensor.dtype.itemsize < 4
@@ -188,11 +214,12 @@ def _narrow_on_cuda(tensor: Tensor) -> bool:
 class TorchPasses:
     """On any device."""
 
-    def generate(self, parameters: Networks, slope: float) -> tuple[Tensor, Tensor]:
-        return networks.values(parameters, slope)
+    def generate(self, parameters: Networks, slope: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        A, B = networks.values(parameters, slope)
+        return A.to(dtype), B
 
     def generate_gradients(self, parameters: Networks, slope: float, grad_A: Tensor, grad_B: Tensor) -> Networks:
-        return networks.gradients(parameters, slope, grad_A, grad_B)
+        return networks.gradients(parameters, slope, added(grad_A), grad_B)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         if _narrow_on_cuda(left):
@@ -201,29 +228,27 @@ class TorchPasses:
             return left @ right
         return functional.wide_product(left, right)
 
-    def add_transposed_product(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        if _narrow_on_cuda(right):
-            return torch.addmm(total, left.T, right, out_dtype=torch.float32)
-        if right.dtype == total.dtype:
-            return total.addmm_(left.T, right)
-        return total.add_(functional.wide_transposed_product(left, right))
-
     def assemble(
         self,
-        product: Tensor,
+        weight: Tensor | None,
+        product: Tensor | None,
         A: Tensor,
         B: Tensor,
         squared_norm: Tensor,
         magnitude: Tensor,
         tau: Tensor,
         scaling: float,
-        weight: Tensor | None,
         dtype: torch.dtype,
+        *,
+        repair: bool,
     ) -> Assembled:
+        if product is None:
+            assert weight is not None
+            product = self.product(weight, A.T)
         A = A.to(product.dtype)
         aligned = functional.aligned_product(product, A, B, scaling)
         norm = functional.aligned_row_norm(squared_norm, product, aligned, B, scaling)
-        if weight is not None:
+        if repair and weight is not None:
             rows = functional.cancelled_rows(norm, squared_norm)
             if rows.numel():
                 V = functional.direction(weight[rows], A, B[rows], scaling)
@@ -270,11 +295,12 @@ class TorchPasses:
         scaling: float,
         product_dtype: torch.dtype,
         source: Source | None,
+        raw_tau: Tensor | None,
         *,
         detach_norm: bool,
     ) -> Finished:
-        aligned, norm, scale, scaled_B = assembled
-        total = sums.sum(0) if sums.shape[0] > 1 else sums[0]
+        aligned, norm, scale, _ = assembled
+        total = added(sums)
         if source is None:
             grad_scale = total + scaling * (factor_grad * B).sum(1)
         else:
@@ -285,15 +311,38 @@ class TorchPasses:
                 grad_scale[rows] = source.sums(rows) + scaling * (factor_grad[rows] * B[rows]).sum(1)
         denominator = norm + tau
         grad_magnitude = grad_scale.div_(denominator).masked_fill_(denominator <= 0, 0.0)
-        grad_tau = (grad_magnitude * scale).neg_()
+        grad_norm = grad_tau = (grad_magnitude * scale).neg_()
+        if raw_tau is not None:
+            grad_tau = grad_norm * functional.per_row(raw_tau.sigmoid(), B.shape[0])
         grad_B = (scale * scaling)[:, None] * factor_grad
         if detach_norm:
-            return Finished(grad_B, None, None, grad_magnitude, grad_tau)
-        through_norm = (grad_tau * scaling).div_(norm).masked_fill_(norm <= 0, 0.0)[:, None]
-        grad_B.addcmul_(through_norm, aligned)
-        grad_product = through_norm * B
-        if product_dtype == B.dtype:
-            return Finished(grad_B, grad_product, None, grad_magnitude, grad_tau)
-        per_norm = (grad_magnitude * -scaling).div_(norm).masked_fill_(norm <= 0, 0.0)
-        grad_gram = (per_norm[:, None] * B).to(scaled_B.dtype)
-        return Finished(grad_B, grad_product.to(product_dtype), grad_gram, grad_magnitude, grad_tau)
+            return Finished(grad_B, None, grad_magnitude, grad_tau)
+        through_norm = (grad_norm * scaling).div_(norm).masked_fill_(norm <= 0, 0.0)[:, None]
+        grad_product = (through_norm * B).to(product_dtype)
+        return Finished(grad_B.addcmul_(through_norm, aligned), grad_product, grad_magnitude, grad_tau)
+
+    def gradient_of_A(
+        self,
+        grad_hidden: Tensor,
+        x: Tensor,
+        product_grad: Tensor | None,
+        weight: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        total = self.product(grad_hidden.T, x)
+        if product_grad is not None:
+            if weight is not None:
+                total = self._add_transposed_product(total, product_grad, weight)
+            mixed = (B.to(product_grad.dtype).T @ product_grad).mul_(scaling)  # symmetric
+            total = self._add_transposed_product(total, mixed.to(A.dtype), A)
+        return total[None]
+
+    def _add_transposed_product(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """``total + left^T @ right`` in acc, perhaps in place; ``right`` may be as large as W0."""
+        if _narrow_on_cuda(right):
+            return torch.addmm(total, left.T, right, out_dtype=torch.float32)
+        if right.dtype == total.dtype:
+            return total.addmm_(left.T, right)
+        return total.add_(functional.wide_transposed_product(left, right))

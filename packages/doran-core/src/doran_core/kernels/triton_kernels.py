@@ -15,11 +15,10 @@ import triton.language as tl
 
 __all__ = [
     "assemble_kernel",
+    "assemble_whole_kernel",
     "expand_kernel",
     "finish_kernel",
-    "generate_inner_gradient_kernel",
-    "generate_kernel",
-    "generate_outer_gradient_kernel",
+    "gradient_of_A_kernel",
     "scale_gradient_kernel",
 ]
 
@@ -40,30 +39,13 @@ def _direct_row(weight, A, B, row, rank, d_in, stride_row, stride_column, scalin
 
 
 @triton.jit
-def assemble_kernel(
-    product, gram, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B,
-    d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
-    TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr, WHOLE_RANK: tl.constexpr,
+def _norm_and_scale(
+    aligned, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B, rows, valid, inner,
+    rank, d_in, stride_row, stride_column, scaling, threshold,
+    TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """K over U, then n, c and B'. ``gram`` is ``A A^T`` if one block holds the rank, else ``B (A A^T)``."""
-    rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    valid = rows < d_out
-    inner = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, rank, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        at = rows[:, None] * rank + ranks[None, :]
-        mask = valid[:, None] & (ranks < rank)[None, :]
-        u = tl.load(product + at, mask, 0.0)
-        b = tl.load(B + at, mask, 0.0)
-        if WHOLE_RANK:
-            pair_ok = (ranks < rank)[:, None] & (ranks < rank)[None, :]
-            g = tl.load(gram + ranks[:, None] * rank + ranks[None, :], pair_ok, 0.0)
-            k = u + scaling * tl.dot(b, g, input_precision="ieee")
-        else:
-            k = u + scaling * tl.load(gram + at, mask, 0.0)
-        inner += tl.sum(b * (u + k), 1)
-        tl.store(product + at, k, mask)
+    """n, c and B' from ``inner = sum(B * (U + K), 1)``; takes n and K anew, from V, for rows that cancel."""
     base = tl.load(squared_norm + rows, valid, 0.0)
     square = base + scaling * inner
     if REPAIR:
@@ -93,7 +75,7 @@ def assemble_kernel(
                             mask = (ranks < rank)[:, None] & (columns < d_in)[None, :]
                             a = tl.load(A + ranks[:, None] * d_in + columns[None, :], mask, 0.0).to(tl.float32)
                             along += tl.sum(a * v[None, :], 1)
-                        tl.store(product + row * rank + ranks, along, ranks < rank)
+                        tl.store(aligned + row * rank + ranks, along, ranks < rank)
     positive = square > 0
     n = tl.where(positive, tl.sqrt_rn(tl.where(positive, square, 1.0)), 0.0)
     if TAU_PER_ROW:
@@ -112,6 +94,69 @@ def assemble_kernel(
         mask = valid[:, None] & (ranks < rank)[None, :]
         b = tl.load(B + at, mask, 0.0)
         tl.store(scaled_B + at, (factor[:, None] * b).to(scaled_B.dtype.element_ty), mask)
+
+
+@triton.jit
+def assemble_kernel(
+    product, gram, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B,
+    d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
+    TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """K over U, then n, c and B'; ``gram`` is ``B (A A^T)``."""
+    rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    valid = rows < d_out
+    inner = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, rank, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R)
+        at = rows[:, None] * rank + ranks[None, :]
+        mask = valid[:, None] & (ranks < rank)[None, :]
+        u = tl.load(product + at, mask, 0.0)
+        b = tl.load(B + at, mask, 0.0)
+        k = u + scaling * tl.load(gram + at, mask, 0.0)
+        inner += tl.sum(b * (u + k), 1)
+        tl.store(product + at, k, mask)
+    _norm_and_scale(
+        product, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B, rows, valid, inner,
+        rank, d_in, stride_row, stride_column, scaling, threshold,
+        TAU_PER_ROW, REPAIR, BLOCK_D, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def assemble_whole_kernel(
+    weight, A, B, squared_norm, magnitude, tau, aligned, norm, scale, scaled_B,
+    d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
+    TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """K, n, c and B' from W0: one pass over it makes U, and ``A A^T`` beside. One block holds the rank."""
+    rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    ranks = tl.arange(0, BLOCK_R)
+    valid, rank_ok = rows < d_out, ranks < rank
+    weight_rows = weight + rows.to(tl.int64)[:, None] * stride_row
+    u = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
+    gram = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+    for start in range(0, d_in, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        column_ok = columns < d_in
+        w = tl.load(weight_rows + columns[None, :] * stride_column, valid[:, None] & column_ok[None, :], 0.0)
+        a = tl.load(A + ranks[:, None] * d_in + columns[None, :], rank_ok[:, None] & column_ok[None, :], 0.0)
+        if WIDEN:
+            w, a = w.to(tl.float32), a.to(tl.float32)
+        u = tl.dot(w, tl.trans(a), u, input_precision=PRECISION)
+        gram = tl.dot(a, tl.trans(a), gram, input_precision=PRECISION)
+    at = rows[:, None] * rank + ranks[None, :]
+    mask = valid[:, None] & rank_ok[None, :]
+    b = tl.load(B + at, mask, 0.0)
+    k = u + scaling * tl.dot(b, gram, input_precision="ieee")
+    tl.store(aligned + at, k, mask)
+    inner = tl.sum(b * (u + k), 1)
+    _norm_and_scale(
+        aligned, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B, rows, valid, inner,
+        rank, d_in, stride_row, stride_column, scaling, threshold,
+        TAU_PER_ROW, REPAIR, BLOCK_D, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -204,11 +249,11 @@ def _base_sums(
 
 @triton.jit
 def finish_kernel(
-    sums, factor_grad, aligned, B, norm, scale, magnitude, tau, grad, x, weight,
-    grad_B, grad_product, grad_gram, grad_magnitude, grad_tau,
-    tokens, d_out, d_in, rank, parts, scaling, threshold,
+    sums, factor_grad, aligned, B, norm, scale, magnitude, tau, raw_tau, grad, x, weight,
+    grad_B, grad_product, grad_magnitude, grad_tau,
+    tokens, d_out, d_in, rank, parts, rows_per_raw, scaling, threshold,
     stride_x_row, stride_x_column, stride_row, stride_column,
-    TAU_PER_ROW: tl.constexpr, OF_OUTPUT: tl.constexpr, DETACH: tl.constexpr,
+    TAU_PER_ROW: tl.constexpr, RAW_TAU: tl.constexpr, OF_OUTPUT: tl.constexpr, DETACH: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -248,7 +293,10 @@ def finish_kernel(
     inverse = tl.where(positive, 1.0 / tl.where(positive, denominator, 1.0), 0.0)
     grad_magnitude_rows = grad_scale * inverse
     tl.store(grad_magnitude + rows, grad_magnitude_rows, valid)
-    tl.store(grad_tau + rows, -grad_magnitude_rows * c, valid)
+    grad_tau_rows = -grad_magnitude_rows * c
+    if RAW_TAU:
+        grad_tau_rows *= tl.sigmoid(tl.load(raw_tau + rows // rows_per_raw, valid, 0.0))
+    tl.store(grad_tau + rows, grad_tau_rows, valid)
     per_norm = tl.zeros([BLOCK_D], tl.float32)
     if not DETACH:
         per_norm = tl.where(n > 0, -grad_magnitude_rows * scaling / tl.where(n > 0, n, 1.0), 0.0)
@@ -262,175 +310,52 @@ def finish_kernel(
         if not DETACH:
             b = tl.load(B + at, mask, 0.0)
             tl.store(grad_product + at, ((per_norm * c)[:, None] * b).to(grad_product.dtype.element_ty), mask)
-            tl.store(grad_gram + at, (per_norm[:, None] * b).to(grad_gram.dtype.element_ty), mask)
 
 
 @triton.jit
-def _hidden_features(
-    embedding, w1, rank, embedding_dim, hidden_dim, slope, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr
-):
-    """``(E W1^T / sqrt(e), act of it / h, E, W1)`` of one factor's network, masked with zeros."""
-    ranks, widths, units = tl.arange(0, R), tl.arange(0, E), tl.arange(0, H)
-    e = tl.load(
-        embedding + ranks[:, None] * embedding_dim + widths[None, :],
-        (ranks < rank)[:, None] & (widths < embedding_dim)[None, :],
-        0.0,
-    )
-    w = tl.load(
-        w1 + units[:, None] * embedding_dim + widths[None, :],
-        (units < hidden_dim)[:, None] & (widths < embedding_dim)[None, :],
-        0.0,
-    )
-    before = tl.dot(e, tl.trans(w), input_precision="ieee") / tl.sqrt_rn(embedding_dim.to(tl.float32))
-    return before, tl.where(before > 0, before, slope * before) / hidden_dim, e, w
-
-
-@triton.jit
-def _columns_of_A(
-    embedding, w1, w2_A, A, block, d_in, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+def gradient_of_A_kernel(
+    grad_hidden, x, product_grad, weight, B, A, grad_A,
+    tokens, d_out, d_in, rank, tokens_per_part, rows_per_part,
+    stride_x_row, stride_x_column, stride_row, stride_column, scaling,
+    DETACH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    features = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)[1]
-    ranks, units, columns = tl.arange(0, R), tl.arange(0, H), block * BLOCK + tl.arange(0, BLOCK)
-    ok = columns < d_in
-    w2 = tl.load(
-        w2_A + columns[None, :] * hidden_dim + units[:, None], ok[None, :] & (units < hidden_dim)[:, None], 0.0
-    )
-    a = tl.dot(features, w2, input_precision="ieee")
-    tl.store(A + ranks[:, None] * d_in + columns[None, :], a, (ranks < rank)[:, None] & ok[None, :])
-
-
-@triton.jit
-def _rows_of_B(
-    embedding, w1, w2_B, B, block, d_out, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    features = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)[1]
-    ranks, units, rows = tl.arange(0, R), tl.arange(0, H), block * BLOCK + tl.arange(0, BLOCK)
-    ok = rows < d_out
-    w2 = tl.load(w2_B + rows[:, None] * hidden_dim + units[None, :], ok[:, None] & (units < hidden_dim)[None, :], 0.0)
-    b = tl.dot(w2, tl.trans(features), input_precision="ieee")
-    tl.store(B + rows[:, None] * rank + ranks[None, :], b, ok[:, None] & (ranks < rank)[None, :])
-
-
-@triton.jit
-def generate_kernel(
-    embedding_A, w1_A, w2_A, embedding_B, w1_B, w2_B, A, B,
-    d_in, d_out, rank, embedding_dim, hidden_dim, slope, blocks_A,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of columns of A, or of rows of B, from its network."""
-    block = tl.program_id(0)
-    if block < blocks_A:
-        _columns_of_A(embedding_A, w1_A, w2_A, A, block, d_in, rank, embedding_dim, hidden_dim, slope, R, E, H, BLOCK)
-    else:
-        _rows_of_B(
-            embedding_B, w1_B, w2_B, B, block - blocks_A, d_out, rank, embedding_dim, hidden_dim, slope, R, E, H, BLOCK
+    """``grad_hidden^T x + M^T (W0 + g B A)`` of a part of the tokens and of W0's rows. One block holds the rank."""
+    ranks, columns = tl.arange(0, BLOCK_R), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rank_ok, column_ok = ranks < rank, columns < d_in
+    part = tl.program_id(1)
+    total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    end = tl.minimum((part + 1) * tokens_per_part, tokens)
+    for first in range(part * tokens_per_part, end, BLOCK_T):
+        rows = first + tl.arange(0, BLOCK_T)
+        row_ok = rows < end
+        h = tl.load(grad_hidden + rows[:, None] * rank + ranks[None, :], row_ok[:, None] & rank_ok[None, :], 0.0)
+        v = tl.load(
+            x + rows.to(tl.int64)[:, None] * stride_x_row + columns[None, :] * stride_x_column,
+            row_ok[:, None] & column_ok[None, :], 0.0,
         )  # fmt: skip
-
-
-@triton.jit
-def _outer_gradient_A(
-    embedding, w1, w2_A, grad_A, grad_w2, part, block, d_in, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    features = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)[1]
-    ranks, units, columns = tl.arange(0, R), tl.arange(0, H), block * BLOCK + tl.arange(0, BLOCK)
-    at = columns[:, None] * hidden_dim + units[None, :]
-    mask = (columns < d_in)[:, None] & (units < hidden_dim)[None, :]
-    grad_ok = (ranks < rank)[:, None] & (columns < d_in)[None, :]
-    g = tl.load(grad_A + ranks[:, None] * d_in + columns[None, :], grad_ok, 0.0)
-    tl.store(grad_w2 + at, tl.dot(tl.trans(g), features, input_precision="ieee"), mask)
+        if WIDEN:
+            h, v = h.to(tl.float32), v.to(tl.float32)
+        total = tl.dot(tl.trans(h), v, total, input_precision=PRECISION)
+    if not DETACH:
+        mixed = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+        end = tl.minimum((part + 1) * rows_per_part, d_out)
+        for first in range(part * rows_per_part, end, BLOCK_T):
+            rows = first + tl.arange(0, BLOCK_T)
+            row_ok = rows < end
+            mask = row_ok[:, None] & rank_ok[None, :]
+            m = tl.load(product_grad + rows[:, None] * rank + ranks[None, :], mask, 0.0)
+            b = tl.load(B + rows[:, None] * rank + ranks[None, :], mask, 0.0)
+            w = tl.load(
+                weight + rows.to(tl.int64)[:, None] * stride_row + columns[None, :] * stride_column,
+                row_ok[:, None] & column_ok[None, :], 0.0,
+            )  # fmt: skip
+            if WIDEN:
+                m, w = m.to(tl.float32), w.to(tl.float32)
+            total = tl.dot(tl.trans(m), w, total, input_precision=PRECISION)
+            mixed = tl.dot(tl.trans(m), b.to(m.dtype), mixed, input_precision=PRECISION)
+        a = tl.load(A + ranks[:, None] * d_in + columns[None, :], rank_ok[:, None] & column_ok[None, :], 0.0)
+        total += scaling * tl.dot(mixed, a.to(tl.float32), input_precision="ieee")
     tl.store(
-        part + ranks[:, None] * H + units[None, :], tl.dot(g, tl.load(w2_A + at, mask, 0.0), input_precision="ieee")
+        grad_A + (part * rank + ranks[:, None]) * d_in + columns[None, :], total, rank_ok[:, None] & column_ok[None, :]
     )
-
-
-@triton.jit
-def _outer_gradient_B(
-    embedding, w1, w2_B, grad_B, grad_w2, part, block, d_out, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    features = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)[1]
-    ranks, units, rows = tl.arange(0, R), tl.arange(0, H), block * BLOCK + tl.arange(0, BLOCK)
-    at = rows[:, None] * hidden_dim + units[None, :]
-    mask = (rows < d_out)[:, None] & (units < hidden_dim)[None, :]
-    grad_ok = (rows < d_out)[:, None] & (ranks < rank)[None, :]
-    g = tl.load(grad_B + rows[:, None] * rank + ranks[None, :], grad_ok, 0.0)
-    tl.store(grad_w2 + at, tl.dot(g, features, input_precision="ieee"), mask)
-    w2 = tl.load(w2_B + at, mask, 0.0)
-    tl.store(part + ranks[:, None] * H + units[None, :], tl.dot(tl.trans(g), w2, input_precision="ieee"))
-
-
-@triton.jit
-def generate_outer_gradient_kernel(
-    embedding_A, w1_A, w2_A, embedding_B, w1_B, w2_B, grad_A, grad_B, grad_w2_A, grad_w2_B, grad_features,
-    d_in, d_out, rank, embedding_dim, hidden_dim, slope, blocks_A,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradient of a block of W2, and the block's part of the gradient of the features, ``[blocks, R, H]``."""
-    block = tl.program_id(0)
-    part = grad_features + block * R * H
-    if block < blocks_A:
-        _outer_gradient_A(
-            embedding_A,
-            w1_A,
-            w2_A,
-            grad_A,
-            grad_w2_A,
-            part,
-            block,
-            d_in,
-            rank,
-            embedding_dim,
-            hidden_dim,
-            slope,
-            R,
-            E,
-            H,
-            BLOCK,
-        )
-    else:
-        _outer_gradient_B(
-            embedding_B, w1_B, w2_B, grad_B, grad_w2_B, part, block - blocks_A, d_out, rank, embedding_dim, hidden_dim,
-            slope, R, E, H, BLOCK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _inner_gradient(
-    embedding, w1, grad_features, grad_embedding, grad_w1, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
-):  # fmt: skip
-    ranks, widths, units = tl.arange(0, R), tl.arange(0, E), tl.arange(0, H)
-    before, _, e, w = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)
-    grad = tl.load(grad_features + ranks[:, None] * H + units[None, :])
-    inner = grad * tl.where(before > 0, 1.0, slope) / (hidden_dim * tl.sqrt_rn(embedding_dim.to(tl.float32)))
-    inner_ok = (widths < embedding_dim)[None, :]
-    tl.store(
-        grad_embedding + ranks[:, None] * embedding_dim + widths[None, :],
-        tl.dot(inner, w, input_precision="ieee"), (ranks < rank)[:, None] & inner_ok,
-    )  # fmt: skip
-    tl.store(
-        grad_w1 + units[:, None] * embedding_dim + widths[None, :],
-        tl.dot(tl.trans(inner), e, input_precision="ieee"), (units < hidden_dim)[:, None] & inner_ok,
-    )  # fmt: skip
-
-
-@triton.jit
-def generate_inner_gradient_kernel(
-    embedding_A, w1_A, embedding_B, w1_B, grad_features_A, grad_features_B,
-    grad_embedding_A, grad_w1_A, grad_embedding_B, grad_w1_B, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
-):  # fmt: skip
-    """Gradients of embedding and W1 from those of the features, ``[R, H]``: program 0 for A's network, 1 for B's."""
-    if tl.program_id(0) == 0:
-        _inner_gradient(
-            embedding_A, w1_A, grad_features_A, grad_embedding_A, grad_w1_A, rank, embedding_dim, hidden_dim, slope,
-            R, E, H,
-        )  # fmt: skip
-    else:
-        _inner_gradient(
-            embedding_B, w1_B, grad_features_B, grad_embedding_B, grad_w1_B, rank, embedding_dim, hidden_dim, slope,
-            R, E, H,
-        )  # fmt: skip

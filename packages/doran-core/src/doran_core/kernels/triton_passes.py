@@ -10,6 +10,7 @@ from torch import Tensor
 
 from doran_core import functional
 from doran_core.kernels import triton_kernels as kernels
+from doran_core.kernels import triton_networks as network_kernels
 from doran_core.kernels.backend import interpreting
 from doran_core.kernels.networks import Networks
 from doran_core.kernels.passes import Assembled, Finished, Source, TorchPasses
@@ -19,7 +20,11 @@ __all__ = ["TritonPasses", "dot_precision", "on_device"]
 _MOST_RANK = 64
 _MOST_WIDTH = 128
 _BLOCK = 64
-"""Sizes up to which a network's inner layer is one block, and columns of A or rows of B in a block."""
+"""Sizes up to which a rank or a network's inner layer is one block; columns of A or rows of B in a block."""
+
+_HALF = (torch.bfloat16, torch.float16)
+_PROGRAMS = 264
+"""Programs that a pass over W0 is cut into, at least: two for each multiprocessor of a large GPU."""
 
 _PARTS = 64
 """Parts into which the tokens are cut for the sums over them: enough programs for narrow layers."""
@@ -43,15 +48,16 @@ def _rank_block(rank: int, most: int) -> int:
 class TritonPasses(TorchPasses):
     """float32, bfloat16 and float16 on a CUDA device, or anywhere under TRITON_INTERPRET=1."""
 
-    def generate(self, parameters: Networks, slope: float) -> tuple[Tensor, Tensor]:
+    def generate(self, parameters: Networks, slope: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes = _network_sizes(parameters)
         if sizes is None:
-            return super().generate(parameters, slope)
+            return super().generate(parameters, slope, dtype)
         d_in, d_out, rank, width, hidden, padded = sizes
-        A, B = parameters.w2_A.new_empty(rank, d_in), parameters.w2_B.new_empty(d_out, rank)
+        A = torch.empty(rank, d_in, dtype=dtype, device=parameters.w2_A.device)
+        B = torch.empty(d_out, rank, dtype=torch.float32, device=A.device)
         blocks_A, blocks_B = triton.cdiv(d_in, _BLOCK), triton.cdiv(d_out, _BLOCK)
         with on_device(A):
-            kernels.generate_kernel[(blocks_A + blocks_B,)](
+            network_kernels.generate_kernel[(blocks_A + blocks_B,)](
                 *parameters, A, B, d_in, d_out, rank, width, hidden, slope, blocks_A, **padded, BLOCK=_BLOCK
             )
         return A, B
@@ -65,50 +71,63 @@ class TritonPasses(TorchPasses):
         blocks_A, blocks_B = triton.cdiv(d_in, _BLOCK), triton.cdiv(d_out, _BLOCK)
         parts = grad_A.new_empty(blocks_A + blocks_B, padded["R"], padded["H"])
         with on_device(grad_A):
-            kernels.generate_outer_gradient_kernel[(blocks_A + blocks_B,)](
+            network_kernels.generate_outer_gradient_kernel[(blocks_A + blocks_B,)](
                 *parameters, grad_A.contiguous(), grad_B.contiguous(), found.w2_A, found.w2_B, parts,
-                d_in, d_out, rank, width, hidden, slope, blocks_A, **padded, BLOCK=_BLOCK,
+                d_in, d_out, rank, width, hidden, slope, blocks_A, grad_A.shape[0], **padded, BLOCK=_BLOCK,
             )  # fmt: skip
-            # PyTorch adds the blocks' parts faster than the two programs of the next kernel would.
-            kernels.generate_inner_gradient_kernel[(2,)](
+            network_kernels.generate_inner_gradient_kernel[(2,)](
                 parameters.embedding_A, parameters.w1_A, parameters.embedding_B, parameters.w1_B,
-                parts[:blocks_A].sum(0), parts[blocks_A:].sum(0),
-                found.embedding_A, found.w1_A, found.embedding_B, found.w1_B,
-                rank, width, hidden, slope, **padded,
+                parts, found.embedding_A, found.w1_A, found.embedding_B, found.w1_B,
+                rank, width, hidden, slope, blocks_A, blocks_B,
+                **padded, AT_ONCE=max(1, 16384 // (padded["R"] * padded["H"])), num_warps=8,
             )  # fmt: skip
         return found
 
     def assemble(
         self,
-        product: Tensor,
+        weight: Tensor | None,
+        product: Tensor | None,
         A: Tensor,
         B: Tensor,
         squared_norm: Tensor,
         magnitude: Tensor,
         tau: Tensor,
         scaling: float,
-        weight: Tensor | None,
         dtype: torch.dtype,
+        *,
+        repair: bool,
     ) -> Assembled:
-        d_out, rank = B.shape
+        (d_out, rank), d_in = B.shape, A.shape[1]
         A, B = A.contiguous(), B.contiguous()
-        gram = self.product(A, A.T)
-        whole = rank <= 64
-        if not whole:
-            gram = B @ gram
         norm, scale = torch.empty_like(squared_norm), torch.empty_like(squared_norm)
         scaled_B = torch.empty_like(B, dtype=dtype)
-        product = product.contiguous()
-        block_d, block_r = 32, _rank_block(rank, 64)
-        strides = (0, 0) if weight is None else weight.stride()
+        whole = product is None and _one_block(weight, A)
+        if whole:
+            aligned = torch.empty_like(B)
+        elif product is None:
+            assert weight is not None
+            aligned = self.product(weight, A.T)
+        else:
+            aligned = product.contiguous()
+        base = aligned if weight is None else weight  # a pointer that a kernel does not follow may be any
+        block_d = 32
+        grid = (triton.cdiv(d_out, block_d),)
+        sizes = (d_out, rank, d_in, *base.stride(), scaling, functional.CANCELLATION_THRESHOLD)
+        flags = {"TAU_PER_ROW": tau.numel() > 1, "REPAIR": repair, "BLOCK_D": block_d}
         with on_device(B):
-            kernels.assemble_kernel[(triton.cdiv(d_out, block_d),)](
-                product, gram, B, squared_norm, magnitude, tau, product if weight is None else weight, A,
-                norm, scale, scaled_B, d_out, rank, A.shape[1], *strides, scaling, functional.CANCELLATION_THRESHOLD,
-                TAU_PER_ROW=tau.numel() > 1, REPAIR=weight is not None, WHOLE_RANK=whole,
-                BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_K=64,
-            )  # fmt: skip
-        return Assembled(product, norm, scale, scaled_B)
+            if whole:
+                kernels.assemble_whole_kernel[grid](
+                    base, A, B, squared_norm, magnitude, tau, aligned, norm, scale, scaled_B, *sizes, **flags,
+                    PRECISION=dot_precision(A), WIDEN=interpreting(), BLOCK_R=_rank_block(rank, _MOST_RANK),
+                    BLOCK_K=128, num_stages=4,
+                )  # fmt: skip
+            else:
+                gram = B @ self.product(A, A.T)
+                kernels.assemble_kernel[grid](
+                    aligned, gram, B, squared_norm, magnitude, tau, base, A, norm, scale, scaled_B, *sizes, **flags,
+                    BLOCK_R=_rank_block(rank, 64), BLOCK_K=64,
+                )  # fmt: skip
+        return Assembled(aligned, norm, scale, scaled_B)
 
     def expand(
         self,
@@ -157,6 +176,7 @@ class TritonPasses(TorchPasses):
         scaling: float,
         product_dtype: torch.dtype,
         source: Source | None,
+        raw_tau: Tensor | None,
         *,
         detach_norm: bool,
     ) -> Finished:
@@ -165,21 +185,56 @@ class TritonPasses(TorchPasses):
         norm, scale = assembled.norm, assembled.scale
         grad_B, grad_magnitude, grad_tau = torch.empty_like(B), torch.empty_like(norm), torch.empty_like(norm)
         grad_product = None if detach_norm else torch.empty_like(B, dtype=product_dtype)
-        grad_gram = None if detach_norm else torch.empty_like(assembled.scaled_B)
         # A pointer that the kernel does not follow may be any; this one is at hand.
         grad, x, weight = (B, B, B) if source is None else source[:3]
         block_d = 32
         with on_device(B):
             kernels.finish_kernel[(triton.cdiv(d_out, block_d),)](
-                sums, factor_grad.contiguous(), assembled.aligned, B, norm, scale, magnitude, tau, grad, x, weight,
-                grad_B, B if grad_product is None else grad_product, B if grad_gram is None else grad_gram,
-                grad_magnitude, grad_tau, grad.shape[0], d_out, x.shape[1], rank, sums.shape[0], scaling,
-                0.0 if source is None else source.threshold, *x.stride(), *weight.stride(),
-                TAU_PER_ROW=tau.numel() > 1, OF_OUTPUT=source is not None, DETACH=detach_norm,
+                sums, factor_grad.contiguous(), assembled.aligned, B, norm, scale, magnitude, tau,
+                tau if raw_tau is None else raw_tau, grad, x, weight,
+                grad_B, B if grad_product is None else grad_product, grad_magnitude, grad_tau,
+                grad.shape[0], d_out, x.shape[1], rank, sums.shape[0],
+                1 if raw_tau is None else d_out // raw_tau.numel(),
+                scaling, 0.0 if source is None else source.threshold, *x.stride(), *weight.stride(),
+                TAU_PER_ROW=tau.numel() > 1, RAW_TAU=raw_tau is not None,
+                OF_OUTPUT=source is not None, DETACH=detach_norm,
                 PRECISION=dot_precision(x), WIDEN=interpreting(),
                 PARTS=_PARTS, BLOCK_D=block_d, BLOCK_R=_rank_block(rank, 64), BLOCK_T=64, BLOCK_K=64,
             )  # fmt: skip
-        return Finished(grad_B, grad_product, grad_gram, grad_magnitude, grad_tau)
+        return Finished(grad_B, grad_product, grad_magnitude, grad_tau)
+
+    def gradient_of_A(
+        self,
+        grad_hidden: Tensor,
+        x: Tensor,
+        product_grad: Tensor | None,
+        weight: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        if not _one_block(weight, A) or x.dtype != A.dtype:
+            return super().gradient_of_A(grad_hidden, x, product_grad, weight, A, B, scaling)
+        assert weight is not None
+        (tokens, d_in), (d_out, rank) = x.shape, B.shape
+        block_t, block_k = 64, 64
+        blocks = triton.cdiv(d_in, block_k)
+        parts = max(1, min(8, triton.cdiv(_PROGRAMS, blocks)))
+        total = torch.empty(parts, rank, d_in, dtype=torch.float32, device=x.device)
+        with on_device(x):
+            kernels.gradient_of_A_kernel[(blocks, parts)](
+                grad_hidden.contiguous(), x, A if product_grad is None else product_grad, weight, B.contiguous(),
+                A.contiguous(), total, tokens, d_out, d_in, rank,
+                triton.cdiv(tokens, parts), triton.cdiv(d_out, parts), *x.stride(), *weight.stride(), scaling,
+                DETACH=product_grad is None, PRECISION=dot_precision(A), WIDEN=interpreting(),
+                BLOCK_T=block_t, BLOCK_R=_rank_block(rank, _MOST_RANK), BLOCK_K=block_k, num_stages=4,
+            )  # fmt: skip
+        return total
+
+
+def _one_block(weight: Tensor | None, A: Tensor) -> bool:
+    """Whether the kernels that read W0 themselves take these: half precision, and a rank that is one block."""
+    return weight is not None and weight.dtype in _HALF and A.dtype == weight.dtype and A.shape[0] <= _MOST_RANK
 
 
 def _parts(tokens: int) -> tuple[int, int]:
