@@ -19,6 +19,7 @@ docs/architecture.md; ``dL/dV = c (G_orthogonal + tau / (n + tau) G_parallel)`` 
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -151,6 +152,7 @@ class Gradients(NamedTuple):
     factors: tuple[Tensor, ...]
 
 
+@functools.cache
 def passes_of(implementation: Implementation) -> Passes:
     """The passes of an implementation. Triton is imported here and not before."""
     if implementation == "triton":

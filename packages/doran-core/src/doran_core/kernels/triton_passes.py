@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
-import triton
 from torch import Tensor
 
 from doran_core import functional
 from doran_core.kernels import triton_kernels as kernels
 from doran_core.kernels import triton_networks as network_kernels
 from doran_core.kernels.backend import interpreting
+from doran_core.kernels.launch import launch
 from doran_core.kernels.networks import Networks
 from doran_core.kernels.passes import Assembled, Finished, Source, TorchPasses
 
-__all__ = ["TritonPasses", "dot_precision", "on_device"]
+__all__ = ["TritonPasses", "dot_precision"]
 
 _MOST_RANK = 64
 _MOST_WIDTH = 128
 _BLOCK = 64
 """Sizes up to which a rank or a network's inner layer is one block; columns of A or rows of B in a block."""
 
+_INTERPRETING = interpreting()
 _HALF = (torch.bfloat16, torch.float16)
 _PROGRAMS = 264
 """Programs that a pass over W0 is cut into, at least: two for each multiprocessor of a large GPU."""
@@ -30,19 +29,23 @@ _PARTS = 64
 """Parts into which the tokens are cut for the sums over them: enough programs for narrow layers."""
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; this makes it the tensor's."""
-    index = tensor.get_device()
-    return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
-
-
 def dot_precision(tensor: Tensor) -> str:
     """float32 products follow PyTorch's own switch for tf32; half precision has no choice."""
     return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+# Triton's own functions of these names take several microseconds.
+def _cdiv(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _padded(size: int) -> int:
+    """The next power of 2, and at least what a matrix unit takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def _rank_block(rank: int, most: int) -> int:
-    return max(16, min(most, int(triton.next_power_of_2(rank))))
+    return min(most, _padded(rank))
 
 
 class TritonPasses(TorchPasses):
@@ -55,11 +58,11 @@ class TritonPasses(TorchPasses):
         d_in, d_out, rank, width, hidden, padded = sizes
         A = torch.empty(rank, d_in, dtype=dtype, device=parameters.w2_A.device)
         B = torch.empty(d_out, rank, dtype=torch.float32, device=A.device)
-        blocks_A, blocks_B = triton.cdiv(d_in, _BLOCK), triton.cdiv(d_out, _BLOCK)
-        with on_device(A):
-            network_kernels.generate_kernel[(blocks_A + blocks_B,)](
-                *parameters, A, B, d_in, d_out, rank, width, hidden, slope, blocks_A, **padded, BLOCK=_BLOCK
-            )
+        blocks_A, blocks_B = _cdiv(d_in, _BLOCK), _cdiv(d_out, _BLOCK)
+        launch(
+            network_kernels.generate_kernel, (blocks_A + blocks_B,), (*parameters, A, B),
+            (d_in, d_out, rank, width, hidden, slope, blocks_A), **padded, BLOCK=_BLOCK,
+        )  # fmt: skip
         return A, B
 
     def generate_gradients(self, parameters: Networks, slope: float, grad_A: Tensor, grad_B: Tensor) -> Networks:
@@ -68,19 +71,21 @@ class TritonPasses(TorchPasses):
             return super().generate_gradients(parameters, slope, grad_A, grad_B)
         d_in, d_out, rank, width, hidden, padded = sizes
         found = Networks(*(torch.empty_like(parameter) for parameter in parameters))
-        blocks_A, blocks_B = triton.cdiv(d_in, _BLOCK), triton.cdiv(d_out, _BLOCK)
+        blocks_A, blocks_B = _cdiv(d_in, _BLOCK), _cdiv(d_out, _BLOCK)
         parts = grad_A.new_empty(blocks_A + blocks_B, padded["R"], padded["H"])
-        with on_device(grad_A):
-            network_kernels.generate_outer_gradient_kernel[(blocks_A + blocks_B,)](
-                *parameters, grad_A.contiguous(), grad_B.contiguous(), found.w2_A, found.w2_B, parts,
-                d_in, d_out, rank, width, hidden, slope, blocks_A, grad_A.shape[0], **padded, BLOCK=_BLOCK,
-            )  # fmt: skip
-            network_kernels.generate_inner_gradient_kernel[(2,)](
-                parameters.embedding_A, parameters.w1_A, parameters.embedding_B, parameters.w1_B,
-                parts, found.embedding_A, found.w1_A, found.embedding_B, found.w1_B,
-                rank, width, hidden, slope, blocks_A, blocks_B,
-                **padded, AT_ONCE=max(1, 16384 // (padded["R"] * padded["H"])), num_warps=8,
-            )  # fmt: skip
+        sizes_and_slope = (rank, width, hidden, slope)
+        launch(
+            network_kernels.generate_outer_gradient_kernel, (blocks_A + blocks_B,),
+            (*parameters, grad_A.contiguous(), grad_B.contiguous(), found.w2_A, found.w2_B, parts),
+            (d_in, d_out, *sizes_and_slope, blocks_A, grad_A.shape[0]), **padded, BLOCK=_BLOCK,
+        )  # fmt: skip
+        launch(
+            network_kernels.generate_inner_gradient_kernel, (2,),
+            (parameters.embedding_A, parameters.w1_A, parameters.embedding_B, parameters.w1_B, parts,
+             found.embedding_A, found.w1_A, found.embedding_B, found.w1_B),
+            (*sizes_and_slope, blocks_A, blocks_B),
+            **padded, AT_ONCE=max(1, 16384 // (padded["R"] * padded["H"])), num_warps=8,
+        )  # fmt: skip
         return found
 
     def assemble(
@@ -111,22 +116,23 @@ class TritonPasses(TorchPasses):
             aligned = product.contiguous()
         base = aligned if weight is None else weight  # a pointer that a kernel does not follow may be any
         block_d = 32
-        grid = (triton.cdiv(d_out, block_d),)
+        grid = (_cdiv(d_out, block_d),)
         sizes = (d_out, rank, d_in, *base.stride(), scaling, functional.CANCELLATION_THRESHOLD)
         flags = {"TAU_PER_ROW": tau.numel() > 1, "REPAIR": repair, "BLOCK_D": block_d}
-        with on_device(B):
-            if whole:
-                kernels.assemble_whole_kernel[grid](
-                    base, A, B, squared_norm, magnitude, tau, aligned, norm, scale, scaled_B, *sizes, **flags,
-                    PRECISION=dot_precision(A), WIDEN=interpreting(), BLOCK_R=_rank_block(rank, _MOST_RANK),
-                    BLOCK_K=128, num_stages=4,
-                )  # fmt: skip
-            else:
-                gram = B @ self.product(A, A.T)
-                kernels.assemble_kernel[grid](
-                    aligned, gram, B, squared_norm, magnitude, tau, base, A, norm, scale, scaled_B, *sizes, **flags,
-                    BLOCK_R=_rank_block(rank, 64), BLOCK_K=64,
-                )  # fmt: skip
+        if whole:
+            launch(
+                kernels.assemble_whole_kernel, grid,
+                (base, A, B, squared_norm, magnitude, tau, aligned, norm, scale, scaled_B), sizes, **flags,
+                PRECISION=dot_precision(A), WIDEN=_INTERPRETING, BLOCK_R=_rank_block(rank, _MOST_RANK),
+                BLOCK_K=128, num_stages=4,
+            )  # fmt: skip
+        else:
+            gram = B @ self.product(A, A.T)
+            launch(
+                kernels.assemble_kernel, grid,
+                (aligned, gram, B, squared_norm, magnitude, tau, base, A, norm, scale, scaled_B), sizes, **flags,
+                BLOCK_R=_rank_block(rank, 64), BLOCK_K=64,
+            )  # fmt: skip
         return Assembled(aligned, norm, scale, scaled_B)
 
     def expand(
@@ -144,12 +150,12 @@ class TritonPasses(TorchPasses):
         (tokens, d_out), rank = base_output.shape, scaled_B.shape[1]
         y = base_output if inplace else torch.empty_like(base_output)
         block_t, block_d = 64, 128
-        with on_device(y):
-            kernels.expand_kernel[(triton.cdiv(d_out, block_d), triton.cdiv(tokens, block_t))](
-                base_output, hidden.contiguous(), scaled_B, scale, scale if bias is None else bias, y,
-                tokens, d_out, rank, HAS_BIAS=bias is not None, PRECISION=dot_precision(hidden), WIDEN=interpreting(),
-                BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_R=_rank_block(rank, 64),
-            )  # fmt: skip
+        launch(
+            kernels.expand_kernel, (_cdiv(d_out, block_d), _cdiv(tokens, block_t)),
+            (base_output, hidden.contiguous(), scaled_B, scale, scale if bias is None else bias, y),
+            (tokens, d_out, rank), HAS_BIAS=bias is not None, PRECISION=dot_precision(hidden), WIDEN=_INTERPRETING,
+            BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_R=_rank_block(rank, 64),
+        )  # fmt: skip
         return y
 
     def scale_gradient(self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -158,11 +164,11 @@ class TritonPasses(TorchPasses):
         scaled = torch.empty_like(grad)
         sums = torch.empty(parts, d_out, dtype=scale.dtype, device=grad.device)
         block_t, block_d = 64, 128
-        with on_device(grad):
-            kernels.scale_gradient_kernel[(triton.cdiv(d_out, block_d), parts)](
-                grad, kept.contiguous(), scale, scale if bias is None else bias, scaled, sums, tokens, d_out, rows,
-                HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_D=block_d,
-            )  # fmt: skip
+        launch(
+            kernels.scale_gradient_kernel, (_cdiv(d_out, block_d), parts),
+            (grad, kept.contiguous(), scale, scale if bias is None else bias, scaled, sums), (tokens, d_out, rows),
+            HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_D=block_d,
+        )  # fmt: skip
         return scaled, sums
 
     def finish(
@@ -188,19 +194,17 @@ class TritonPasses(TorchPasses):
         # A pointer that the kernel does not follow may be any; this one is at hand.
         grad, x, weight = (B, B, B) if source is None else source[:3]
         block_d = 32
-        with on_device(B):
-            kernels.finish_kernel[(triton.cdiv(d_out, block_d),)](
-                sums, factor_grad.contiguous(), assembled.aligned, B, norm, scale, magnitude, tau,
-                tau if raw_tau is None else raw_tau, grad, x, weight,
-                grad_B, B if grad_product is None else grad_product, grad_magnitude, grad_tau,
-                grad.shape[0], d_out, x.shape[1], rank, sums.shape[0],
-                1 if raw_tau is None else d_out // raw_tau.numel(),
-                scaling, 0.0 if source is None else source.threshold, *x.stride(), *weight.stride(),
-                TAU_PER_ROW=tau.numel() > 1, RAW_TAU=raw_tau is not None,
-                OF_OUTPUT=source is not None, DETACH=detach_norm,
-                PRECISION=dot_precision(x), WIDEN=interpreting(),
-                PARTS=_PARTS, BLOCK_D=block_d, BLOCK_R=_rank_block(rank, 64), BLOCK_T=64, BLOCK_K=64,
-            )  # fmt: skip
+        launch(
+            kernels.finish_kernel, (_cdiv(d_out, block_d),),
+            (sums, factor_grad.contiguous(), assembled.aligned, B, norm, scale, magnitude, tau,
+             tau if raw_tau is None else raw_tau, grad, x, weight,
+             grad_B, B if grad_product is None else grad_product, grad_magnitude, grad_tau),
+            (grad.shape[0], d_out, x.shape[1], rank, sums.shape[0], 1 if raw_tau is None else d_out // raw_tau.numel(),
+             scaling, 0.0 if source is None else source.threshold, *x.stride(), *weight.stride()),
+            TAU_PER_ROW=tau.numel() > 1, RAW_TAU=raw_tau is not None, OF_OUTPUT=source is not None, DETACH=detach_norm,
+            PRECISION=dot_precision(x), WIDEN=_INTERPRETING,
+            PARTS=_PARTS, BLOCK_D=block_d, BLOCK_R=_rank_block(rank, 64), BLOCK_T=64, BLOCK_K=64,
+        )  # fmt: skip
         return Finished(grad_B, grad_product, grad_magnitude, grad_tau)
 
     def gradient_of_A(
@@ -218,17 +222,18 @@ class TritonPasses(TorchPasses):
         assert weight is not None
         (tokens, d_in), (d_out, rank) = x.shape, B.shape
         block_t, block_k = 64, 64
-        blocks = triton.cdiv(d_in, block_k)
-        parts = max(1, min(8, triton.cdiv(_PROGRAMS, blocks)))
+        blocks = _cdiv(d_in, block_k)
+        parts = max(1, min(8, _cdiv(_PROGRAMS, blocks)))
         total = torch.empty(parts, rank, d_in, dtype=torch.float32, device=x.device)
-        with on_device(x):
-            kernels.gradient_of_A_kernel[(blocks, parts)](
-                grad_hidden.contiguous(), x, A if product_grad is None else product_grad, weight, B.contiguous(),
-                A.contiguous(), total, tokens, d_out, d_in, rank,
-                triton.cdiv(tokens, parts), triton.cdiv(d_out, parts), *x.stride(), *weight.stride(), scaling,
-                DETACH=product_grad is None, PRECISION=dot_precision(A), WIDEN=interpreting(),
-                BLOCK_T=block_t, BLOCK_R=_rank_block(rank, _MOST_RANK), BLOCK_K=block_k, num_stages=4,
-            )  # fmt: skip
+        launch(
+            kernels.gradient_of_A_kernel, (blocks, parts),
+            (grad_hidden.contiguous(), x, A if product_grad is None else product_grad, weight, B.contiguous(),
+             A.contiguous(), total),
+            (tokens, d_out, d_in, rank, _cdiv(tokens, parts), _cdiv(d_out, parts),
+             *x.stride(), *weight.stride(), scaling),
+            DETACH=product_grad is None, PRECISION=dot_precision(A), WIDEN=_INTERPRETING,
+            BLOCK_T=block_t, BLOCK_R=_rank_block(rank, _MOST_RANK), BLOCK_K=block_k, num_stages=4,
+        )  # fmt: skip
         return total
 
 
@@ -239,8 +244,8 @@ def _one_block(weight: Tensor | None, A: Tensor) -> bool:
 
 def _parts(tokens: int) -> tuple[int, int]:
     """How many parts the tokens are cut into, and their size."""
-    rows = triton.cdiv(tokens, _PARTS)
-    return triton.cdiv(tokens, rows), rows
+    rows = _cdiv(tokens, _PARTS)
+    return _cdiv(tokens, rows), rows
 
 
 def _network_sizes(parameters: Networks) -> tuple[int, int, int, int, int, dict[str, int]] | None:
@@ -249,5 +254,5 @@ def _network_sizes(parameters: Networks) -> tuple[int, int, int, int, int, dict[
     hidden = parameters.w1_A.shape[0]
     if rank > _MOST_RANK or hidden > _MOST_RANK or width > _MOST_WIDTH or parameters.w2_A.dtype != torch.float32:
         return None
-    padded = {name: max(16, triton.next_power_of_2(size)) for name, size in (("R", rank), ("E", width), ("H", hidden))}
+    padded = {"R": _padded(rank), "E": _padded(width), "H": _padded(hidden)}
     return parameters.w2_A.shape[0], parameters.w2_B.shape[0], rank, width, hidden, padded
