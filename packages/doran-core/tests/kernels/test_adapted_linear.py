@@ -25,7 +25,8 @@ def test_output_and_gradients(name, dtype, implementation, device):
     with use_backend("reference"):
         plain = cases.computed(layer, x, grad)
     with use_backend(implementation):
-        ours = cases.computed(layer, x, grad)
+        for _ in range(2 if device == "cuda" else 1):  # a second call on a GPU is launched in another way
+            ours = cases.computed(layer, x, grad)
     assert ours[0].dtype == dtype
     wanted = {"y": expected[0]} | expected[1]
     for key, exact in wanted.items():

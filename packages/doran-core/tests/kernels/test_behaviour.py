@@ -270,3 +270,17 @@ def test_model_wide_sharing_with_the_trunk_in_another_dtype(implementation, devi
     trunk.to(torch.float64)
     with use_backend(implementation):
         assert layer(USUAL.x(torch.float32, device)).isfinite().all()
+
+
+def test_a_layer_called_again_with_tensors_that_lie_otherwise(implementation, device):
+    """What is known of one launch must not be taken for another: sizes, strides and alignment in memory."""
+    layer = cases.Case(d_in=64, d_out=96).layer(torch.float32, device)
+    rows = torch.randn(50, 70, device=device)
+    for tokens, offset in ((48, 0), (48, 0), (48, 1), (48, 3), (16, 0), (17, 1), (48, 0)):
+        x = rows[:tokens, offset : offset + 64]
+        grad = torch.randn(tokens, 96, device=device)
+        expected = cases.answer(layer, x, grad)
+        with use_backend(implementation):
+            y, gradients = cases.computed(layer, x, grad)
+        for key, exact in ({"y": expected[0]} | expected[1]).items():
+            assert cases.error(({"y": y} | gradients)[key], exact) <= 1e-5, (key, tokens, offset)
