@@ -1,6 +1,6 @@
 """Serving on a GPU: kernels, equality with merged checkpoints, throughput and latency, swap time.
 
-    python benchmarks/serve.py --out DIR [--parts kernel-tests kernels equal-fp32 equal-merged equal-bf16 speed swap]
+    python benchmarks/serve.py --out DIR [--parts kernel-tests kernels equal-fp32 equal-merged near-bf16 speed swap]
 
 Each part is a process with a time limit of its own; results are printed as JSON lines as they come and appended to
 DIR/serve.jsonl. A part that is complete there is not run again, nor is a case of `speed`. vLLM has to be importable.
@@ -29,7 +29,7 @@ PARTS = {
     "kernel-tests": ("serve_kernels.py", 120),
     "equal-fp32": ("serve_equal.py", 170),
     "equal-merged": ("serve_equal.py", 120),
-    "equal-bf16": ("serve_equal.py", 150),
+    "near-bf16": ("serve_near.py", 150),
     "kernels": ("serve_kernels.py", 150),
     "speed": ("serve_speed.py", 540),
     "swap": ("serve_speed.py", 150),

@@ -1,4 +1,7 @@
-"""Equality parts of `serve.py`: tokens against Hugging Face's on merged checkpoints. `python serve_equal.py PART`."""
+"""Equality parts of `serve.py`, in float32: tokens against Hugging Face's on merged checkpoints.
+
+python serve_equal.py PART
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from serve_common import CAPTURE, LINEAR, TESTS, report
+
+TOKENS = 32
 
 
 def small_llama(folder: Path, dtype: str) -> Path:
@@ -36,12 +42,37 @@ def small_llama(folder: Path, dtype: str) -> Path:
     return folder
 
 
-def equal(part: str, dtype: str, merged: bool) -> None:
-    """A batch of base, LoRA, DoRA and three DoRANs: tokens against Hugging Face's on float64-merged checkpoints."""
+@dataclass
+class Mix:
+    """An engine and what it is asked: every prompt with the base (None) and with every adapter, shuffled."""
+
+    llm: Any
+    reference: Any
+    adapters: dict[str, Any]
+    requests: dict[str, Any]
+    prompts: list[list[int]]
+    asked: list[tuple[str | None, int]]
+
+    def answer(self, **sampling: Any) -> list[Any]:
+        """The outputs for `asked`, sent as one batch; greedy."""
+        from vllm import SamplingParams
+
+        settings = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, **sampling)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": self.prompts[index]} for _, index in self.asked],
+            settings,
+            lora_request=[name and self.requests[name] for name, _ in self.asked],
+            use_tqdm=False,
+        )
+        return [output.outputs[0] for output in outputs]
+
+
+def start(part: str, dtype: str, *, merged: bool) -> Mix:
+    """A small Llama with LoRA, DoRA and three DoRANs on a running engine, which says how it runs."""
     sys.path.insert(0, str(TESTS))
     import models
     from test_mixed import five_adapters, prompts_of
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
@@ -54,11 +85,9 @@ def equal(part: str, dtype: str, merged: bool) -> None:
     requests = {
         name: LoRARequest(name, i, str(spec.write(folder / name))) for i, (name, spec) in enumerate(adapters.items(), 1)
     }
-    tokens, names = 32, [None, *adapters]
     prompts = prompts_of([5, 9, 17, 40, 40, 70, 130, 200], 4096, seed=1)
-    begin = time.perf_counter()
-    expected = {name: reference.answer(prompts, name and adapters[name], tokens) for name in names}
-    report(part, reference_s=round(time.perf_counter() - begin, 1))
+    asked = [(name, index) for index in range(len(prompts)) for name in (None, *adapters)]
+    random.Random(2).shuffle(asked)
     mode: dict[str, Any] = {"enable_lora": True, "max_loras": 5, "max_lora_rank": 16, "lora_target_modules": [*LINEAR]}
     llm = LLM(
         str(base),
@@ -77,41 +106,30 @@ def equal(part: str, dtype: str, merged: bool) -> None:
         eager=config.model_config.enforce_eager,
         device=current_platform.get_device_name(),
     )
-    asked = [(name, index) for index in range(len(prompts)) for name in names]
-    random.Random(2).shuffle(asked)
+    return Mix(llm, reference, adapters, requests, prompts, asked)
+
+
+def equal(part: str, *, merged: bool) -> None:
+    """Tokens against Hugging Face's on checkpoints merged in float64, twice: the second time prefixes are cached."""
+    mix = start(part, "float32", merged=merged)
+    begin = time.perf_counter()
+    names = [None, *mix.adapters]
+    expected = {name: mix.reference.answer(mix.prompts, name and mix.adapters[name], TOKENS) for name in names}
+    report(part, reference_s=round(time.perf_counter() - begin, 1))
     for turn in range(2):
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompts[index]} for _, index in asked],
-            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False),
-            lora_request=[name and requests[name] for name, _ in asked],
-            use_tqdm=False,
-        )
-        same, gaps = dict.fromkeys(map(str, names), 0), []
-        for (name, index), output in zip(asked, outputs, strict=True):
-            found, wanted = list(output.outputs[0].token_ids), expected[name][index]
+        same, parted = dict.fromkeys(map(str, names), 0), []
+        for (name, index), output in zip(mix.asked, mix.answer(), strict=True):
+            found, wanted = list(output.token_ids), expected[name][index]
             if found == wanted:
                 same[str(name)] += 1
             else:
-                gaps.append((name, index, *first_difference(reference, adapters, name, prompts[index], found, wanted)))
-        report(part, turn=turn, of=len(prompts), equal=same, equal_in_all=sum(same.values()), asked=len(asked))
-        for name, index, place, gap in gaps:
-            report(part, turn=turn, differs=name or "base", prompt=index, at_token=place, reference_gap=gap)
-    llm.llm_engine.engine_core.shutdown()
-
-
-def first_difference(
-    reference: Any, adapters: Any, name: str | None, prompt: list[int], found: list[int], wanted: list[int]
-) -> tuple[int, float]:
-    """Where two answers part, and by how much the reference preferred its token there (logits)."""
-    import torch
-
-    place = next(i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
-    reference.answer([prompt], name and adapters[name], 1)  # puts the weights in place
-    with torch.inference_mode():
-        logits = reference.model(torch.tensor([prompt + wanted[:place]])).logits[0, -1]
-    return place, round(float(logits[wanted[place]] - logits[found[place]]), 5)
+                place = next(i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
+                parted.append((name or "base", index, place))
+        report(part, turn=turn, of=len(mix.prompts), equal=same, equal_in_all=sum(same.values()), asked=len(mix.asked))
+        for who, index, place in parted:
+            report(part, turn=turn, differs=who, prompt=index, at_token=place)
+    mix.llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":
-    name = sys.argv[1]
-    equal(name, "bfloat16" if name == "equal-bf16" else "float32", merged=name == "equal-merged")
+    equal(sys.argv[1], merged=sys.argv[1] == "equal-merged")

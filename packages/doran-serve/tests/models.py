@@ -58,6 +58,13 @@ def build_smollm2(folder: Path) -> Path:
     return folder
 
 
+def put_weights(model: nn.Module, weights: dict[str, Tensor], adapter: AdapterSpec | None) -> None:
+    """Make a model the checkpoint with `adapter` merged (None: the base), rounded once from float64 to its dtype."""
+    for name, weight in weights.items():
+        merged = adapter.merged(name) if adapter is not None and name in adapter.layers else weight
+        model.get_submodule(name).weight.data.copy_(merged)
+
+
 class Reference:
     """Hugging Face's own greedy answers of a base model and of checkpoints merged in float64."""
 
@@ -74,9 +81,7 @@ class Reference:
     @torch.inference_mode()
     def answer(self, prompts: list[list[int]], adapter: AdapterSpec | None, tokens: int) -> list[list[int]]:
         """The tokens that follow each prompt."""
-        for name, weight in self.weights.items():
-            merged = adapter.merged(name).float() if adapter is not None and name in adapter.layers else weight
-            self.model.get_submodule(name).weight.copy_(merged)
+        put_weights(self.model, self.weights, adapter)
         settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0)
         answers: list[list[int]] = [[] for _ in prompts]
         for length in {len(prompt) for prompt in prompts}:  # prompts of one length need no padding
