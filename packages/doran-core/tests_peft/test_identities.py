@@ -38,10 +38,24 @@ class Convolved(nn.Module):
         return self.first(x)
 
 
+class ConvolvedIn1d(Convolved):
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.first = nn.Conv1d(3, 8, 5, padding=2)
+
+
+class ConvolvedIn3d(Convolved):
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.first = nn.Conv3d(2, 6, (1, 2, 3), stride=2)
+
+
 CASES = {
     "linear": (Net, lambda: torch.randn(9, 20, dtype=torch.float64), ["first", "second"]),
     "embedding": (Embedded, lambda: torch.randint(0, 30, (4, 5)), ["first"]),
     "conv2d": (Convolved, lambda: torch.randn(2, 3, 9, 9, dtype=torch.float64), ["first"]),
+    "conv1d": (ConvolvedIn1d, lambda: torch.randn(2, 3, 9, dtype=torch.float64), ["first"]),
+    "conv3d": (ConvolvedIn3d, lambda: torch.randn(2, 2, 3, 4, 5, dtype=torch.float64), ["first"]),
 }
 
 

@@ -60,8 +60,8 @@ class BoundModule:
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
-        """``(in_channels, kh, kw)`` of a conv2d."""
-        return self.file.entry.shape[1:] if self.kind == "conv2d" else None
+        """``(in_channels, *kernel)`` of a convolution."""
+        return self.file.entry.shape[1:] if self.kind in ("conv2d", "conv") else None
 
     def weight_rows(self) -> Iterator[tuple[slice, Tensor]]:
         """The base weight as slices of rows of ``[d_out, d_in]`` with their values, in the dtype of the file.

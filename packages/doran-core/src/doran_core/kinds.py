@@ -1,7 +1,7 @@
 """How a base layer's stored weight becomes the matrix ``[d_out, d_in]`` of the method, and back.
 
 Kinds: linear ``[d_out, d_in]``; conv1d (GPT-2) ``[d_in, d_out]``; embedding ``[num_embeddings, dim]`` with
-``d_out = dim``; conv2d ``[d_out, in, kh, kw]``.
+``d_out = dim``; conv2d ``[d_out, in, kh, kw]``; conv ``[d_out, in, k]`` or ``[d_out, in, kd, kh, kw]``.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def decide_kind(
     elif len(shape) == 2:
         order = ["linear", "conv1d"]
     else:
-        order = ["conv2d"]
+        order = ["conv2d", "conv"]
     for kind in order:
-        dims = 4 if kind == "conv2d" else 2
-        if len(shape) == dims and matrix_shape(shape, kind) == sizes:
+        dims = {"conv2d": (4,), "conv": (3, 5)}.get(kind, (2,))
+        if len(shape) in dims and matrix_shape(shape, kind) == sizes:
             return kind
     raise CheckpointError(
         f"{where}: weight of shape {list(shape)} does not fit the adapter, whose layer has d_out={sizes[0]} and "

@@ -147,8 +147,10 @@ def test_every_kind_of_layer(tmp_path):
         "wte.weight": torch.randn(30, 8),
         "conv.weight": torch.randn(6, 3, 2, 2),
         "conv.bias": torch.randn(6),
+        "wave.weight": torch.randn(6, 3, 5),
+        "film.weight": torch.randn(4, 2, 2, 3, 2),
     }
-    kinds = {"h.0.c_attn": "conv1d", "wte": "embedding", "conv": "conv2d"}
+    kinds = {"h.0.c_attn": "conv1d", "wte": "embedding", "conv": "conv2d", "wave": "conv", "film": "conv"}
     made.write_base(tmp_path / "base", weights, config={"architectures": ["Made"]})
     live = made.write_adapter(tmp_path / "adapter", weights, targets=list(kinds), kinds=kinds, factors="static")
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

@@ -115,11 +115,9 @@ def _module(path: Path, config: Mapping[str, Any], name: str, parts: dict[str, T
     A, B = parts[key_A], parts[key_B]
     kind: Kind | None = "embedding" if embedding else None
     kernel = None
-    if A.dim() == 4:
-        kind, kernel = "conv2d", tuple(A.shape[1:])
+    if A.dim() > 2 and not embedding:
+        kind, kernel = "conv2d" if A.dim() == 4 else "conv", tuple(A.shape[1:])
         A, B = _flatten_convolution(path, name, A, B)
-    elif A.dim() > 2:
-        raise TensorShapeError(f"{path}: {name}.{key_A}: shape {list(A.shape)}; linear and 2-D convolutions only")
     check_pair(str(path), name, A, B, _rank(path, config, name))
     magnitude = parts.get(_M, parts.get(_M_WEIGHT))
     if bool(config.get("use_dora")) != (magnitude is not None):
@@ -128,14 +126,19 @@ def _module(path: Path, config: Mapping[str, Any], name: str, parts: dict[str, T
             f"{path}: {name}: {found}lora_magnitude_vector, but {CONFIG_FILE} has use_dora={config.get('use_dora')}"
         )
     if magnitude is not None:
-        magnitude = magnitude.flatten() if kind == "conv2d" else magnitude
+        magnitude = magnitude.flatten() if kernel is not None else magnitude
         check_vector(str(path), f"{name}.{_M}", magnitude, B.shape[0])
     return PeftModule(name, A, B, _scaling(path, config, name), magnitude, kind, kernel)
 
 
 def _flatten_convolution(path: Path, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    if B.dim() != 4 or B.shape[2:] != (1, 1):
-        raise TensorShapeError(f"{path}: {name}.{_B}: shape {list(B.shape)}, expected [d_out, r, 1, 1]")
+    ones = [1] * (A.dim() - 2)
+    if not 3 <= A.dim() <= 5 or list(B.shape[2:]) != ones:
+        expected = ", ".join(["[d_out", "r", *map(str, ones)]) + "]"
+        raise TensorShapeError(
+            f"{path}: {name}: {_A} {list(A.shape)} and {_B} {list(B.shape)}, expected 1 to 3 kernel sizes in the first "
+            f"and {expected} for the second"
+        )
     return A.flatten(1), B.flatten(1)
 
 
@@ -162,19 +165,20 @@ def peft_parts(
 
     Args:
         kind: of the base layer.
-        kernel: ``(in_channels, kh, kw)`` of a conv2d.
+        kernel: ``(in_channels, *kernel)`` of a convolution.
         A: ``[r, d_in]``.
         B: ``[d_out, r]``.
         magnitude: ``[d_out]``.
     """
     if kind == "embedding":
         return {_EMBEDDING_A: A, _EMBEDDING_B: B, _M: magnitude}
-    if kind == "conv2d":
+    if kind in ("conv2d", "conv"):
         if kernel is None:
-            raise TensorShapeError(f"a conv2d module with A {list(A.shape)} needs its kernel's shape")
+            raise TensorShapeError(f"a {kind} module with A {list(A.shape)} needs its kernel's shape")
+        ones = [1] * (len(kernel) - 1)
         return {
             _A: A.reshape(A.shape[0], *kernel),
-            _B: B.reshape(*B.shape, 1, 1),
-            _M: magnitude.reshape(1, -1, 1, 1),
+            _B: B.reshape(*B.shape, *ones),
+            _M: magnitude.reshape(1, -1, *ones),
         }
     return {_A: A, _B: B, _M: magnitude}

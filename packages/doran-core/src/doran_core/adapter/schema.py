@@ -40,9 +40,10 @@ ADAPTER_FILES = (CONFIG_FILE, TENSOR_FILE, SCALE_FILE, "adapter_model.bin")
 KEY_PREFIX = "base_model.model."
 """PEFT's prefix of every key. Written always, not required on reading."""
 
-Kind = Literal["linear", "conv1d", "conv2d", "embedding"]
+Kind = Literal["linear", "conv1d", "conv2d", "conv", "embedding"]
 """How a module keeps its weight. In matrix terms ``[d_out, d_in]``: linear as it is; conv1d (GPT-2) and embedding
-transposed; conv2d as ``[d_out, in, kh, kw]`` with ``d_in = in * kh * kw``."""
+transposed; conv2d as ``[d_out, in, kh, kw]`` with ``d_in = in * kh * kw``, in being the input channels of one group;
+conv (nn.Conv1d and Conv3d) likewise with one or three sizes of the kernel."""
 
 
 def created_by() -> str:

@@ -29,7 +29,7 @@ def choose_for(view: BaseView, x: Tensor, magnitude: Tensor, *, norm_method: str
     """
     bias = view.bias
     special = (
-        view.kind in ("embedding", "conv2d")
+        view.kind in ("embedding", "conv2d", "conv")
         or norm_method == "direct"
         or not x.is_floating_point()
         or x.numel() == 0

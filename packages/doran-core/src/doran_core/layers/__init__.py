@@ -2,13 +2,14 @@
 
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView, base_view, is_adaptable, is_linear
-from doran_core.layers.modules import DoranConv2d, DoranEmbedding, DoranLayer, DoranLinear, wrap
+from doran_core.layers.modules import DoranConv, DoranConv2d, DoranEmbedding, DoranLayer, DoranLinear, wrap
 from doran_core.layers.rebuild import build_adapters
 from doran_core.layers.swap import WeightSwap
 
 __all__ = [
     "BaseView",
     "DoranAdapter",
+    "DoranConv",
     "DoranConv2d",
     "DoranEmbedding",
     "DoranLayer",

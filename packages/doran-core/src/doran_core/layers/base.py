@@ -19,7 +19,7 @@ from doran_core.errors import TargetError
 
 __all__ = ["BaseView", "ModuleKind", "base_view", "is_adaptable", "is_linear"]
 
-ModuleKind = Literal["linear", "conv1d", "conv2d", "embedding", "opaque"]
+ModuleKind = Literal["linear", "conv1d", "conv2d", "conv", "embedding", "opaque"]
 
 
 class BaseView(ABC):
@@ -185,7 +185,10 @@ class _OpaqueLinearView(BaseView):
 
 
 class _EmbeddingView(BaseView):
-    """nn.Embedding as the matrix that maps one-hot tokens to vectors: ``[dim, num_embeddings]``, as PEFT's DoRA."""
+    """nn.Embedding as the matrix that maps one-hot tokens to vectors: ``[dim, num_embeddings]``, as PEFT's DoRA.
+
+    With ``embed_scale``, a number that the layer multiplies what it looks up by (Gemma, BART).
+    """
 
     kind = "embedding"
 
@@ -199,28 +202,39 @@ class _EmbeddingView(BaseView):
         return matrix.T
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return F.linear(F.embedding(x, A.T), B)
+        delta = F.linear(F.embedding(x, A.T), B)
+        scale = getattr(self.layer, "embed_scale", None)
+        return delta if scale is None else delta * scale
 
 
-class _Conv2dView(BaseView):
-    """nn.Conv2d as the matrix ``[out_channels, in_channels * kh * kw]``."""
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-    kind = "conv2d"
-    channel_dim = -3
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+class _ConvView(BaseView):
+    """nn.Conv1d, 2d or 3d as the matrix ``[out_channels, in_channels / groups * kernel]``: the weight as it is stored.
+
+    With several groups A is used on the channels of each, and B's rows belong to the group of their output channel.
+    """
+
+    def __init__(self, layer: _Convolution) -> None:
         super().__init__(layer, layer.out_channels, layer.weight[0].numel())
+        dims = layer.weight.dim() - 2
+        self.kind = "conv2d" if dims == 2 else "conv"
+        self.channel_dim = -1 - dims
+        self._pointwise = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
 
     def weight(self) -> Tensor:
-        return cast(nn.Conv2d, self.layer).weight.flatten(1)
+        return cast(_Convolution, self.layer).weight.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(cast(nn.Conv2d, self.layer).weight.shape)
+        return matrix.reshape(cast(_Convolution, self.layer).weight.shape)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        conv = cast(nn.Conv2d, self.layer)
-        hidden = conv._conv_forward(x, A.reshape(A.shape[0], *conv.weight.shape[1:]), None)
-        return F.conv2d(hidden, B[:, :, None, None])
+        conv = cast(_Convolution, self.layer)
+        shape = conv.weight.shape[1:]
+        kernels = A.reshape(A.shape[0], *shape).repeat(conv.groups, *(1 for _ in shape))
+        hidden = conv._conv_forward(x, kernels, None)
+        return self._pointwise(hidden, B.reshape(*B.shape, *(1 for _ in shape[1:])), groups=conv.groups)
 
 
 def _has_matrix(layer: nn.Module) -> bool:
@@ -248,7 +262,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 def is_adaptable(layer: nn.Module) -> bool:
     """Whether DoRAN can adapt this layer."""
-    return isinstance(layer, nn.Conv2d | nn.Embedding) or is_linear(layer)
+    return isinstance(layer, _Convolution | nn.Embedding) or is_linear(layer)
 
 
 def _refuse_composed(layer: nn.Module, name: str) -> None:
@@ -266,7 +280,7 @@ def _refuse_composed(layer: nn.Module, name: str) -> None:
 def _refuse_own_forward(layer: nn.Module, name: str) -> None:
     """Refuse a layer with a dense weight whose forward is more than ``x W0^T + bias``; found by trying it."""
     weight = cast(Tensor, layer.weight)
-    if type(layer).forward is nn.Linear.forward or weight.is_meta or type(layer) in _CHECKED_LINEAR:
+    if type(layer).forward is nn.Linear.forward or weight.is_meta or type(layer) in _CHECKED:
         return
     matrix = weight.T if _is_transposed(layer) else weight
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -280,37 +294,60 @@ def _refuse_own_forward(layer: nn.Module, name: str) -> None:
         raise TargetError(
             f"{name}: the forward of {type(layer).__name__} is not x W^T + bias, so DoRAN cannot adapt it"
         )
-    _CHECKED_LINEAR.add(type(layer))
+    _CHECKED.add(type(layer))
 
 
-_CHECKED_LINEAR: set[type[nn.Module]] = set()
+def _refuse_own_lookup(layer: nn.Embedding, name: str) -> None:
+    """Refuse an embedding whose forward is more than a lookup times ``embed_scale``; found by trying it."""
+    known = type(layer).forward is nn.Embedding.forward or type(layer) in _CHECKED
+    if known or layer.weight.is_meta or not layer.num_embeddings:
+        return
+    tokens = torch.tensor([0, layer.num_embeddings - 1], device=layer.weight.device)
+    with torch.no_grad():
+        expected = F.embedding(tokens, layer.weight) * getattr(layer, "embed_scale", 1.0)
+        actual = layer(tokens)
+    if not isinstance(actual, Tensor) or not torch.allclose(actual.float(), expected.float(), rtol=2e-2, atol=2e-2):
+        raise TargetError(
+            f"{name}: the forward of {type(layer).__name__} is no lookup, nor one times embed_scale, so DoRAN cannot "
+            "adapt it"
+        )
+    _CHECKED.add(type(layer))
+
+
+def _refuse_own_convolution(layer: _Convolution, name: str) -> None:
+    plain = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+    if type(layer).forward not in plain:
+        raise TargetError(
+            f"{name}: DoRAN adapts nn.Conv1d, 2d and 3d, got {type(layer).__name__} with a forward of its own"
+        )
+    if isinstance(layer.weight, nn.UninitializedParameter):
+        raise TargetError(f"{name}: this {type(layer).__name__} has no weight yet; call the model once, then adapt it")
+
+
+_CHECKED: set[type[nn.Module]] = set()
 
 
 def base_view(layer: nn.Module, name: str = "layer") -> BaseView:
     """The view that fits a base layer.
 
     Args:
-        layer: nn.Linear, a Conv1D with transposed weight, nn.Embedding, nn.Conv2d, or any linear layer with
-            ``in_features`` and ``out_features``, such as a quantized one.
+        layer: nn.Linear, a Conv1D with transposed weight, nn.Embedding, nn.Conv1d, 2d or 3d, or any linear layer
+            with ``in_features`` and ``out_features``, such as a quantized one.
         name: the layer's name, for error messages.
 
     Raises:
         TargetError: if the layer is none of these.
     """
     _refuse_composed(layer, name)
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1:
-            raise TargetError(f"{name}: DoRAN adapts Conv2d with groups=1, got groups={layer.groups}")
-        return _Conv2dView(layer)
+    if isinstance(layer, _Convolution):
+        _refuse_own_convolution(layer, name)
+        return _ConvView(layer)
     if isinstance(layer, nn.Embedding):
         if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
             raise TargetError(
                 f"{name}: DoRAN adapts nn.Embedding without max_norm, scale_grad_by_freq and sparse, got {layer}"
             )
-        if type(layer).forward is not nn.Embedding.forward:
-            raise TargetError(
-                f"{name}: DoRAN adapts nn.Embedding, got {type(layer).__name__} with a forward of its own"
-            )
+        _refuse_own_lookup(layer, name)
         return _EmbeddingView(layer)
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         raise TargetError(
@@ -322,4 +359,6 @@ def base_view(layer: nn.Module, name: str = "layer") -> BaseView:
             return _OpaqueLinearView(layer)
         _refuse_own_forward(layer, name)
         return _TransposedLinearView(layer) if _is_transposed(layer) else _LinearView(layer)
-    raise TargetError(f"{name}: DoRAN adapts linear layers, Conv1D, Embedding and Conv2d, got {type(layer).__name__}")
+    raise TargetError(
+        f"{name}: DoRAN adapts linear layers, Conv1D, Embedding and convolutions, got {type(layer).__name__}"
+    )

@@ -1,4 +1,4 @@
-"""Modules that put a DoranAdapter around a base layer: DoranLinear, DoranEmbedding, DoranConv2d."""
+"""Modules that put a DoranAdapter around a base layer: DoranLinear, DoranEmbedding, DoranConv2d, DoranConv."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView, base_view
 from doran_core.layers.swap import WeightSwap
 
-__all__ = ["DoranConv2d", "DoranEmbedding", "DoranLayer", "DoranLinear", "layer_spec", "make_factor_builder", "wrap"]
+__all__ = [
+    "DoranConv",
+    "DoranConv2d",
+    "DoranEmbedding",
+    "DoranLayer",
+    "DoranLinear",
+    "layer_spec",
+    "make_factor_builder",
+    "wrap",
+]
 
 
 def layer_spec(name: str, view: BaseView, config: DoranConfig) -> LayerSpec:
@@ -157,7 +166,11 @@ class DoranEmbedding(DoranLayer):
 
 
 class DoranConv2d(DoranLayer):
-    """DoRAN around nn.Conv2d with one group; the norm is taken per output channel."""
+    """DoRAN around nn.Conv2d; the norm is taken per output channel."""
+
+
+class DoranConv(DoranLayer):
+    """DoRAN around nn.Conv1d or nn.Conv3d, likewise."""
 
 
 def wrap(
@@ -168,6 +181,6 @@ def wrap(
     Raises:
         TargetError: if DoRAN cannot adapt it.
     """
-    kinds: dict[str, type[DoranLayer]] = {"embedding": DoranEmbedding, "conv2d": DoranConv2d}
+    kinds: dict[str, type[DoranLayer]] = {"embedding": DoranEmbedding, "conv2d": DoranConv2d, "conv": DoranConv}
     layer_class = kinds.get(base_view(base_layer, name).kind, DoranLinear)
     return layer_class(base_layer, config, name=name, factor_builder=factor_builder)
