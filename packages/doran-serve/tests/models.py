@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from adapter_specs import AdapterSpec
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GenerationConfig, LlamaConfig, Qwen2Config
 
@@ -65,6 +67,49 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor], adapter: AdapterSp
         model.get_submodule(name).weight.data.copy_(merged)
 
 
+def build_quantized(folder: Path) -> tuple[Path, Path]:
+    """A tiny Llama in 4 bits (compressed-tensors, groups of 32 inputs), and a checkpoint of what its weights stand for.
+
+    Written from the format's description: offset-binary numbers, eight to an int32, the first in the lowest bits.
+
+    Returns:
+        Directories of the quantized and of the plain checkpoint (float32).
+    """
+    dense, packed = build_tiny("llama", folder / "dense"), folder / "packed"
+    tensors = load_file(dense / "model.safetensors")
+    stored: dict[str, Tensor] = {}
+    for key, weight in list(tensors.items()):
+        if not key.endswith("_proj.weight"):
+            stored[key] = weight.to(torch.bfloat16)
+            tensors[key] = stored[key].float()
+            continue
+        groups = weight.unflatten(1, (-1, 32))
+        scale = (groups.abs().amax(2) / 7).to(torch.bfloat16)
+        number = (groups / scale.float()[:, :, None]).round().clamp(-8, 7).int()
+        tensors[key] = (number * scale.float()[:, :, None]).flatten(1)
+        eight = (number + 8).flatten(1).unflatten(1, (-1, 8)).long()
+        words = (eight << (4 * torch.arange(8))).sum(2)
+        name = key.removesuffix("weight")
+        stored[f"{name}weight_packed"] = torch.where(words >= 2**31, words - 2**32, words).int()
+        stored[f"{name}weight_scale"] = scale
+        stored[f"{name}weight_shape"] = torch.tensor(weight.shape)
+    packed.mkdir()
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+    config["dtype"] = "bfloat16"
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    (packed / "config.json").write_text(json.dumps(config))
+    return packed, dense
+
+
 class Reference:
     """Hugging Face's own greedy answers of a base model and of checkpoints merged in float64."""
 
@@ -77,6 +122,13 @@ class Reference:
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and name != "lm_head"
         }
+
+    @torch.inference_mode()
+    def logits(self, prompt: list[int], answer: list[int], adapter: AdapterSpec | None) -> Tensor:
+        """The logits `[tokens, vocabulary]` that each token of an answer is chosen by."""
+        put_weights(self.model, self.weights, adapter)
+        logits: Tensor = self.model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+        return logits
 
     @torch.inference_mode()
     def answer(self, prompts: list[list[int]], adapter: AdapterSpec | None, tokens: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -155,9 +156,46 @@ def test_requests_in_flight_keep_the_version_that_they_started_with(
         assert first.result() == base.answer([prompt], old, tokens)[0]
 
 
+def test_replaced_under_load(server: Server, reference: Callable[[str], Any], tmp_path: Path) -> None:
+    """Clients ask without a pause while /v1/load_lora_adapter puts one version in the place of the other and back.
+
+    No request fails, none gets a mixture, and whoever asks after the answer to a load gets the version loaded.
+    """
+    base, weights = reference("llama"), reference("llama").weights
+    versions = [make_adapter("compiled", weights, TARGETS, rank=6, seed=s, size=0.5) for s in (120, 121)]
+    paths = [spec.write(tmp_path / str(index)) for index, spec in enumerate(versions)]
+    expected = [base.answer([PROMPTS[0]], spec, TOKENS)[0] for spec in versions]
+    untouched = base.answer([PROMPTS[0]], None, TOKENS)[0]
+    assert server.request("/v1/load_lora_adapter", lora_name="hot", lora_path=str(paths[0]))[0] == 200
+    stop = threading.Event()
+
+    def ask(model: str | None) -> list[Any]:
+        found = []
+        while not stop.is_set():
+            found.append(server.complete(model, PROMPTS[0]))
+        return found
+
+    with ThreadPoolExecutor(4) as clients:
+        asking = [clients.submit(ask, model) for model in ("hot", "hot", None)]
+        try:
+            for turn in range(1, 7):
+                load = {"lora_name": "hot", "lora_path": str(paths[turn % 2]), "load_inplace": True}
+                assert server.request("/v1/load_lora_adapter", **load)[0] == 200
+                assert server.complete("hot", PROMPTS[0]) == expected[turn % 2], turn
+        finally:
+            stop.set()
+    *hot, plain = [client.result() for client in asking]
+    for answers in hot:
+        assert all(answer in expected for answer in answers)
+        assert len(answers) > 3
+    assert all(answer == untouched for answer in plain)
+
+
 def test_metrics_name_the_adapters(server: Server) -> None:
     server.complete("doran", PROMPTS[0])
     text = server.request("/metrics")[1]
     assert "vllm:lora_requests_info{" in text
     counts = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line.startswith("doran:")}
     assert counts['doran:requests_total{adapter="doran"}'] >= 1
+    assert counts['doran:refusals_total{adapter="bad"}'] >= 1
+    assert counts['doran:refusals_total{adapter="foreign"}'] >= 1

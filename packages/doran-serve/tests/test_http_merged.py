@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from adapter_specs import make_adapter
+from readme import run_readme
 from servers import TOKENS, Server
 from test_mixed import prompts_of
 
@@ -27,7 +28,7 @@ def test_real_model_for_concurrent_clients(
     skip = r"\.[12]\d\."  # the first ten layers: quicker
     adapters = {
         name: make_adapter(form, base.weights, ("q_proj", "v_proj"), rank=4, seed=60 + i, size=0.2, skip=skip)
-        for i, (name, form) in enumerate({"a": "compiled", "b": "trainable", "c": "dora"}.items())
+        for i, (name, form) in enumerate({"sentiment": "compiled", "b": "trainable", "c": "dora"}.items())
     }
     for name, spec in adapters.items():
         spec.write(tmp_path / "adapters" / name)
@@ -50,8 +51,10 @@ def test_real_model_for_concurrent_clients(
         client = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(client)
         texts = asyncio.run(client.answers(f"{server.url}/v1", "The capital of France is", 4))
-        assert set(texts) == {str(folder), "a", "b", "c"}
+        assert set(texts) == {str(folder), *adapters}
         assert "Paris" in texts[str(folder)]
+        printed = run_readme("OpenAI(", {"http://127.0.0.1:8000/v1": f"{server.url}/v1"})
+        assert printed.strip()
         assert server.complete("nobody", prompts[0])[0] == 404
     finally:
         server.close()

@@ -52,10 +52,18 @@ class BaseModel:
         except CheckpointError as error:
             _logger.warning("adapters are not checked against the base model's files: %s", error)
             return None
-        if "quantization_config" in checkpoint.config():
+        if self.quantized:
             _logger.warning("%s is quantized: adapters are not checked against its files", self.directory)
             return None
         return checkpoint
+
+    @functools.cached_property
+    def quantized(self) -> bool:
+        """Whether its configuration says that its weights are quantized."""
+        try:
+            return self.directory is not None and "quantization_config" in Checkpoint(self.directory).config()
+        except CheckpointError:
+            return False
 
     @functools.cached_property
     def identity(self) -> str:

@@ -16,6 +16,7 @@ from doran_core.adapter.schema import CONFIG_FILE
 from doran_core.errors import DoranError
 from doran_serve.base import local_directory
 from doran_serve.frontend import adapter_id, refused_error
+from doran_serve.metrics import refused
 from doran_serve.names import lookup
 from doran_serve.store import AdapterStore
 
@@ -51,6 +52,7 @@ class DirectoryResolver:
         try:
             await asyncio.to_thread(self._stores[base_model_name].check, path)
         except DoranError as error:
+            refused(lora_name)
             raise refused_error()(f"adapter {lora_name!r} refused: {error}") from error
         return lookup("LoRARequest")(lora_name, adapter_id(lora_name), str(path))
 

@@ -184,6 +184,12 @@ class AdapterStore:
                 f"{folder}: a {form} adapter needs the base weights to be compiled, but the base model is no local "
                 "directory; compile it first with `doran convert --to compiled`"
             )
+        if self.base.quantized:
+            read_adapter(folder)
+            raise CheckpointError(
+                f"{folder}: a {form} adapter needs plain base weights to be compiled, but {self.base.directory} is "
+                "quantized; compile it against the original checkpoint with `doran convert --to compiled`"
+            )
         target = self.cache_directory / "compiled" / _content_key(folder, self.base.identity)
         if (target / SCALE_FILE).exists():
             return read_compiled(target)
