@@ -9,7 +9,7 @@ from torch import nn
 
 from doran_core.config import DoranConfig
 from doran_core.errors import ConfigError, TargetError
-from doran_core.layers import DoranConv2d, DoranEmbedding, DoranLinear, wrap
+from doran_core.layers import DoranConv, DoranConv2d, DoranEmbedding, DoranLinear, wrap
 
 OPTIONS = [
     {},
@@ -246,13 +246,22 @@ def test_base_stays_frozen_and_deepcopy_keeps_sharing():
     assert twin.doran_adapter.factors._trunk[0] is twin.doran_adapter.factors.trunk
 
 
+class Padded(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(torch.nn.functional.pad(x, (1, 1, 1, 1)))
+
+
 def test_kinds_of_wrappers_and_what_cannot_be_adapted():
     assert isinstance(wrap(nn.Embedding(5, 4), DoranConfig()), DoranEmbedding)
     assert isinstance(wrap(nn.Conv2d(2, 4, 1), DoranConfig()), DoranConv2d)
     with pytest.raises(TargetError, match=r"norm1: DoRAN adapts .* got LayerNorm"):
         wrap(nn.LayerNorm(4), DoranConfig(), name="norm1")
-    with pytest.raises(TargetError, match="groups=2"):
-        wrap(nn.Conv2d(4, 4, 1, groups=2), DoranConfig())
+    assert isinstance(wrap(nn.Conv1d(4, 4, 1, groups=2), DoranConfig()), DoranConv)
+    assert isinstance(wrap(nn.Conv3d(2, 4, 1), DoranConfig()), DoranConv)
+    with pytest.raises(TargetError, match=r"Padded with a forward of its own"):
+        wrap(Padded(2, 4, 1), DoranConfig())
+    with pytest.raises(TargetError, match=r"LazyConv2d has no weight yet"):
+        wrap(nn.LazyConv2d(4, 1), DoranConfig())
     with pytest.raises(TargetError, match="max_norm"):
         wrap(nn.Embedding(5, 4, max_norm=1.0), DoranConfig())
     with pytest.raises(ConfigError, match="head_dim"):

@@ -69,7 +69,7 @@ def compiled_record(**changes):
         module("model.embed_tokens", 24, 50, 4, kind="embedding"),
         module("vision.conv", 6, 3 * 2 * 2, 4, kind="conv2d", kernel=(3, 2, 2)),
         module("audio.conv", 6, 3 * 5, 4, kind="conv", kernel=(3, 5)),
-        module("film.conv", 6, 2 * 2 * 3 * 4, 2, kind="conv", kernel=(2, 2, 3, 4)),
+        module("film.conv", 6, 2 * 2 * 3 * 4, 4, kind="conv", kernel=(2, 2, 3, 4)),
     ]
     record = CompiledAdapter(
         modules={m.name: m for m in modules},
