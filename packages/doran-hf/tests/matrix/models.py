@@ -253,6 +253,40 @@ class Convolutions(nn.Module):
         return self.lin0(self.conv1(x).flatten(1)).log_softmax(-1)
 
 
+class Conv1dNet(nn.Module):
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=groups)
+        self.lin0 = nn.Linear(24, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin0(torch.relu(self.conv0(x.to(self.conv0.weight.dtype))).flatten(1)).log_softmax(-1)
+
+
+class Conv3dNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv3d(2, 4, (1, 2, 3), dilation=(1, 2, 1))
+        self.lin0 = nn.Linear(4 * 3 * 2 * 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin0(torch.relu(self.conv0(x.to(self.conv0.weight.dtype))).flatten(1)).log_softmax(-1)
+
+
+class GroupedConvolutions(nn.Module):
+    """One convolution in two groups, and one that has a group for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+        self.conv1 = nn.Conv2d(6, 6, 3, groups=6, bias=False)
+        self.lin0 = nn.Linear(6 * 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv0(x.to(self.conv0.weight.dtype)))
+        return self.lin0(self.conv1(x).flatten(1)).log_softmax(-1)
+
+
 def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def seeded() -> nn.Module:
         torch.manual_seed(0)
@@ -301,6 +335,12 @@ CUSTOM = {
     "Conv2d": Case(_seeded(Convolutions), _numbers(5, 3, 8, 8), {"target_modules": ["conv0"]}),
     "Conv2d and linear": Case(
         _seeded(Convolutions), _numbers(5, 3, 8, 8), {"target_modules": ["conv0", "conv1", "lin0"]}
+    ),
+    "Conv1d": Case(_seeded(Conv1dNet), _numbers(5, 4, 8), {"target_modules": ["conv0"]}),
+    "Conv1d in groups": Case(_seeded(lambda: Conv1dNet(2)), _numbers(5, 4, 8), {"target_modules": ["conv0", "lin0"]}),
+    "Conv3d": Case(_seeded(Conv3dNet), _numbers(5, 2, 3, 4, 4), {"target_modules": ["conv0", "lin0"]}),
+    "Conv2d in groups": Case(
+        _seeded(GroupedConvolutions), _numbers(5, 4, 4, 4), {"target_modules": ["conv0", "conv1"]}
     ),
 }
 

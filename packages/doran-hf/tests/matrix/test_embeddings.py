@@ -51,10 +51,31 @@ def test_a_scaled_embedding() -> None:
     """test_lora_embed_scale_is_applied: Gemma's embedding multiplies its output by a constant."""
     case = DECODERS["gemma"]
     base = case.base()
-    if type(base.get_input_embeddings()).__name__ == "Embedding":
-        pytest.skip("this transformers scales outside of the layer")
-    with pytest.raises(ValueError, match="forward of its own"):
-        get_peft_model(base, DoranConfig(target_modules=["embed_tokens"]))
+    embedding = base.get_input_embeddings()
+    assert float(embedding.embed_scale) != 1
+    tokens = torch.tensor([[3, 5, 8]])
+    expected = embedding(tokens)
+    model = get_peft_model(base, DoranConfig(target_modules=["embed_tokens"]))
+    layer = model.get_input_embeddings()
+    assert torch.equal(layer(tokens), expected)
+    stir(model, "default")
+    adapter = layer.adapter("default")
+    adapted = layer(tokens)
+    wanted = adapter.merged_weight(embedding.weight.T).T[tokens] * float(embedding.embed_scale)
+    torch.testing.assert_close(adapted, wanted.float(), atol=1e-5, rtol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(layer(tokens), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_embedding_that_does_more_is_refused() -> None:
+    class Shifted(torch.nn.Embedding):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens) + 1
+
+    model = make_llama()
+    model.model.embed_tokens = Shifted(97, 32)
+    with pytest.raises(ValueError, match="no lookup, nor one times embed_scale"):
+        get_peft_model(model, DoranConfig(target_modules=["embed_tokens"]))
 
 
 def test_a_tied_head_is_untied_by_its_own_adapter(tmp_path: Path) -> None:

@@ -109,6 +109,25 @@ def test_causal_lm_learns_and_leaves_all_that_it_should(capsys: pytest.CaptureFi
     assert Image.open("run/layers.png").size[0] > 300
 
 
+def test_cut_and_left_out_examples_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": " ".join("abcdefgh"[:words]), "sentiment": "positive"} for words in (2, 4, 5, 6, 8)]
+    write_rows("long.jsonl", rows)
+    whole = len(make_tokenizer()("Review: a b c d e Sentiment: positive a").input_ids)  # with five words
+    metrics = run(
+        data__train="long.jsonl",
+        data__eval="long.jsonl",
+        data__completion=" {sentiment} a",  # with six words its last token is cut off, with eight all of it
+        data__choices="unset",
+        data__max_length=whole,
+        trainer__max_steps=1,
+    )
+    assert metrics["held_out"] == {"examples": 4, "cut": 1, "left_out": 1}
+    assert [metrics["training"][name] for name in ("examples", "cut", "left_out")] == [4, 1, 1]
+    assert capsys.readouterr().out.count("4 examples, 1 of them cut, 1 left out with nothing to learn") == 2
+    card = Path("run/adapter/README.md").read_text()
+    assert "Of 5 examples 1 were cut to the longest length, and 1 were left out of" in card
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     values = settings()
     before = sorted(Path().iterdir())
@@ -180,6 +199,7 @@ def test_sequence_classification_with_names_as_labels() -> None:
     )
     assert metrics["adapter"]["accuracy"] > 0.95
     assert metrics["adapter"]["macro_f1"] > 0.95
+    assert metrics["held_out"] == {"examples": len(ROWS[::5]), "cut": 0, "left_out": 0}
     config = json.loads(Path("run/adapter/adapter_config.json").read_text())
     assert "classifier" in config["modules_to_save"]
     base = AutoModelForSequenceClassification.from_pretrained("bert", num_labels=2, ignore_mismatched_sizes=True)

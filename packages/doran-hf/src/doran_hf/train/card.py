@@ -102,7 +102,19 @@ def _results(metrics: Mapping[str, Any]) -> str:
     if not names:
         return "Not evaluated: no examples were held out."
     rows = [f"| {name} | {_number(base.get(name))} | {_number(adapter[name])} |" for name in names]
-    return "\n".join(["| on the held-out examples | base | this adapter |", "|---|---|---|", *rows])
+    return "\n".join(["| on the held-out examples | base | this adapter |", "|---|---|---|", *rows]) + _of(metrics)
+
+
+def _of(metrics: Mapping[str, Any]) -> str:
+    """On what the results are, where it is not the examples as they were given."""
+    counts = metrics.get("held_out") or {}
+    cut, left_out = counts.get("cut", 0), counts.get("left_out", 0)
+    if not cut and not left_out:
+        return ""
+    return (
+        f"\n\nOf {counts['examples'] + left_out} examples {cut} were cut to the longest length, and {left_out} "
+        "were left out of the loss, since nothing to learn remained of them."
+    )
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,7 @@ from doran_core.errors import ConfigError
 from doran_hf.train.choices import check_choices, choice_accuracy
 from doran_hf.train.config import TrainConfig
 from doran_hf.train.data import Examples
-from doran_hf.train.recipe import Prepared, TaskRecipe, load_tokenizer
+from doran_hf.train.recipe import ExampleCounts, Prepared, TaskRecipe, load_tokenizer
 from doran_hf.train.text import IGNORED, TextEncoder
 
 __all__ = ["CausalLM"]
@@ -28,16 +28,19 @@ class CausalLM(TaskRecipe):
         self.encoder = TextEncoder(config.data, self.processor, examples.train.column_names)
 
     def prepare(self) -> Prepared:
-        train, dropped = self._encode(self.examples.train, "train")
-        held_out = None if self.examples.eval is None else self._encode(self.examples.eval, "eval")[0]
+        counts: dict[str, ExampleCounts] = {}
+        train, counts["train"] = self._encode(self.examples.train, "train")
+        held_out = None
+        if self.examples.eval is not None:
+            held_out, counts["eval"] = self._encode(self.examples.eval, "eval")
         if self.examples.eval is not None and self.config.data.choices is not None:
             check_choices(self.encoder, self.examples.eval)  # before hours of training, not after them
         first = train[0]
         learned = [token for token, label in zip(first["input_ids"], first["labels"], strict=True) if label != IGNORED]
         sample = f"{self.processor.decode(first['input_ids'])!r}, learned: {self.processor.decode(learned)!r}"
-        return Prepared(train, held_out, dropped, sample)
+        return Prepared(train, held_out, counts, sample)
 
-    def _encode(self, rows: Any, name: str) -> tuple[Any, int]:
+    def _encode(self, rows: Any, name: str) -> tuple[Any, ExampleCounts]:
         encoded = rows.map(
             self.encoder, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"tokenizing {name}"
         )
@@ -47,7 +50,8 @@ class CausalLM(TaskRecipe):
                 f"data.{name}: nothing to learn is left of {len(rows)} examples cut to {self.config.data.max_length} "
                 "tokens; raise data.max_length or check the completions"
             )
-        return kept, len(rows) - len(kept)
+        counts = ExampleCounts(len(kept), sum(kept["cut"]), len(rows) - len(kept))
+        return kept.remove_columns("cut"), counts
 
     def collator(self) -> Any:
         return DataCollatorForSeq2Seq(self.processor, label_pad_token_id=IGNORED)

@@ -19,7 +19,7 @@ from doran_core.errors import ConfigError
 from doran_hf.train.config import TrainConfig
 from doran_hf.train.data import Examples
 from doran_hf.train.labels import Labels
-from doran_hf.train.recipe import Prepared, TaskRecipe, load_part, load_tokenizer
+from doran_hf.train.recipe import ExampleCounts, Prepared, TaskRecipe, load_part, load_tokenizer
 from doran_hf.train.text import fill
 
 __all__ = ["ImageClassification", "SequenceClassification"]
@@ -77,22 +77,30 @@ class SequenceClassification(_Classification):
         return model
 
     def prepare(self) -> Prepared:
-        train = self._encode(self.examples.train, "train")
-        held_out = None if self.examples.eval is None else self._encode(self.examples.eval, "eval")
+        counts: dict[str, ExampleCounts] = {}
+        train, counts["train"] = self._encode(self.examples.train, "train")
+        held_out = None
+        if self.examples.eval is not None:
+            held_out, counts["eval"] = self._encode(self.examples.eval, "eval")
         first = train[0]
         sample = f"{self.processor.decode(first['input_ids'])!r}, class: {self.labels.names[first['labels']]!r}"
-        return Prepared(train, held_out, 0, sample, self.labels.described())
+        return Prepared(train, held_out, counts, sample, self.labels.described())
 
-    def _encode(self, rows: Any, name: str) -> Any:
+    def _encode(self, rows: Any, name: str) -> tuple[Any, ExampleCounts]:
         data = self.config.data
 
         def encode(row: Mapping[str, Any]) -> dict[str, Any]:
             pair = None if data.text_pair is None else fill(data.text_pair, row, "data.text_pair")
             text = fill(data.text or "text", row, "data.text")
-            encoded = self.processor(text, pair, truncation=True, max_length=data.max_length)
-            return {**encoded, "labels": self.labels.index(row[data.label])}
+            encoded = self.processor(text, pair)
+            if cut := len(encoded["input_ids"]) > data.max_length:
+                encoded = self.processor(text, pair, truncation=True, max_length=data.max_length)
+            return {**encoded, "labels": self.labels.index(row[data.label]), "cut": cut}
 
-        return rows.map(encode, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"tokenizing {name}")
+        encoded = rows.map(
+            encode, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"tokenizing {name}"
+        )
+        return encoded.remove_columns("cut"), ExampleCounts(len(encoded), sum(encoded["cut"]))
 
     def collator(self) -> Any:
         return DataCollatorWithPadding(self.processor)
@@ -117,9 +125,11 @@ class ImageClassification(_Classification):
     def prepare(self) -> Prepared:
         train = self.examples.train.with_transform(self._transform)
         held_out = None if self.examples.eval is None else self.examples.eval.with_transform(self._transform)
+        rows = {"train": self.examples.train, "eval": self.examples.eval}
+        counts = {name: ExampleCounts(len(part)) for name, part in rows.items() if part is not None}
         first = self.examples.train[0]
         sample = f"{first[self.config.data.image]}, class: {self.labels.name(first[self.config.data.label])!r}"
-        return Prepared(train, held_out, 0, sample, self.labels.described())
+        return Prepared(train, held_out, counts, sample, self.labels.described())
 
     def _transform(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         data = self.config.data

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,23 +14,47 @@ from doran_core.errors import CheckpointError
 from doran_hf.train.config import TrainConfig
 from doran_hf.train.data import Examples
 
-__all__ = ["Prepared", "TaskRecipe", "load_part", "load_tokenizer"]
+__all__ = ["ExampleCounts", "Prepared", "TaskRecipe", "load_part", "load_tokenizer"]
 
 
+@dataclass(frozen=True)
+class ExampleCounts:
+    """What has become of a file's examples.
+
+    Attributes:
+        examples: how many are used.
+        cut: how many of them ``data.max_length`` has cut.
+        left_out: how many others had nothing to learn left.
+    """
+
+    examples: int
+    cut: int = 0
+    left_out: int = 0
+
+    def __str__(self) -> str:
+        cut = f", {self.cut} of them cut" if self.cut else ""
+        return f"{self.examples} examples{cut}" + (
+            f", {self.left_out} left out with nothing to learn" if self.left_out else ""
+        )
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Examples ready for the Trainer.
 
     Attributes:
         train: dataset to train on.
         held_out: dataset to evaluate on, or None.
-        dropped: how many examples had nothing to learn after cutting.
+        counts: of the examples in both, "train" and "eval".
         sample: the first example, for people to read.
         classes: the classes, for people to read, or None.
     """
 
-    def __init__(self, train: Any, held_out: Any | None, dropped: int, sample: str, classes: str | None = None) -> None:
-        self.train, self.held_out, self.dropped = train, held_out, dropped
-        self.sample, self.classes = sample, classes
+    train: Any
+    held_out: Any | None
+    counts: Mapping[str, ExampleCounts]
+    sample: str
+    classes: str | None = None
 
 
 class TaskRecipe(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -77,11 +78,13 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
     metrics["training"] = {
         "loss": trained.training_loss,
         "steps": trainer.state.global_step,
-        "examples": len(prepared.train),
+        **dataclasses.asdict(prepared.counts["train"]),
         "seconds": round(trained.metrics["train_runtime"], 1),
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "trainable_parameters": _trainable(model),
     }
+    if prepared.held_out is not None:
+        metrics["held_out"] = dataclasses.asdict(prepared.counts["eval"])
     metrics["tau"] = {name: float(tau.mean()) for name, tau in tau_by_layer(model).items()}
     metrics["versions"] = {
         "torch": torch.__version__,
@@ -139,13 +142,12 @@ def _plan(config: TrainConfig, prepared: Prepared, model: Any, trainer: Trainer,
     layers, trainable = tau_by_layer(model), _trainable(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     adapter = config.adapter_config()
-    dropped = f", {prepared.dropped} left out with nothing to learn" if prepared.dropped else ""
     facts = {
         "task": config.task,
         "base": f"{config.base} ({type(model.get_base_model()).__name__}, {model.dtype}, on {arguments.device})",
-        "train": f"{config.data.train}: {len(prepared.train)} examples{dropped}",
+        "train": f"{config.data.train}: {prepared.counts['train']}",
         "classes": prepared.classes,
-        "eval": "none" if prepared.held_out is None else f"{len(prepared.held_out)} examples",
+        "eval": "none" if prepared.held_out is None else str(prepared.counts["eval"]),
         "an example": prepared.sample,
         "adapter": f"rank {adapter.rank}, tau {adapter.tau_kind}, factors {adapter.factors}, {len(layers)} layers",
         "parameters": f"{trainable:,} of {total:,} train ({100 * trainable / total:.2f}%)",

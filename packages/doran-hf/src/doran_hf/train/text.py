@@ -73,8 +73,8 @@ class TextEncoder:
         if config.choices is not None and self.shape != "prompt":
             raise ConfigError(f"data.choices: needs data.prompt and data.completion, but the examples are {self.shape}")
 
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Tokens of one row, cut to ``max_length``, and their labels; ``IGNORED`` where nothing is to be learned."""
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Tokens of one row, cut to ``max_length``, their labels (``IGNORED`` for none), and whether it was "cut"."""
         if self.shape == "messages":
             return self._encode(self._chat(row[self.config.messages or "messages"]))
         if self.shape == "text":
@@ -87,8 +87,8 @@ class TextEncoder:
         prompt = fill(self.config.prompt or "prompt", row, "data.prompt")
         return prompt, fill(self.config.completion or "completion", row, "data.completion")
 
-    def encode_pair(self, prompt: str, completion: str) -> dict[str, list[int]]:
-        """Tokens of one prompt and completion, cut to ``max_length``, and their labels."""
+    def encode_pair(self, prompt: str, completion: str) -> dict[str, Any]:
+        """Likewise of one prompt and completion."""
         return self._encode(self._pair(prompt, completion))
 
     def encode_whole_pair(self, prompt: str, completion: str) -> dict[str, list[int]]:
@@ -141,8 +141,9 @@ class TextEncoder:
             )
         return prefix
 
-    def _encode(self, rendered: _Rendered) -> dict[str, list[int]]:
-        return {name: tokens[: self.config.max_length] for name, tokens in self._tokens(rendered).items()}
+    def _encode(self, rendered: _Rendered) -> dict[str, Any]:
+        limit, whole = self.config.max_length, self._tokens(rendered)
+        return {name: tokens[:limit] for name, tokens in whole.items()} | {"cut": len(whole["input_ids"]) > limit}
 
     def _tokens(self, rendered: _Rendered) -> dict[str, list[int]]:
         encoded = self.tokenizer(

@@ -1,0 +1,83 @@
+"""Another adapter's values in place of a loaded one's. PEFT's ``hotswap_adapter`` takes LoRA alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import nn
+
+from doran_core.config import DoranConfig as CoreConfig
+from doran_core.errors import ConfigError, DoranError, MissingKeyError, TensorShapeError, UnexpectedKeyError
+from doran_hf.base import check_base
+from doran_hf.config import DoranConfig
+from doran_hf.layer import check_adapter, doran_layers
+
+__all__ = ["hotswap_adapter"]
+
+_MAY_DIFFER = {"target_modules", "exclude_modules", "modules_to_save", "dropout", "factor_penalty"}
+"""Fields that say nothing of what given tensors compute; which layers are adapted shows in the tensors."""
+
+
+@torch.no_grad()
+def hotswap_adapter(model: Any, path: str, adapter_name: str = "default", **download: Any) -> None:
+    """Give an adapter the values of a saved one, in the same memory: a compiled model goes on without recompiling.
+
+    Args:
+        model: a PeftModel, or what ``torch.compile`` made of one.
+        path: directory or hub name of the saved adapter. It adapts the same layers with the same options and ranks.
+        adapter_name: the adapter that is replaced; its name stays.
+        download: for the hub, as for ``PeftModel.from_pretrained``.
+
+    Raises:
+        ConfigError: no such adapter, or a saved one with other options, all of them named.
+        MissingKeyError, UnexpectedKeyError, TensorShapeError: tensors of other layers or sizes.
+        BaseMismatchError: it was made for another base.
+        DoranError: the adapter is merged.
+
+    Nothing is changed then.
+    """
+    model = getattr(model, "_orig_mod", model)
+    check_adapter(model, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in doran_layers(model, adapter_name)):
+        raise DoranError(f"the adapter {adapter_name!r} is merged: unmerge it (unmerge_adapter) before swapping it")
+    config = DoranConfig.from_pretrained(path, **download)
+    _check_options(model.peft_config[adapter_name], config, path)
+    tensors = load_peft_weights(path, device="cpu", **download)
+    _check_tensors(model, adapter_name, tensors, path)
+    check_base(model, adapter_name, config)  # after the names: a fingerprint is that of the adapted layers
+    set_peft_model_state_dict(model, tensors, adapter_name)
+
+
+def _check_options(now: Any, saved: Any, path: str) -> None:
+    if not isinstance(saved, DoranConfig):
+        raise ConfigError(f"{path}: peft_type {saved.peft_type}, expected DORAN")
+    ours, theirs = now.core(), saved.core()
+    other = [
+        f"{field.name}={getattr(theirs, field.name)!r} (here {getattr(ours, field.name)!r})"
+        for field in dataclasses.fields(CoreConfig)
+        if field.name not in _MAY_DIFFER and getattr(theirs, field.name) != getattr(ours, field.name)
+    ]
+    if other:
+        raise ConfigError(f"{path}: its options differ from the loaded adapter's: {', '.join(other)}; load it anew")
+
+
+def _check_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], path: str) -> None:
+    """Before anything is copied: PyTorch copies what fits and complains afterwards."""
+    kept, prefix = ".doran_adapter.", "base_model.model."
+    container = f"{kept}{adapter_name}."
+    expected = {
+        key.removeprefix(prefix).replace(container, kept): tensor.shape
+        for key, tensor in model.state_dict().items()
+        if container in key
+    }
+    found = {key.removeprefix(prefix): tensor.shape for key, tensor in tensors.items() if kept in key}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise MissingKeyError(f"{path}: {len(missing)} tensors are missing, such as {missing[0]!r}")
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise UnexpectedKeyError(f"{path}: the adapter {adapter_name!r} has no tensor {unknown[0]!r}")
+    for key, shape in found.items():
+        if shape != expected[key]:
+            raise TensorShapeError(f"{path}: {key!r} has shape {list(shape)}, expected {list(expected[key])}")

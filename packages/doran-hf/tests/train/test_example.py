@@ -1,0 +1,87 @@
+"""A few steps of the example's configuration on the real SmolLM2: killed half-way, it ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMOLLM2_GGUF
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from doran_hf.train import load_config, train
+
+EXAMPLE = Path(__file__).parents[4] / "examples" / "train_sentiment.yaml"
+PARTS = {
+    "positive": (["a quiet triumph", "warm and very funny"], ["from start to end", "with a great cast", "i loved it"]),
+    "negative": (["a dull mess", "flat and badly acted"], ["from start to end", "two lost hours", "i left early"]),
+}
+
+
+def make_base(files: Path, folder: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(files, gguf_file=SMOLLM2_GGUF, dtype=torch.float32)
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(files, gguf_file=SMOLLM2_GGUF).save_pretrained(folder)
+
+
+def test_killed_and_run_again_the_example_ends_the_same(
+    smollm2_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_base(smollm2_files, Path("base"))
+    rows = [
+        {"text": f"{first} {second} .", "sentiment": label}
+        for label, (begins, ends) in PARTS.items()
+        for first in begins
+        for second in ends
+    ]
+    for file, part in (("train.jsonl", rows), ("test.jsonl", rows[::2])):
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in part))
+    changes = {
+        "trainer.max_steps": 4,
+        "trainer.save_steps": 2,
+        "trainer.per_device_train_batch_size": 4,
+        "trainer.warmup_steps": 1,
+        "trainer.use_cpu": True,
+    }
+    whole = train(load_config(EXAMPLE, changes | {"output": "whole"}))
+    assert whole["training"]["steps"] == 4
+
+    flags = [text for name, value in changes.items() for text in (f"--{name}", json.dumps(value))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "doran_core.cli", "train", str(EXAMPLE), *flags],
+        env=os.environ
+        | {
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums in the same order
+            "DORAN_TEST_SLOW_STEPS": "1",
+            "PYTHONPATH": str(Path(__file__).parent / "slow"),
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not Path("sentiment/checkpoints/checkpoint-2/trainer_state.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path("sentiment/metrics.json").exists()
+
+    resumed = train(load_config(EXAMPLE, changes))
+    assert resumed["training"]["resumed_from"] == "checkpoint-2"
+    assert resumed["adapter"] == whole["adapter"]
+    assert resumed["base"] == whole["base"]
+    found, expected = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("sentiment", "whole"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
