@@ -112,27 +112,46 @@ class Engine:
 
     def close(self) -> None:
         """End it, with its processes."""
-        self.llm.llm_engine.engine_core.shutdown()
-        if not self.separate:
-            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        llm = self.llm
+        del self.llm
+        end(llm, separate=self.separate)
 
-            del self.llm
-            cleanup_dist_env_and_memory()
+
+def end(llm: Any, *, separate: bool) -> None:
+    """End vLLM's engine: its processes, or what it holds of this one."""
+    llm.llm_engine.engine_core.shutdown()
+    if not separate:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+
+class Engines:
+    """The engine of a checkpoint by name; asking for another one ends the last."""
+
+    def __init__(self, checkpoint: Callable[[str], Path]) -> None:
+        self._checkpoint = checkpoint
+        self._running: Engine | None = None
+
+    def __call__(self, name: str, *, separate: bool = False, merged: bool = False) -> Engine:
+        """The running engine, if it is of this kind, or a new one."""
+        if self._running is None or self._running.kind != (name, separate, merged):
+            self.close()
+            options = {"dtype": "bfloat16"} if name == "quantized" else {}  # as vLLM's 4-bit kernel needs it
+            self._running = Engine(name, self._checkpoint(name), separate=separate, merged=merged, **options)
+        return self._running
+
+    def close(self) -> None:
+        """End the last engine: two in one process disturb each other."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
 
 @pytest.fixture(scope="session")
-def engine(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]:
-    """The engine of a checkpoint by name; asking for another one ends the last."""
+def engine(checkpoint: Callable[[str], Path]) -> Iterator[Engines]:
+    """Engines by name of the checkpoint, one at a time."""
     pytest.importorskip("vllm")
-    running: list[Engine] = []
-
-    def get(name: str, *, separate: bool = False, merged: bool = False) -> Engine:
-        if running and running[0].kind != (name, separate, merged):
-            running.pop().close()
-        if not running:
-            running.append(Engine(name, checkpoint(name), separate=separate, merged=merged))
-        return running[0]
-
-    yield get
-    for last in running:
-        last.close()
+    engines = Engines(checkpoint)
+    yield engines
+    engines.close()

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,13 +19,14 @@ def python_block(part: str) -> str:
     return str(found)
 
 
-def run_readme(part: str, replaced: Mapping[str, str]) -> str:
-    """Run a block in this process; returns what it prints."""
+def run_readme(part: str, replaced: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Run a block in this process; returns what it prints and the names that it leaves."""
     code = python_block(part)
     for text, other in replaced.items():
         assert text in code, text
         code = code.replace(text, other)
     printed = io.StringIO()
+    names: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.redirect_stdout(printed):
-        exec(code, {"__name__": "__main__"})
-    return printed.getvalue()
+        exec(code, names)
+    return printed.getvalue(), names

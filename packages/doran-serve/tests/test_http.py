@@ -178,7 +178,7 @@ def test_replaced_under_load(server: Server, reference: Callable[[str], Any], tm
     with ThreadPoolExecutor(4) as clients:
         asking = [clients.submit(ask, model) for model in ("hot", "hot", None)]
         try:
-            for turn in range(1, 7):
+            for turn in range(1, 16):
                 load = {"lora_name": "hot", "lora_path": str(paths[turn % 2]), "load_inplace": True}
                 assert server.request("/v1/load_lora_adapter", **load)[0] == 200
                 assert server.complete("hot", PROMPTS[0]) == expected[turn % 2], turn

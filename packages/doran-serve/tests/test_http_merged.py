@@ -53,7 +53,7 @@ def test_real_model_for_concurrent_clients(
         texts = asyncio.run(client.answers(f"{server.url}/v1", "The capital of France is", 4))
         assert set(texts) == {str(folder), *adapters}
         assert "Paris" in texts[str(folder)]
-        printed = run_readme("OpenAI(", {"http://127.0.0.1:8000/v1": f"{server.url}/v1"})
+        printed, _ = run_readme("OpenAI(", {"http://127.0.0.1:8000/v1": f"{server.url}/v1"})
         assert printed.strip()
         assert server.complete("nobody", prompts[0])[0] == 404
     finally:

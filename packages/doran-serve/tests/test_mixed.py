@@ -97,21 +97,6 @@ def test_qwen2_with_biases(engine: Callable[..., Any], reference: Callable[[str]
     check_mixed(engine("qwen2"), base, adapters, lora, prompts=prompts, tokens=16)
 
 
-def test_long_prompts_in_pieces_and_from_the_cache(
-    engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
-) -> None:
-    """Chunked prefill (64 tokens a step, see conftest) and prefix caching, with another adapter per prefix."""
-    base, running = reference("llama"), engine("llama")
-    adapters = five_adapters(base.weights, 0.5)
-    lora = requests_for(adapters, tmp_path)
-    prompts = prompts_of([100, 100], 512, seed=13)
-    prompts[1][:96] = prompts[0][:96]
-    for _ in range(2):
-        check_mixed(running, base, adapters, lora, prompts=prompts, tokens=6)
-    metrics = {metric.name: getattr(metric, "value", 0) for metric in running.llm.get_metrics()}
-    assert metrics["vllm:prefix_cache_hits"] > 0
-
-
 def test_gemma(engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path) -> None:
     base = reference("gemma")
     adapters = five_adapters(base.weights, 0.5)
@@ -134,6 +119,21 @@ def test_two_ranks(checkpoint: Callable[[str], Path], reference: Callable[[str],
     for mode in ("mixed", "merged"):
         found = ask_elsewhere(checkpoint("qwen2"), {n: tmp_path / n for n in adapters}, prompts, 8, mode=mode, ranks=2)
         assert found == {str(name): answers for name, answers in expected.items()}, mode
+
+
+def test_long_prompts_in_pieces_and_from_the_cache(
+    engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Chunked prefill (64 tokens a step, see conftest) and prefix caching, with another adapter per prefix."""
+    base, running = reference("llama"), engine("llama")
+    adapters = five_adapters(base.weights, 0.5)
+    lora = requests_for(adapters, tmp_path)
+    prompts = prompts_of([100, 100], 512, seed=13)
+    prompts[1][:96] = prompts[0][:96]
+    for _ in range(2):
+        check_mixed(running, base, adapters, lora, prompts=prompts, tokens=6)
+    metrics = {metric.name: getattr(metric, "value", 0) for metric in running.llm.get_metrics()}
+    assert metrics["vllm:prefix_cache_hits"] > 0
 
 
 def test_llama(engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ pytest.importorskip("vllm")
 
 import torch
 from adapter_specs import make_adapter
-from conftest import Engine
 from test_mixed import ALL, prompts_of, requests_for
 
 from doran_core.errors import CheckpointError, DoranError
@@ -21,7 +20,7 @@ TOLERANCE = 0.1
 """Of a log-probability: vLLM computes in bfloat16 here, which keeps three digits, over two layers and 512 tokens."""
 
 
-def test_mixed_on_four_bits(checkpoint: Callable[[str], Path], reference: Callable[[str], Any], tmp_path: Path) -> None:
+def test_mixed_on_four_bits(engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path) -> None:
     """Each step's choice, and its probability, are those of float32 on the merged dequantized weights."""
     from vllm import SamplingParams
 
@@ -34,20 +33,17 @@ def test_mixed_on_four_bits(checkpoint: Callable[[str], Path], reference: Callab
     requests = requests_for(adapters, tmp_path)
     prompts, tokens = prompts_of([5, 9, 17], 512, seed=11), 8
     asked = [(name, prompt) for prompt in prompts for name in (None, *adapters)]
-    running = Engine("quantized", checkpoint("quantized"), dtype="bfloat16")
-    try:
-        outputs = running.llm.generate(
-            [{"prompt_token_ids": prompt} for _, prompt in asked],
-            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=1),
-            lora_request=[name and requests[name] for name, _ in asked],
-            use_tqdm=False,
-        )
-        trainable = make_adapter("trainable", base.weights, ("q_proj",), rank=4, seed=5, size=0.5)
-        request = requests_for({"trainable": trainable}, tmp_path, first=9)["trainable"]
-        with pytest.raises(DoranError, match=r"packed is quantized; compile it against the original checkpoint"):
-            running.answer(prompts[:1], [request], 2)
-    finally:
-        running.close()
+    running = engine("quantized")
+    outputs = running.llm.generate(
+        [{"prompt_token_ids": prompt} for _, prompt in asked],
+        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=1),
+        lora_request=[name and requests[name] for name, _ in asked],
+        use_tqdm=False,
+    )
+    trainable = make_adapter("trainable", base.weights, ("q_proj",), rank=4, seed=5, size=0.5)
+    request = requests_for({"trainable": trainable}, tmp_path, first=9)["trainable"]
+    with pytest.raises(DoranError, match=r"packed is quantized; compile it against the original checkpoint"):
+        running.answer(prompts[:1], [request], 2)
 
     unadapted = []
     for (name, prompt), output in zip(asked, outputs, strict=True):
