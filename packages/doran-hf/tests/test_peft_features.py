@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import disturb, logits, make_gpt2, make_llama
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from transformers import AutoModelForCausalLM
 
 from doran_core import read_adapter
@@ -203,6 +211,18 @@ def test_replicated_layers_have_adapters_of_their_own(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ConfigError, match="layer_replication"):
         DoranConfig(layer_replication=[[2, 1]])
+
+
+def test_peft_sees_its_method_and_state() -> None:
+    """get_model_status, and injection by the keys of a state dict."""
+    model = two_adapters()
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "DORAN", "second": "DORAN"}
+    assert status.active_adapters == ["default"]
+    tensors = {key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(model).items()}
+    plain = inject_adapter_in_model(DoranConfig(rank=4), make_llama(), state_dict=tensors)
+    set_peft_model_state_dict(plain, tensors)
+    assert torch.equal(logits(plain), logits(model))
 
 
 def tied_llama() -> Any:

@@ -20,7 +20,7 @@ PREFIX = "doran_"
 """What the names of DORAN's submodules begin with in an adapted layer."""
 
 
-class DoranPeftType(enum.StrEnum):
+class DoranPeftType(str, enum.Enum):  # noqa: UP042 - PEFT takes a member's name from the text "Class.NAME"
     """The value of ``peft_type``: equal to, and hashed as, the string "DORAN", as PEFT's own members are."""
 
     DORAN = "DORAN"

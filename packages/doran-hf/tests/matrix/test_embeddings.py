@@ -45,6 +45,13 @@ def test_a_resized_embedding_is_noticed(tmp_path: Path) -> None:
     get_peft_model(EmbConv1D(100), DoranConfig(target_modules=["emb", "lin0"])).save_pretrained(tmp_path)
     with pytest.raises(BaseMismatchError, match="made for the base weights"):
         PeftModel.from_pretrained(EmbConv1D(105), tmp_path)
+    config = DoranConfig.from_pretrained(tmp_path)
+    config.base_fingerprint = None
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(EmbConv1D(105), tmp_path, config=config)
+    with pytest.warns(UserWarning, match="found shape .*100.* in the checkpoint and .*105"):
+        model = PeftModel.from_pretrained(EmbConv1D(105), tmp_path, config=config, ignore_mismatched_sizes=True)
+    assert model(torch.arange(90).reshape(10, 9)).isfinite().all()
 
 
 def test_a_scaled_embedding() -> None:
