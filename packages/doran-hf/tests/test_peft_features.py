@@ -129,6 +129,7 @@ class TestHotSwap:
         [
             ({"rank": 3}, ConfigError, r"rank=3 \(here 4\)"),
             ({"tau_kind": "zero", "alpha": 4.0}, ConfigError, r"alpha=4.0 \(here 16.0\), .*tau_kind='zero'"),
+            ({"modules_to_save": ["lm_head"]}, ConfigError, r"modules_to_save=\['lm_head'\] \(here None\)"),
             ({"target_modules": "all-linear"}, DoranError, "the adapter 'default' has no tensor"),
             ({"target_modules": ["q_proj"]}, DoranError, "are missing"),
             ({"base_seed": 3}, BaseMismatchError, "made for the base weights"),

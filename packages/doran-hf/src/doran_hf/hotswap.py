@@ -17,8 +17,10 @@ from doran_hf.layer import check_adapter, doran_layers
 
 __all__ = ["hotswap_adapter"]
 
-_MAY_DIFFER = {"target_modules", "exclude_modules", "modules_to_save", "dropout", "factor_penalty"}
-"""Fields that say nothing of what given tensors compute; which layers are adapted shows in the tensors."""
+_MAY_DIFFER = {"target_modules", "exclude_modules", "dropout", "expert_mask", "expert_dropout", "factor_penalty"}
+"""Options that say nothing of what given tensors compute; which layers are adapted shows in the tensors."""
+_BESIDE = ("bias", "trainable_token_indices", "layer_replication")
+"""Fields of PEFT's that put other tensors into an adapter, or change the model."""
 
 
 @torch.no_grad()
@@ -54,11 +56,11 @@ def hotswap_adapter(model: Any, path: str, adapter_name: str = "default", **down
 def _check_options(now: Any, saved: Any, path: str) -> None:
     if not isinstance(saved, DoranConfig):
         raise ConfigError(f"{path}: peft_type {saved.peft_type}, expected DORAN")
-    ours, theirs = now.core(), saved.core()
+    core = {field.name for field in dataclasses.fields(CoreConfig)} - _MAY_DIFFER
     other = [
-        f"{field.name}={getattr(theirs, field.name)!r} (here {getattr(ours, field.name)!r})"
-        for field in dataclasses.fields(CoreConfig)
-        if field.name not in _MAY_DIFFER and getattr(theirs, field.name) != getattr(ours, field.name)
+        f"{name}={getattr(saved, name)!r} (here {getattr(now, name)!r})"
+        for name in [*sorted(core), *_BESIDE]
+        if (getattr(saved, name) or None) != (getattr(now, name) or None)
     ]
     if other:
         raise ConfigError(f"{path}: its options differ from the loaded adapter's: {', '.join(other)}; load it anew")
