@@ -29,7 +29,8 @@ class Server:
         command = [sys.executable, "-c", script, "serve", self.base, "--adapters", str(adapters)]
         flags = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
         flags += ["--max-model-len", "128", *more]
-        env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"} | variables
+        # Unbound threads: bound ones spin on cores that other processes of the tests need.
+        env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | variables
         self.log = log.open("w+")
         self.process = subprocess.Popen([*command, *flags], env=env, stdout=self.log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 240
