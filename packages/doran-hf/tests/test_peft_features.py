@@ -56,7 +56,10 @@ class TestWeightedSum:
             found = layer.adapter("sum").merged_weight(layer.original_weight())
             torch.testing.assert_close(found, expected[layer.name], atol=1e-6, rtol=1e-5)
         assert model.active_adapters == ["default"]
-        assert not any(p.requires_grad for name, p in model.named_parameters() if ".sum." in name)
+        training = {
+            name.split(".doran_adapter.")[1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad
+        }
+        assert training == {"default"}
 
         model.set_adapter("sum")
         summed = logits(model)
@@ -80,6 +83,7 @@ class TestWeightedSum:
         [
             ((["default", "third"], [1, 1], "new"), "no DoRAN adapter 'third'"),
             ((["default"], [1, 1], "new"), "a weight for each"),
+            ((["default"], [float("nan")], "new"), "expected numbers"),
             ((["default", "default"], [1, 1], "new"), "each once"),
             ((["default"], [1], "second"), "there is an adapter 'second'"),
             ((["default"], [1], "new", "svd"), "expected 'cat'"),
@@ -90,6 +94,12 @@ class TestWeightedSum:
         with pytest.raises(ConfigError, match=message):
             model.add_weighted_adapter(*given)
         assert set(model.peft_config) == {"default", "second"}
+
+    def test_merged_adapters_have_to_be_unmerged(self) -> None:
+        model = two_adapters()
+        model.merge_adapter(["default"])
+        with pytest.raises(DoranError, match=r"\['default'\] are merged"):
+            model.add_weighted_adapter(["default", "second"], [1, 1], "new")
 
     def test_a_scale_of_zero_is_refused_and_nothing_is_added(self) -> None:
         model = two_adapters()
@@ -208,6 +218,13 @@ def test_replicated_layers_have_adapters_of_their_own(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), expected)
     with pytest.raises(DoranError, match="layer_replication"):  # files alone do not say what the model becomes
         read_adapter(tmp_path / "adapter")
+    loaded.load_adapter(tmp_path / "adapter", "again")  # not replicated a second time
+    loaded.set_adapter("again")
+    assert torch.equal(logits(loaded), expected)
+    with pytest.raises(ConfigError, match="the first adapter decides"):
+        loaded.add_adapter("other", DoranConfig(layer_replication=[[0, 2]]))
+    loaded.delete_adapter("again")
+    loaded.set_adapter("default")
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ConfigError, match="layer_replication"):

@@ -55,6 +55,7 @@ def test_stock_and_plugin_are_measured_and_compared(
 ) -> None:
     pytest.importorskip("vllm")
     # Each case starts an engine: stock LoRA and mixed serving stand for all four.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process for each engine, not two: it starts sooner
     monkeypatch.setattr("doran_serve.bench.cli.standard_cases", lambda *given: standard_cases(*given)[1:3])
     for index in range(2):
         spec = make_adapter("compiled", reference("llama").weights, ("q_proj",), rank=4, seed=index, size=0.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
-from doran_core.errors import ConfigError, NonFiniteError
+from doran_core.errors import ConfigError, DoranError, NonFiniteError
 from doran_core.factors import StaticFactors
 from doran_hf.config import DoranConfig
 from doran_hf.layer import DoranLayer, check_adapter, doran_layers
@@ -41,6 +42,7 @@ def add_weighted_adapter(
     Raises:
         ConfigError: an unknown or repeated name, another number of weights, a name that is taken, another type of
             combination, or adapters that train more than their layers.
+        DoranError: adapters are merged.
         NonFiniteError: a combined scale that is 0 or nearly so; nothing is added.
     """
     _check(tuner, adapters, weights, adapter_name, combination_type)
@@ -68,6 +70,12 @@ def _check(
     if not adapters or len(set(adapters)) != len(adapters) or len(weights) != len(adapters):
         raise ConfigError(
             f"adapters={list(adapters)!r}, weights={list(weights)!r}: expected names, each once, and a weight for each"
+        )
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
+        raise ConfigError(f"weights={list(weights)!r}: expected numbers")
+    if merged := next((layer for layer in doran_layers(tuner.model) if layer.merged), None):
+        raise DoranError(
+            f"{merged.merged_adapters} are merged: unmerge them (unmerge_adapter) before combining adapters"
         )
     if adapter_name in tuner.peft_config:
         raise ConfigError(f"adapter_name: there is an adapter {adapter_name!r} already; delete it or name another")

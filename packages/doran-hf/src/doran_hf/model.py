@@ -89,8 +89,17 @@ class DoranModel(BaseTuner):
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def _prepare_model(self, peft_config: DoranConfig, model: nn.Module) -> None:
-        if peft_config.layer_replication:
+        if not peft_config.layer_replication:
+            return
+        if not any(True for _ in doran_layers(model)):
             replicate_layers(model, peft_config.layer_replication)
+            return
+        there = [config.layer_replication for config in self.peft_config.values() if config is not peft_config]
+        if peft_config.layer_replication not in there:
+            raise ConfigError(
+                f"DoranConfig.layer_replication={peft_config.layer_replication!r}: the model has adapters with "
+                f"{there[0] if there else None!r} already; the first adapter decides which layers there are"
+            )
 
     # Which parameters are tied, and what that makes of modules_to_save, is the same for every method.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SMOLLM2_GGUF
+from killing import train_and_kill
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,24 +54,7 @@ def test_killed_and_run_again_the_example_ends_the_same(
     assert whole["training"]["steps"] == 4
 
     flags = [text for name, value in changes.items() for text in (f"--{name}", json.dumps(value))]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "doran_core.cli", "train", str(EXAMPLE), *flags],
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums in the same order
-            "DORAN_TEST_SLOW_STEPS": "1",
-            "PYTHONPATH": str(Path(__file__).parent / "slow"),
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 240
-    while not Path("sentiment/checkpoints/checkpoint-2/trainer_state.json").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    train_and_kill([str(EXAMPLE), *flags], Path("sentiment/checkpoints/checkpoint-2"), step_seconds=1)
     assert not Path("sentiment/metrics.json").exists()
 
     resumed = train(load_config(EXAMPLE, changes))

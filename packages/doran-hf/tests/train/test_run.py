@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killing import train_and_kill
 from peft import AutoPeftModelForCausalLM, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -70,6 +66,14 @@ def settings(**changes: Any) -> dict[str, Any]:
         "trainer.use_cpu": True,
     }
     return values | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    return [
+        text
+        for name, value in values.items()
+        for text in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
 
 
 def run(**changes: Any) -> dict[str, Any]:
@@ -148,41 +152,26 @@ def test_a_run_that_is_done_is_left_alone(capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(Path("run/metrics.json").read_text())["training"]["steps"] == 3
 
 
-def test_killed_and_run_again_it_ends_as_if_it_had_not_been() -> None:
+def test_killed_and_run_again_it_ends_as_if_it_had_not_been(capsys: pytest.CaptureFixture[str]) -> None:
     """Killed by SIGKILL after the first checkpoint; a second, half-written checkpoint lies about, too."""
-    flags = [x for name, value in settings(trainer__save_steps=4).items() for x in (f"--{name}", _text(value))]
-    command = [sys.executable, "-m", "doran_core.cli", "train", *flags]
-    slow = {"DORAN_TEST_SLOW_STEPS": "0.2", "PYTHONPATH": str(Path(__file__).parent / "slow")}
-    process = subprocess.Popen(command, env=os.environ | slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not Path("run/checkpoints/checkpoint-4/trainer_state.json").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    changes: dict[str, Any] = {"trainer__save_steps": 4}
+    train_and_kill(as_flags(settings(**changes)), Path("run/checkpoints/checkpoint-4"), step_seconds=0.2)
     assert not Path("run/metrics.json").exists()
     half = Path("run/checkpoints/checkpoint-999")
     half.mkdir()
     (half / "trainer_state.json").write_text('{"global_step": 9')
-    second = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert re.search(r"resuming +from checkpoint-4\n", second.stdout)
-    metrics = json.loads(Path("run/metrics.json").read_text())
+    metrics = run(**changes)
+    assert re.search(r"resuming +from checkpoint-4\n", capsys.readouterr().out)
     assert metrics["training"]["resumed_from"] == "checkpoint-4"
+    assert json.loads(Path("run/metrics.json").read_text()) == metrics
 
-    flags[flags.index("--output") + 1] = "whole"
-    subprocess.run([*command[:4], *flags], check=True, capture_output=True)
+    whole = run(**changes, output="whole")
     expected = load_file("whole/adapter/adapter_model.safetensors")
     found = load_file("run/adapter/adapter_model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    whole = json.loads(Path("whole/metrics.json").read_text())
     assert (metrics["base"], metrics["adapter"], metrics["tau"]) == (whole["base"], whole["adapter"], whole["tau"])
     assert read_states("run/layers.parquet") == read_states("whole/layers.parquet")
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def test_sequence_classification_with_names_as_labels() -> None:
@@ -291,8 +280,7 @@ def test_held_out_examples_are_the_seeds_and_apart() -> None:
 def test_one_clear_error(changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("odd.xyz").write_text("x")
     Path("broken.jsonl").write_text('{"text": ')
-    flags = [x for name, value in settings(**changes).items() for x in (f"--{name}", _text(value))]
-    assert main(["train", *flags]) == 2
+    assert main(["train", *as_flags(settings(**changes))]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("doran: error: ")]
     assert len(errors) == 1
     assert re.search(message, errors[0]), errors[0]
