@@ -4,7 +4,7 @@
 
 Adapts each Hugging Face directory (q and v, or what --targets says) with random values, exports base, merged model and
 multi-adapter graph in float32 (proven, as every export), then times them in turn, round by round, with PyTorch eager on
-the merged weights. A ratio is the median over the rounds of the ratio within a round; its spread is the quartiles'. An
+the merged weights. Every way ends with its outputs in the host's memory, and a cache where it was. A ratio is the median over the rounds of the ratio within a round; its spread is the quartiles'. An
 encoder runs whole batches; a decoder a prompt of 64 tokens, and one token on a past of 64.
 """
 
@@ -52,7 +52,7 @@ def encoder_calls(
     calls: dict[str, Callable[[], object]] = {
         name: (lambda runner=runner: runner.run({"input_ids": ids})) for name, runner in runners.items()
     }
-    return calls | {"PyTorch eager": lambda: model(input_ids=tensor)}
+    return calls | {"PyTorch eager": lambda: model(input_ids=tensor)[0].cpu()}
 
 
 def decoder_calls(runners: dict[str, OnnxRunner], model: Any, new: int) -> dict[str, Callable[[], object]]:
@@ -71,12 +71,12 @@ def decoder_calls(runners: dict[str, OnnxRunner], model: Any, new: int) -> dict[
         calls[name] = lambda graph=runner.graph, feed=step, past=past: graph.step(feed, past)
     tensor = torch.from_numpy(ids).to(model.device)
     if new > 1:
-        return calls | {"PyTorch eager": lambda: model(input_ids=tensor, use_cache=True)}
+        return calls | {"PyTorch eager": lambda: model(input_ids=tensor, use_cache=True).logits.cpu()}
     name = cache_name(model)
 
     def one_token() -> None:
         cache.crop(PAST)
-        model(input_ids=tensor[:, :1], use_cache=True, **{name: cache})
+        model(input_ids=tensor[:, :1], use_cache=True, **{name: cache}).logits.cpu()
 
     with torch.inference_mode():
         cache = model(input_ids=tensor, use_cache=True)[name]

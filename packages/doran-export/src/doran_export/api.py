@@ -18,7 +18,7 @@ from doran_export.genai import require_genai
 from doran_export.graph import check_graph
 from doran_export.loading import Source, load_model, open_source
 from doran_export.pipeline import Request, ask, export_source, prove_directory
-from doran_export.precision import ROADS, precision_for, proof_providers, road_for
+from doran_export.precision import ROADS, precision_for, proof_providers, road_for, target_for
 from doran_export.proof import Proof
 from doran_export.reference import Reference
 from doran_export.report import ExportReport
@@ -47,6 +47,7 @@ def export(
     task: str | None = None,
     road: str | None = None,
     precision: str = "fp32",
+    target: str | None = None,
     providers: Sequence[str] | None = None,
     inputs: Sequence[Any] = (),
     tolerance: float | None = None,
@@ -64,8 +65,10 @@ def export(
         task: kind of model (a name of `TASKS`); None takes it from the architecture or the adapter.
         road: how the graph is made, a name of `ROADS`; None takes genai for a decoder and torch for everything else.
         precision: a name of `PRECISIONS`.
+        target: what the graph is made for, "cpu" or "cuda"; None takes the best provider that it is proven on. fp16 for
+            the CPU is float16 weights under arithmetic in float32; for CUDA the arithmetic is float16 too. The road
+            genai makes graphs that run on their target alone.
         providers: execution providers to prove on, "cpu" or "cuda"; None takes all that are here and run the precision.
-            The road genai makes its graph for the first.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
         tolerance: what is allowed of the difference of an output, by the rule of the precision; None takes its own.
         progress: called with (stage, done, total).
@@ -95,12 +98,13 @@ def export(
     source = open_source(place, task)
     chosen = road_for(source.task, wanted, road, multi_adapter=adapters is not None)
     names = proof_providers(chosen, wanted, provider_names(providers), available)
+    made_for = target_for(chosen, wanted, target, names)
     if chosen.name == "genai":
         require_genai()
-        names = names[:1]  # its graph holds operators of one provider
+        names = [made_for]  # its graph holds operators of one provider
     clock = Clock(progress)
     compiled = compile_adapters(adapters, place) if adapters is not None else {}
-    request = Request(chosen, wanted, names, inputs, tolerance, compiled)
+    request = Request(chosen, wanted, made_for, names, inputs, tolerance, compiled)
     with staged_directory(out) as work:
         if adapter is None:
             return export_source(source, work, out, request, clock)
@@ -168,7 +172,7 @@ def verify(
         providers = [check["provider"] for check in report.get("proof", {}).get("checks", [])[:1]] or None
     names = proof_providers(chosen, wanted, provider_names(providers), available_providers())
     clock = Clock(progress)
-    request = Request(chosen, wanted, names, inputs, tolerance)
+    request = Request(chosen, wanted, names[0], names, inputs, tolerance)
     check_graph(exported / MODEL_FILE)
     reference, spec = _ask_directory(source, request, clock)
     return prove_directory(exported, spec, {None: reference}, request, clock)

@@ -53,10 +53,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--precision", default="fp32", metavar="NAME", help="fp32 (default), fp16, bf16, int8, or with genai int4"
     )
     parser.add_argument(
-        "--provider",
-        action="append",
+        "--target",
         metavar="NAME",
-        help="prove on cpu or cuda only (may be given twice); genai makes its graph for the first",
+        help="make the graph for cpu or cuda (default: the best that is here); decides what fp16 computes in",
+    )
+    parser.add_argument(
+        "--provider", action="append", metavar="NAME", help="prove on cpu or cuda only (may be given twice)"
     )
     parser.add_argument(
         "--inputs", metavar="FILE", help="inputs to compare on beside random ones: .txt, a text per line, or .npz"
@@ -86,13 +88,14 @@ def _run(arguments: argparse.Namespace) -> int:
             road=arguments.road,
             providers=arguments.provider,
             precision=arguments.precision,
+            target=arguments.target,
             inputs=read_inputs(Path(arguments.inputs)) if arguments.inputs else (),
             tolerance=arguments.tolerance,
             progress=progress,
         )
     proof = report.proof
     size = sum(report.files.values()) / 1e6
-    what = f"{report.architecture}, {report.task}, {report.precision}, by {report.road}"
+    what = f"{report.architecture}, {report.task}, {report.precision} for {report.target}, by {report.road}"
     print(f"wrote {report.directory}: {what}, {size:.1f} MB")
     if report.adapters:
         print(f"adapters: {', '.join(report.adapters)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from doran_core.adapter import CompiledAdapter
@@ -17,6 +18,7 @@ from doran_export.adapter_file import write_adapter
 from doran_export.adapters import adapter_tensors, merged, union_of_targets
 from doran_export.cases import GREEDY_STEPS, given_cases, greedy_prompts, random_cases
 from doran_export.clock import Clock
+from doran_export.errors import ExportError
 from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, MODEL_FILE, copy_companions
 from doran_export.genai import build_graph
 from doran_export.graph import check_graph, graph_opset, save_graph, trace
@@ -26,7 +28,9 @@ from doran_export.proof import Proof, prove
 from doran_export.quantize import quantize_weights
 from doran_export.reference import Reference, ask_pytorch
 from doran_export.report import ExportReport, versions
+from doran_export.runtime import PROVIDERS
 from doran_export.spec import GraphSpec, make_spec
+from doran_export.storage import store_weights
 
 __all__ = ["Request", "ask", "export_source", "prove_directory"]
 
@@ -38,7 +42,8 @@ class Request:
     Attributes:
         road: how the graph is made.
         precision: of its weights.
-        providers: execution providers to prove on; the road genai makes the graph for the first.
+        target: the execution provider that the graph is made for.
+        providers: execution providers to prove on.
         inputs: what to compare on beside random inputs.
         tolerance: largest allowed difference; None takes the precision's.
         adapters: for a graph with adapters as inputs: compiled adapters by name.
@@ -46,10 +51,16 @@ class Request:
 
     road: Road
     precision: Precision
+    target: str
     providers: Sequence[str]
     inputs: Sequence[Any] = ()
     tolerance: float | None = None
     adapters: Mapping[str, CompiledAdapter] = field(default_factory=dict)
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The dtype that the graph computes in."""
+        return self.precision.arithmetic(self.target)
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0.0 < self.tolerance < math.inf:
@@ -82,7 +93,7 @@ def export_source(
     del model
     if request.road.name == "genai":
         with clock.stage("building"):
-            build_graph(source.path, work, request.precision.name, request.providers[0])
+            build_graph(source.path, work, request.precision.name, request.target)
         shutil.copyfile(source.path / "config.json", work / "config.json")
     copy_companions(source.path, work)
     if scratch is not None:
@@ -96,6 +107,7 @@ def export_source(
         architecture,
         request.road.name,
         request.precision.name,
+        next(name for name, provider in PROVIDERS.items() if provider == request.target),
         graph_opset(work / MODEL_FILE),
         {str(file.relative_to(work)): file.stat().st_size for file in _model_files(work)},
         {name: _describe(adapter) for name, adapter in request.adapters.items()},
@@ -108,14 +120,24 @@ def export_source(
 
 
 def _make_with_torch(model: PreTrainedModel, spec: GraphSpec, request: Request, work: Path, clock: Clock) -> None:
-    dtype = request.precision.dtype
+    _require_range(model, request.precision.dtype)
     with clock.stage("tracing"):
-        graph = trace(model.to(dtype), spec, dtype)
+        graph = trace(model.to(request.arithmetic), spec, request.arithmetic)
+        if request.arithmetic != request.precision.dtype:
+            store_weights(graph, request.precision.dtype)
     with clock.stage("writing"):
         external = save_graph(graph, work)
     if request.precision.name == "int8":
         with clock.stage("quantizing"):
             quantize_weights(work, external_data=external)
+
+
+def _require_range(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for name, weight in model.named_parameters():
+        low, high = weight.aminmax() if weight.numel() else (0.0, 0.0)
+        if max(-float(low), float(high)) > largest:
+            raise ExportError(f"{name} holds values beyond {largest:.0f}, the largest of {dtype}: expected another precision")
 
 
 def ask(model: PreTrainedModel, spec: GraphSpec, source: Source, request: Request, clock: Clock) -> Reference:
@@ -156,7 +178,7 @@ def _write_adapters(request: Request, work: Path) -> None:
     if request.adapters:
         (work / ADAPTERS).mkdir()
     for name, adapter in request.adapters.items():
-        tensors = adapter_tensors(adapter, request.precision.dtype)
+        tensors = adapter_tensors(adapter, request.arithmetic)
         write_adapter(tensors, work / ADAPTERS / f"{name}{ADAPTER_SUFFIX}")
 
 

@@ -13,7 +13,7 @@ from doran_export.errors import UnsupportedModelError
 from doran_export.runtime import PROVIDERS
 from doran_export.tasks import Task
 
-__all__ = ["PRECISIONS", "ROADS", "Precision", "Road", "precision_for", "proof_providers", "road_for"]
+__all__ = ["PRECISIONS", "ROADS", "Precision", "Road", "precision_for", "proof_providers", "road_for", "target_for"]
 
 _CPU, _CUDA = PROVIDERS["cpu"], PROVIDERS["cuda"]
 
@@ -25,18 +25,24 @@ class Precision:
     Attributes:
         name: what users say.
         dtype: dtype of the weights before any quantization.
+        on_cpu: dtype that a graph for the CPU computes in; one for CUDA computes in `dtype`.
         tolerance: what is allowed, by `rule`, of the difference of an output from PyTorch's in float32.
         rule: "absolute": no element may differ by more on given inputs, and on random ones, which drive some tokens to
-            amplify rounding, by more times the output's largest value, where that is over 1; "relative": the second on
-            all inputs; "average": the root mean square of the difference, over that of the outputs' spread in their
-            last axis, may not be more (an unrelated graph has 1.4). With few bits the model is another one, near but
-            not equal; then a decoder's greedy tokens are compared and reported, but need not be the same.
+            amplify rounding, by more times the root mean square of the output, where that is over 1; "relative": the
+            second on all inputs; "average": the root mean square of the difference, over that of the outputs' spread in
+            their last axis, may not be more (an unrelated graph has 1.4). With few bits the model is another one, near
+            but not equal; then a decoder's greedy tokens are compared and reported, but need not be the same.
     """
 
     name: str
     dtype: torch.dtype
+    on_cpu: torch.dtype
     tolerance: float
     rule: Literal["absolute", "relative", "average"]
+
+    def arithmetic(self, target: str) -> torch.dtype:
+        """The dtype that a graph for this execution provider computes in."""
+        return self.on_cpu if target == _CPU else self.dtype
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,11 @@ class Road:
 
 
 PRECISIONS: dict[str, Precision] = {
-    "fp32": Precision("fp32", torch.float32, 1e-3, "absolute"),
-    "fp16": Precision("fp16", torch.float16, 5e-2, "relative"),
-    "bf16": Precision("bf16", torch.bfloat16, 2e-1, "average"),
-    "int8": Precision("int8", torch.float32, 3e-1, "average"),
-    "int4": Precision("int4", torch.float32, 8e-1, "average"),
+    "fp32": Precision("fp32", torch.float32, torch.float32, 1e-3, "absolute"),
+    "fp16": Precision("fp16", torch.float16, torch.float32, 5e-2, "relative"),
+    "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16, 2e-1, "average"),
+    "int8": Precision("int8", torch.float32, torch.float32, 3e-1, "average"),
+    "int4": Precision("int4", torch.float32, torch.float32, 8e-1, "average"),
 }
 """Every precision by name."""
 
@@ -144,3 +150,24 @@ def proof_providers(
             f"here (it has {', '.join(available)}): {reason}"
         )
     return chosen
+
+
+def target_for(road: Road, precision: Precision, requested: str | None, proven_on: Sequence[str]) -> str:
+    """The provider that a graph is made for: the requested one, else the best that it is proven on.
+
+    Raises:
+        ConfigError: `requested` is not a known name.
+        UnsupportedModelError: the requested one does not run this precision, or the road genai, whose graphs hold
+            operators of one provider, could not prove its graph here.
+    """
+    if requested is None:
+        return proven_on[0]
+    if requested not in PROVIDERS:
+        raise ConfigError(f"target {requested!r} is not known: expected one of {', '.join(PROVIDERS)}")
+    target = PROVIDERS[requested]
+    if target not in road.providers[precision.name]:
+        reason = road.why_not.get(precision.name, "")
+        raise UnsupportedModelError(f"{requested} does not run {precision.name} of the road {road.name}: {reason}")
+    if road.name == "genai" and target not in proven_on:
+        raise UnsupportedModelError(f"a graph of the road genai for {requested} is proven there, which is not here")
+    return target

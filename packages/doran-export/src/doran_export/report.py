@@ -28,6 +28,7 @@ class ExportReport:
         architecture: name of the architecture.
         road: how the graph was made.
         precision: of the weights.
+        target: what the graph was made for, cpu or cuda.
         opset: ONNX operator set.
         files: size in bytes of each file of the model and of its adapters.
         adapters: for each adapter by name its number of modules, its ranks and the fingerprint of its base.
@@ -41,6 +42,7 @@ class ExportReport:
     architecture: str
     road: str
     precision: str
+    target: str
     opset: int
     files: dict[str, int]
     adapters: dict[str, dict[str, Any]]

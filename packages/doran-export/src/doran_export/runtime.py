@@ -5,7 +5,9 @@ onnxruntime is an extra ([cpu] or [cuda]), so nothing here is imported before a 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,8 @@ def open_session(path: Path, providers: Sequence[str] | None = None, *, threads:
     options.log_severity_level = 4  # what goes wrong is raised, and said once
     if threads is not None:
         options.intra_op_num_threads = threads
+    if PROVIDERS["cuda"] in chosen:
+        _load_cuda(runtime)
     try:
         session = runtime.InferenceSession(str(path), options, providers=[(name, _OPTIONS[name]) for name in chosen])
     except Exception as error:
@@ -72,3 +76,10 @@ def open_session(path: Path, providers: Sequence[str] | None = None, *, threads:
     if providers and (lost := [name for name in chosen if name not in session.get_providers()]):
         raise ConfigError(f"onnxruntime {runtime.__version__} has {lost[0]} but could not start it on this machine")
     return session
+
+
+def _load_cuda(runtime: Any) -> None:
+    """Load the libraries of CUDA from the Python packages that brought them, where onnxruntime does not look itself."""
+    if hasattr(runtime, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):  # it prints what it did not find; the session then says what is wrong
+            runtime.preload_dlls()

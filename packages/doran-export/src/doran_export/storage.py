@@ -1,0 +1,58 @@
+"""Weights stored in half precision under arithmetic in float32: what a graph for the CPU is in fp16.
+
+onnxruntime's CPU operators compute in float32 whatever the dtype of the weights, and would round in between. A graph
+that says float32 loses nothing but the weights' own rounding. onnxruntime widens the weights once, as it loads the file.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+
+__all__ = ["store_weights"]
+
+_FEWEST_VALUES = 1024  # of a weight: less saves no disk
+_DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+
+
+def store_weights(graph: ir.Model, dtype: torch.dtype) -> None:
+    """Keep the float32 matrices of a graph in `dtype`, each behind one Cast; vectors stay as they are.
+
+    Each is converted when the graph is written, and not kept.
+    """
+    inputs = set(graph.graph.inputs)  # of these an initializer is the default
+    casts = []
+    for value in list(graph.graph.initializers.values()):
+        if value not in inputs and _is_weight(value.const_value):
+            casts.append(_behind_cast(graph.graph, value, dtype))
+    graph.graph.insert_before(graph.graph[0], casts)
+
+
+def _is_weight(tensor: ir.TensorProtocol | None) -> bool:
+    return (
+        tensor is not None
+        and tensor.dtype == ir.DataType.FLOAT
+        and len(tensor.shape) > 1
+        and tensor.size >= _FEWEST_VALUES
+    )
+
+
+def _behind_cast(graph: ir.Graph, value: ir.Value, dtype: torch.dtype) -> ir.Node:
+    """Replace an initializer by the same in another dtype and a Cast back, which is still to be inserted."""
+    tensor, name = value.const_value, str(value.name)
+    assert tensor is not None
+
+    def convert() -> ir.TensorProtocol:
+        return TorchTensor(torch.from_numpy(tensor.numpy()).to(dtype), name=stored_name)
+
+    stored_name = f"{name}.stored"
+    stored = ir.LazyTensor(convert, dtype=_DTYPES[dtype], shape=ir.Shape(tensor.shape), name=stored_name)
+    source = ir.Value(name=stored_name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+    cast = ir.Node("", "Cast", [source], [ir.AttrInt64("to", ir.DataType.FLOAT)], num_outputs=1, name=f"{name}.widened")
+    widened = cast.outputs[0]
+    value.replace_all_uses_with(widened)
+    del graph.initializers[name]
+    widened.name, widened.shape, widened.type = name, stored.shape, ir.TensorType(ir.DataType.FLOAT)
+    graph.register_initializer(source)
+    return cast
