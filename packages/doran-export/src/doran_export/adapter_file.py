@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from doran_export.errors import ExportError
 from doran_export.runtime import onnxruntime
 
-__all__ = ["write_adapter"]
+__all__ = ["read_adapter", "write_adapter"]
 
 _VERSION = 1
 _BFLOAT16 = 16  # ONNX's number
@@ -49,3 +50,17 @@ def write_adapter(tensors: Mapping[str, Tensor], path: Path) -> None:
         if shutil.disk_usage(path.parent).free < sum(tensor.nbytes for tensor in tensors.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise ExportError(f"onnxruntime cannot write {path.name}: {str(error).strip()}") from error
+
+
+def read_adapter(path: Path) -> dict[str, Tensor]:
+    """The tensors of an ``.onnx_adapter`` file by the names of the graph's inputs.
+
+    Raises:
+        ExportError: onnxruntime cannot read it.
+    """
+    try:
+        file = onnxruntime().AdapterFormat.read_adapter(str(path))
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot read the adapter {path}: {str(error).strip()}") from error
+    # The values point into the file's memory, which goes with `file`.
+    return {name: from_dlpack(value).clone() for name, value in file.get_parameters().items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,18 @@ from transformers.pytorch_utils import Conv1D
 from doran_core.adapter import CompiledAdapter, CompiledModule
 from doran_core.convert import compile_adapter
 from doran_core.errors import ConfigError
-from doran_core.functional import direction, scaled_factor
-from doran_export.errors import UnsupportedModelError
+from doran_core.functional import adapted_output, direction, scaled_factor
+from doran_export.errors import ExportError, UnsupportedModelError
 
-__all__ = ["PARTS", "adapter_tensors", "compile_adapters", "merged", "union_of_targets"]
+__all__ = [
+    "PARTS",
+    "adapter_tensors",
+    "compile_adapters",
+    "merged_weights",
+    "replaced",
+    "switched_weights",
+    "union_of_targets",
+]
 
 PARTS = ("lora_A", "lora_B", "scale")
 """What an adapter gives each adapted layer: A transposed ``[d_in, r]``, B' transposed ``[r, d_out]``, c ``[d_out]``."""
@@ -88,29 +97,56 @@ def adapter_tensors(adapter: CompiledAdapter, dtype: torch.dtype) -> dict[str, T
     return tensors
 
 
-@contextmanager
-def merged(model: PreTrainedModel, adapter: CompiledAdapter | None) -> Iterator[None]:
-    """Give a model the merged weights of an adapter for the time of a block; None leaves the base.
+def merged_weights(model: PreTrainedModel, adapter: CompiledAdapter) -> dict[str, Tensor]:
+    """W' = c (W0 + B A) of every layer that an adapter changes, by module name, in the module's layout and dtype."""
 
-    A layer gets another Parameter, so that what is tied to its weight keeps the base's.
+    def merge(base: Tensor, part: CompiledModule) -> Tensor:
+        return direction(base, part.A.double(), part.B.double(), 1.0).mul_(part.scale.double()[:, None])
+
+    parts = adapter.modules.values()
+    return {part.name: _in_layout(model, part.name, partial(merge, part=part)) for part in parts}
+
+
+def switched_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same from the graph inputs that an adapter's file gives: W' = c W0 + B' A.
+
+    Raises:
+        ExportError: the model has no such layer, or one of another size.
     """
-    modules = {part.name: model.get_submodule(part.name) for part in adapter.modules.values()} if adapter else {}
+
+    def merge(base: Tensor, name: str) -> Tensor:
+        A, B, scale = (tensors[f"{name}.{part}"].double() for part in PARTS)
+        return adapted_output(base.T, A @ B, scale).T
+
+    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    try:
+        return {name: _in_layout(model, name, partial(merge, name=name)) for name in names}
+    except (AttributeError, KeyError, RuntimeError) as error:
+        raise ExportError(f"an adapter does not fit {type(model).__name__}: {error}") from error
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give layers other weights, by module name, for the time of a block.
+
+    A layer gets another Parameter, so that what is tied to its weight keeps its own.
+    """
+    modules = {name: model.get_submodule(name) for name in weights}
     before = {name: module.weight for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            assert adapter is not None
-            module.weight = nn.Parameter(_merged_weight(module, adapter.modules[name]), requires_grad=False)
+            module.weight = nn.Parameter(weights[name], requires_grad=False)
         yield
     finally:
         for name, module in modules.items():
             module.weight = before[name]
 
 
-def _merged_weight(module: nn.Module, part: CompiledModule) -> Tensor:
-    """W' = c (W0 + B A) in float64, rounded once to the weight's dtype, in the module's own layout."""
+def _in_layout(model: PreTrainedModel, name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a function makes of a layer's weight ``[d_out, d_in]`` in float64, in the layer's own layout and dtype."""
+    module = model.get_submodule(name)
     assert isinstance(module.weight, Tensor)
     transposed = isinstance(module, Conv1D)
     weight = module.weight.detach()
-    base = weight.T if transposed else weight
-    result = direction(base.double(), part.A.double(), part.B.double(), 1.0).mul_(part.scale.double()[:, None])
+    result = change((weight.T if transposed else weight).double())
     return (result.T if transposed else result).to(weight.dtype).contiguous()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from doran_core.adapter import CompiledAdapter
 from doran_core.errors import ConfigError
 from doran_core.merge import merge_checkpoint
-from doran_export.adapters import compile_adapters
+from doran_export.adapter_file import read_adapter
+from doran_export.adapters import compile_adapters, merged_weights, replaced, switched_weights
 from doran_export.clock import Clock, Progress
 from doran_export.errors import ExportError
-from doran_export.files import GENAI_CONFIG, MODEL_FILE, REPORT_FILE, read_json
+from doran_export.files import GENAI_CONFIG, MODEL_FILE, REPORT_FILE, adapter_files, read_json
 from doran_export.genai import require_genai
 from doran_export.graph import check_graph
 from doran_export.loading import Source, load_model, open_source
@@ -21,6 +26,7 @@ from doran_export.pipeline import Request, ask, export_source, prove_directory
 from doran_export.precision import ROADS, precision_for, proof_providers, road_for, target_for
 from doran_export.proof import Proof
 from doran_export.reference import Reference
+from doran_export.renamed import under_module_names
 from doran_export.report import ExportReport
 from doran_export.runtime import available_providers, provider_names
 from doran_export.spec import GraphSpec, make_spec
@@ -103,16 +109,20 @@ def export(
         require_genai()
         names = [made_for]  # its graph holds operators of one provider
     clock = Clock(progress)
-    compiled = compile_adapters(adapters, place) if adapters is not None else {}
-    request = Request(chosen, wanted, made_for, names, inputs, tolerance, compiled)
+    request = Request(chosen, wanted, made_for, names, inputs, tolerance)
     with staged_directory(out) as work:
-        if adapter is None:
-            return export_source(source, work, out, request, clock)
-        merged = work / "merged"
-        with clock.stage("merging"):
-            # In float32, so that PyTorch's answers are those of weights that nothing has rounded yet.
-            merge_checkpoint(place, adapter, merged, dtype=torch.float32, progress=clock.bytes("merging"))
-        return export_source(open_source(merged, task), work, out, request, clock, scratch=merged)
+        renamed, merged = work / "renamed", work / "merged"
+        if adapters is not None:
+            named = under_module_names(source, adapters.values(), renamed)
+            request = replace(request, adapters=compile_adapters(adapters, named))
+        if adapter is not None:
+            named = under_module_names(source, [adapter], renamed)
+            with clock.stage("merging"):
+                # In float32, so that PyTorch's answers are those of weights that nothing has rounded yet.
+                merge_checkpoint(named, adapter, merged, dtype=torch.float32, progress=clock.bytes("merging"))
+            source = open_source(merged, task)
+        shutil.rmtree(renamed, ignore_errors=True)
+        return export_source(source, work, out, request, clock, scratch=merged if adapter is not None else None)
 
 
 def _check_sources(model: object, base: object, adapter: object, adapters: object) -> None:
@@ -138,18 +148,21 @@ def verify(
     *,
     task: str | None = None,
     precision: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     inputs: Sequence[Any] = (),
     tolerance: float | None = None,
     providers: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Proof:
-    """Prove an exported directory against a model directory, in PyTorch's float32.
+    """Prove an exported directory against a model directory, in PyTorch's float32, with every adapter that is in it.
 
     Args:
         exported: a directory that `export` wrote.
         model: the Hugging Face directory that it should equal.
         task: kind of model; None takes it from the exported directory's report, else from the architecture.
         precision: whose tolerance applies; None takes it from the report.
+        adapters: adapter directories that the adapters in `exported` should equal, by name. One that is not named is
+            merged in PyTorch from its own file, which proves the graph with it, but not where the file came from.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
         tolerance: as in `export`; None takes the precision's.
         providers: execution providers to run one by one, "cpu" or "cuda"; None takes all that run the precision, or
@@ -158,7 +171,8 @@ def verify(
 
     Raises:
         CheckpointError: a directory cannot be read.
-        ExportError: it is no exported directory, or the ONNX file breaks a rule of ONNX.
+        ConfigError: `adapters` names one that is not in `exported`.
+        ExportError: it is no exported directory, the ONNX file breaks a rule of ONNX, or an adapter is not the model's.
         ProofError: the two differ by more than the tolerance.
     """
     exported = Path(exported)
@@ -174,13 +188,35 @@ def verify(
     clock = Clock(progress)
     request = Request(chosen, wanted, names[0], names, inputs, tolerance)
     check_graph(exported / MODEL_FILE)
-    reference, spec = _ask_directory(source, request, clock)
-    return prove_directory(exported, spec, {None: reference}, request, clock)
+    files = adapter_files(exported)
+    if unknown := sorted(set(adapters or {}) - set(files)):
+        raise ConfigError(f"{exported} has no adapter {unknown[0]!r}: expected some of {', '.join(files) or 'none'}")
+    compiled = {}
+    if adapters:
+        with tempfile.TemporaryDirectory() as scratch:
+            named = under_module_names(source, adapters.values(), Path(scratch) / "renamed")
+            compiled = compile_adapters(adapters, named)
+    references, spec = _ask_directory(source, request, files, compiled, clock)
+    return prove_directory(exported, spec, references, request, clock)
 
 
-def _ask_directory(source: Source, request: Request, clock: Clock) -> tuple[Reference, GraphSpec]:
-    """PyTorch's answers; the model is gone afterwards."""
+def _ask_directory(
+    source: Source,
+    request: Request,
+    files: Mapping[str, Path],
+    compiled: Mapping[str, CompiledAdapter],
+    clock: Clock,
+) -> tuple[dict[str | None, Reference], GraphSpec]:
+    """PyTorch's answers, alone and with each adapter; the model is gone afterwards."""
     with clock.stage("loading"):
         model = load_model(source)
         spec = make_spec(model, source.task, source.path)
-    return ask(model, spec, source, request, clock), spec
+    references: dict[str | None, Reference] = {None: ask(model, spec, source, request, clock)}
+    for name, path in files.items():
+        if name in compiled:
+            weights = merged_weights(model, compiled[name])
+        else:
+            weights = switched_weights(model, read_adapter(path))
+        with replaced(model, weights):
+            references[name] = ask(model, spec, source, request, clock)
+    return references, spec

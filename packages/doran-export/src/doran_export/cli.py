@@ -105,6 +105,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(
             f"greedy tokens identical on {greedy.identical} of {greedy.prompts} prompts, "
             f"{greedy.steps} steps each ({who})"
+            + (f", {len(greedy.ended)} more until they end" if greedy.ended else "")
         )
     return 0
 

@@ -9,7 +9,16 @@ from typing import Any
 
 from doran_core.errors import CheckpointError
 
-__all__ = ["ADAPTERS", "ADAPTER_SUFFIX", "GENAI_CONFIG", "MODEL_FILE", "REPORT_FILE", "copy_companions", "read_json"]
+__all__ = [
+    "ADAPTERS",
+    "ADAPTER_SUFFIX",
+    "GENAI_CONFIG",
+    "MODEL_FILE",
+    "REPORT_FILE",
+    "adapter_files",
+    "copy_companions",
+    "read_json",
+]
 
 MODEL_FILE = "model.onnx"
 REPORT_FILE = "export_report.json"
@@ -42,6 +51,13 @@ def copy_companions(source: Path, out: Path) -> None:
                 target = out / path.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+
+
+def adapter_files(directory: Path) -> dict[str, Path]:
+    """The adapters of an exported directory, by name."""
+    return {
+        path.name.removesuffix(ADAPTER_SUFFIX): path for path in sorted(directory.glob(f"{ADAPTERS}/*{ADAPTER_SUFFIX}"))
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

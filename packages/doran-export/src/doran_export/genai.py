@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from doran_core.errors import CheckpointError, require
 from doran_export.errors import ExportError, UnsupportedModelError
-from doran_export.files import read_json
+from doran_export.files import GENAI_CONFIG, read_json
 from doran_export.runtime import PROVIDERS
 
 __all__ = ["build_graph", "genai_tokens", "require_genai"]
@@ -83,13 +83,18 @@ def build_graph(model: Path, out: Path, precision: str, provider: str) -> None:
     raise ExportError(f"the model builder of onnxruntime-genai failed on {model}: {reason}")
 
 
-def genai_tokens(directory: Path, prompts: Sequence[Sequence[int]], steps: int) -> list[NDArray[np.int64]]:
-    """Greedy tokens of each prompt from onnxruntime-genai's own generator; a row ends at its first end token.
+def genai_tokens(
+    directory: Path, prompts: Sequence[Sequence[int]], steps: int
+) -> tuple[list[NDArray[np.int64]], frozenset[int]]:
+    """Greedy tokens from onnxruntime-genai's own generator.
 
     Args:
         directory: a directory that the builder wrote.
         prompts: token ids.
         steps: number of tokens at most.
+
+    Returns:
+        The tokens of each prompt, up to its first end token, and the end tokens.
     """
     genai = require_genai()
     model = genai.Model(str(directory))
@@ -104,4 +109,5 @@ def genai_tokens(directory: Path, prompts: Sequence[Sequence[int]], steps: int) 
             generator.generate_next_token()
             tokens.append(int(generator.get_next_tokens()[0]))
         rows.append(np.asarray(tokens, dtype=np.int64))
-    return rows
+    ends = read_json(directory / GENAI_CONFIG).get("model", {}).get("eos_token_id", [])
+    return rows, frozenset(ends if isinstance(ends, list) else [ends])

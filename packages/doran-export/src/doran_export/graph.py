@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from doran_export.adapted import adapted_layers, give_defaults
 from doran_export.errors import ExportError, UnsupportedModelError
 from doran_export.files import MODEL_FILE
-from doran_export.repeat import KEPT, NotAlikeError, find_layers, repeat_layers, shortened
+from doran_export.repeat import NotAlikeError, repeat_layers
 from doran_export.spec import Axis, GraphSpec
+from doran_export.stack import KEPT, find_layers, shortened
 from doran_export.wrappers import eager_attention, example_inputs, wrap
 
 __all__ = ["check_graph", "graph_opset", "save_graph", "trace"]
@@ -120,10 +121,11 @@ def save_graph(graph: ir.Model, directory: Path) -> bool:
 
 
 def check_graph(path: Path) -> None:
-    """Run onnx.checker on a file, external data included.
+    """Run onnx.checker on a file, external data included. Nothing is written.
 
-    onnxruntime has an operator that it registers among ONNX's own, and its model builder writes it so. The checker sees
-    a copy of the graph in which that one belongs to onnxruntime, as the rest of its operators do.
+    onnxruntime has an operator that it registers among ONNX's own, and its model builder writes it so. The checker then
+    sees the graph in memory, with that one among onnxruntime's, as the rest of its operators are, and with the external
+    weights, which it could not find from there, as inputs; that they are there is checked here.
 
     Raises:
         ExportError: the file breaks a rule of ONNX.
@@ -132,16 +134,26 @@ def check_graph(path: Path) -> None:
     own = [node for node in model.graph.node if node.domain == "" and node.op_type in _RUNTIME_OPERATORS]
     for node in own:
         node.domain = "com.microsoft"
-    checked = path.with_name(f".checked-{path.name}") if own else path
+    if own:
+        _take_external_weights(model.graph, path)
     try:
-        if own:
-            onnx.save(model, checked)
-        onnx.checker.check_model(str(checked), full_check=False)
+        onnx.checker.check_model(model if own else str(path), full_check=False)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"onnx.checker refuses {path.name}: {str(error).strip().splitlines()[0]}") from error
-    finally:
-        if own:
-            checked.unlink(missing_ok=True)
+
+
+def _take_external_weights(graph: onnx.GraphProto, path: Path) -> None:
+    for tensor in list(graph.initializer):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        file = path.parent / place["location"]
+        end = int(place.get("offset", 0)) + int(place.get("length", 0))
+        if not file.is_file() or file.stat().st_size < end:
+            raise ExportError(f"{path.name}: {tensor.name} lies beyond the end of {file.name}, or that is missing")
+        graph.initializer.remove(tensor)
+        if tensor.name not in {value.name for value in graph.input}:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
 
 
 def graph_opset(path: Path) -> int:

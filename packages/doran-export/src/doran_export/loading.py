@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -17,7 +17,7 @@ from doran_export.errors import UnsupportedModelError
 from doran_export.files import read_json
 from doran_export.tasks import Task, task_for
 
-__all__ = ["Source", "load_model", "load_tokenizer", "open_source"]
+__all__ = ["Source", "load_model", "load_tokenizer", "load_weights", "open_source"]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -70,21 +70,9 @@ def load_model(source: Source) -> PreTrainedModel:
         CheckpointError: the weights cannot be read, or lack a parameter that the task needs.
         UnsupportedModelError: the task does not exist for this model.
     """
-    auto_class = getattr(transformers, source.task.auto_class)
-    try:
-        model, info = auto_class.from_pretrained(
-            source.path, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"a {source.config.model_type} model cannot do {source.task.name}: {_first_line(error)}"
-        ) from error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load the weights of {source.path}: {_first_line(error)}") from error
+    model, missing = load_weights(source, torch.float32)
     # A pooling head is no part of what feature-extraction exports, and encoders are often saved without it.
-    missing = sorted(
-        key for key in info["missing_keys"] if not (source.task.name == "feature-extraction" and "pooler" in key)
-    )
+    missing = [key for key in missing if not (source.task.name == "feature-extraction" and "pooler" in key)]
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise CheckpointError(f"{source.path} lacks weights that {source.task.name} needs: {shown}")
@@ -93,7 +81,32 @@ def load_model(source: Source) -> PreTrainedModel:
             f"{source.architecture} reads {model.main_input_name}, "
             f"but {source.task.name} reads {source.task.main_input}"
         )
-    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+    return model.eval().requires_grad_(False)
+
+
+def load_weights(source: Source, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedModel, list[str]]:
+    """Load the model and name the parameters that its files lack, which are random.
+
+    Args:
+        source: the directory.
+        dtype: of the weights; "auto" keeps that of the files.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+        UnsupportedModelError: the task does not exist for this model.
+    """
+    auto_class = getattr(transformers, source.task.auto_class)
+    try:
+        model, info = auto_class.from_pretrained(
+            source.path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"a {source.config.model_type} model cannot do {source.task.name}: {_first_line(error)}"
+        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load the weights of {source.path}: {_first_line(error)}") from error
+    return cast(PreTrainedModel, model), sorted(info["missing_keys"])
 
 
 def load_tokenizer(directory: Path, *, pad_left: bool) -> Any:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from doran_core.adapter import CompiledAdapter
 from doran_core.errors import ConfigError
 from doran_export.adapter_file import write_adapter
-from doran_export.adapters import adapter_tensors, merged, union_of_targets
+from doran_export.adapters import adapter_tensors, merged_weights, replaced, union_of_targets
 from doran_export.cases import GREEDY_STEPS, given_cases, greedy_prompts, random_cases
 from doran_export.clock import Clock
 from doran_export.errors import ExportError
@@ -120,7 +120,7 @@ def export_source(
 
 
 def _make_with_torch(model: PreTrainedModel, spec: GraphSpec, request: Request, work: Path, clock: Clock) -> None:
-    _require_range(model, request.precision.dtype)
+    _require_range(model, request)
     with clock.stage("tracing"):
         graph = trace(model.to(request.arithmetic), spec, request.arithmetic)
         if request.arithmetic != request.precision.dtype:
@@ -132,12 +132,18 @@ def _make_with_torch(model: PreTrainedModel, spec: GraphSpec, request: Request, 
             quantize_weights(work, external_data=external)
 
 
-def _require_range(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _require_range(model: PreTrainedModel, request: Request) -> None:
+    """Refuse a weight that a narrower dtype cannot hold. Vectors stay in the dtype of the arithmetic."""
+    dtype = request.precision.dtype
+    if dtype != torch.float16:
+        return  # bfloat16 reaches as far as float32
     largest = torch.finfo(dtype).max
     for name, weight in model.named_parameters():
-        low, high = weight.aminmax() if weight.numel() else (0.0, 0.0)
-        if max(-float(low), float(high)) > largest:
-            raise ExportError(f"{name} holds values beyond {largest:.0f}, the largest of {dtype}: expected another precision")
+        stays = weight.dim() < 2 and request.arithmetic != dtype
+        if not stays and weight.numel() and max(map(abs, map(float, weight.aminmax()))) > largest:
+            raise ExportError(
+                f"{name} holds values beyond {largest:.0f}, the largest of {dtype}: expected another precision"
+            )
 
 
 def ask(model: PreTrainedModel, spec: GraphSpec, source: Source, request: Request, clock: Clock) -> Reference:
@@ -157,7 +163,7 @@ def _ask_all(
     """The answers of the model as it is and with each adapter merged in."""
     references: dict[str | None, Reference] = {None: ask(model, spec, source, request, clock)}
     for name, adapter in request.adapters.items():
-        with merged(model, adapter):
+        with replaced(model, merged_weights(model, adapter)):
             references[name] = ask(model, spec, source, request, clock)
     return references
 

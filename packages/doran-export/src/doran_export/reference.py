@@ -25,11 +25,19 @@ _SEED = 20251004
 
 @dataclass(frozen=True)
 class Greedy:
-    """A greedy generation: prompts, tokens [batch, steps], and for each step the logits' two best values' distance."""
+    """A greedy generation.
+
+    Attributes:
+        prompts: left-padded ``input_ids`` and ``attention_mask`` [batch, length].
+        tokens: what was chosen [batch, steps].
+        margins: the distance of the logits' two best values at each step [batch, steps].
+        scale: root mean square of the logits.
+    """
 
     prompts: dict[str, Array]
     tokens: NDArray[np.int64]
     margins: NDArray[np.float32]
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -132,14 +140,17 @@ def _generate(model: PreTrainedModel, prompts: dict[str, Array], steps: int) -> 
     mask = torch.from_numpy(np.ascontiguousarray(prompts["attention_mask"]))
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     name = cache_name(model)
-    past, chosen, margins = None, [], []
+    past, chosen, margins, squares = None, [], [], []
     for _ in range(steps):
         output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **{name: past})
         past = output[name]
-        best = output.logits[:, -1].float().topk(2)
+        logits = output.logits[:, -1].float()
+        squares.append(logits.square().mean())
+        best = logits.topk(2)
         chosen.append(best.indices[:, 0])
         margins.append(best.values[:, 0] - best.values[:, 1])
         tokens = best.indices[:, :1]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return Greedy(prompts, torch.stack(chosen, 1).numpy(), torch.stack(margins, 1).numpy())
+    scale = float(torch.stack(squares).mean().sqrt())
+    return Greedy(prompts, torch.stack(chosen, 1).numpy(), torch.stack(margins, 1).numpy(), scale)

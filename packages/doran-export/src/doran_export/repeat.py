@@ -1,8 +1,8 @@
 """Tracing three layers instead of thirty: a transformer's layers are alike, so the graph of one is stamped out.
 
 torch.export takes seconds per decoder layer, most of it spent on reasoning about symbolic lengths that comes out the
-same each time. So `shortened` leaves the model three layers for the trace, and `repeat_layers` copies the third one's
-nodes for each of the others, with that layer's own weights and cache. What is alike is checked, not assumed: the
+same each time. So `stack.shortened` leaves the model three layers for the trace, and `repeat_layers` copies the third
+one's nodes for each of the others, with that layer's own weights and cache. What is alike is checked, not assumed: the
 modules before the trace, and after it that the third layer's nodes are the second's, node by node. Where either does
 not hold, the model is traced whole. The proof of the export stands behind both.
 """
@@ -10,81 +10,20 @@ not hold, the model is traced whole. The proof of the export stands behind both.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnx_ir.tensor_adapters import TorchTensor
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-__all__ = ["KEPT", "LayerStack", "NotAlikeError", "find_layers", "repeat_layers", "shortened"]
+from doran_export.stack import KEPT, LayerStack
 
-KEPT = 3
-"""Layers that are traced. The first also holds what all share; the second and third show what a step changes."""
-
-_FEWEST = 6  # below that there is too little to gain
+__all__ = ["NotAlikeError", "repeat_layers"]
 
 
 class NotAlikeError(Exception):
     """The traced layers are not copies of each other: the model has to be traced whole. Never leaves this package."""
-
-
-@dataclass(frozen=True)
-class LayerStack:
-    """The stack of alike layers of a model: its path, e.g. ``model.layers``, and the list itself."""
-
-    path: str
-    layers: nn.ModuleList
-
-
-def find_layers(model: PreTrainedModel) -> LayerStack | None:
-    """The one stack of `num_hidden_layers` modules whose members differ only in their weights, or None."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    stacks = [
-        LayerStack(path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count >= _FEWEST
-    ]
-    if len(stacks) != 1:
-        return None
-    portraits = [_portrait(layer, index) for index, layer in enumerate(stacks[0].layers)]
-    return stacks[0] if all(portrait == portraits[0] for portrait in portraits) else None
-
-
-def _portrait(layer: nn.Module, index: int) -> list[object]:
-    """All that decides what a layer computes, but for its weights and its number."""
-    parts: list[object] = []
-    for path, module in layer.named_modules():
-        plain = {
-            name: value
-            for name, value in vars(module).items()
-            if isinstance(value, bool | float | str | tuple | None)
-            or (isinstance(value, int) and not (name == "layer_idx" and value == index))
-        }
-        parts.append((path, type(module), sorted(plain.items())))
-    parts += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in layer.named_parameters()]
-    # Buffers are constants of the graph, so they must be equal in value to be shared.
-    parts += [(name, tuple(tensor.shape), tensor.flatten().tolist()) for name, tensor in layer.named_buffers()]
-    return parts
-
-
-@contextmanager
-def shortened(model: PreTrainedModel, stack: LayerStack) -> Iterator[None]:
-    """Leave the model only the first `KEPT` layers of its stack for the time of a block."""
-    parent = model.get_submodule(stack.path.rpartition(".")[0])
-    name = stack.path.rpartition(".")[2]
-    config = model.config.get_text_config()
-    count = config.num_hidden_layers
-    setattr(parent, name, nn.ModuleList(list(stack.layers)[:KEPT]))
-    config.num_hidden_layers = KEPT
-    try:
-        yield
-    finally:
-        setattr(parent, name, stack.layers)
-        config.num_hidden_layers = count
 
 
 def repeat_layers(model: ir.Model, stack: LayerStack, weights: Mapping[str, Tensor]) -> None:

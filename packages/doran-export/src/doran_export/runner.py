@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doran_core.errors import CheckpointError, ConfigError
-from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, GENAI_CONFIG, MODEL_FILE, read_json
+from doran_export.files import GENAI_CONFIG, MODEL_FILE, adapter_files, read_json
 from doran_export.session import Array, GraphSession, as_dtype
 
 __all__ = ["OnnxRunner"]
@@ -70,9 +70,7 @@ class OnnxRunner:
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters that came along."""
-        return sorted(
-            path.name.removesuffix(ADAPTER_SUFFIX) for path in self.directory.glob(f"{ADAPTERS}/*{ADAPTER_SUFFIX}")
-        )
+        return list(adapter_files(self.directory))
 
     def set_adapter(self, name: str | None) -> None:
         """Let all following runs use an adapter of the directory, or with None the base alone. No new session is made.
@@ -82,12 +80,13 @@ class OnnxRunner:
         Raises:
             ConfigError: there is no adapter of this name.
         """
-        if name is not None and name not in self.adapters:
-            known = ", ".join(self.adapters) or "none"
+        files = adapter_files(self.directory)
+        if name is not None and name not in files:
+            known = ", ".join(files) or "none"
             raise ConfigError(
                 f"{self.directory} has no adapter {name!r}: expected one of {known}, or None for the base"
             )
-        self.graph.activate(None if name is None else self.directory / ADAPTERS / f"{name}{ADAPTER_SUFFIX}")
+        self.graph.activate(None if name is None else files[name])
         self.adapter = name
 
     @cached_property
@@ -150,7 +149,7 @@ class OnnxRunner:
             The next token ids [batch].
 
         Raises:
-            ConfigError: the model has no cache.
+            ConfigError: the model has no cache, or a prompt is padded on the right.
         """
         if not self.has_cache:
             raise ConfigError(f"{self.directory} is not a decoder with a cache: it cannot generate")
@@ -160,6 +159,8 @@ class OnnxRunner:
             {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
         )
         mask = feed["attention_mask"]
+        if not mask[:, -1].all() or (np.diff(mask, axis=1) < 0).any():
+            raise ConfigError("attention_mask: expected prompts padded on the left, got one whose padding is elsewhere")
         batch = len(mask)
         past = self.graph.empty_past(batch)
         ended: NDArray[np.bool_] = np.zeros(batch, dtype=bool)

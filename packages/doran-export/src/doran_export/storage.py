@@ -1,7 +1,7 @@
 """Weights stored in half precision under arithmetic in float32: what a graph for the CPU is in fp16.
 
 onnxruntime's CPU operators compute in float32 whatever the dtype of the weights, and would round in between. A graph
-that says float32 loses nothing but the weights' own rounding. onnxruntime widens the weights once, as it loads the file.
+that says float32 loses nothing but the weights' own rounding. onnxruntime widens the weights once, as it loads them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 __all__ = ["store_weights"]
 
-_FEWEST_VALUES = 1024  # of a weight: less saves no disk
-_DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+_FEWEST_VALUES = 256  # of a weight: less saves no disk
+_DTYPES = {torch.float16: ir.DataType.FLOAT16}
 
 
 def store_weights(graph: ir.Model, dtype: torch.dtype) -> None:
-    """Keep the float32 matrices of a graph in `dtype`, each behind one Cast; vectors stay as they are.
+    """Keep the float32 matrices of a graph in `dtype` (float16), each behind one Cast; vectors stay as they are.
 
     Each is converted when the graph is written, and not kept.
     """
