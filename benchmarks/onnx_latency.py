@@ -4,8 +4,9 @@
 
 Adapts each Hugging Face directory (q and v, or what --targets says) with random values, exports base, merged model and
 multi-adapter graph in float32 (proven, as every export), then times them in turn, round by round, with PyTorch eager on
-the merged weights. Every way ends with its outputs in the host's memory, and a cache where it was. A ratio is the median over the rounds of the ratio within a round; its spread is the quartiles'. An
-encoder runs whole batches; a decoder a prompt of 64 tokens, and one token on a past of 64.
+the merged weights. Every way ends with its outputs in the host's memory, and a cache where it was. A ratio is the
+median over the rounds of the ratio within a round; its spread is the quartiles'. An encoder runs whole batches; a
+decoder a prompt of 64 tokens, and one token on a past of 64.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def decoder_calls(runners: dict[str, OnnxRunner], model: Any, new: int) -> dict[
     name = cache_name(model)
 
     def one_token() -> None:
-        cache.crop(PAST)
         model(input_ids=tensor[:, :1], use_cache=True, **{name: cache}).logits.cpu()
+        cache.crop(-1)
 
     with torch.inference_mode():
         cache = model(input_ids=tensor, use_cache=True)[name]
