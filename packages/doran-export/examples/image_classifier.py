@@ -55,8 +55,7 @@ def run(work: Path) -> dict[str, Agreement]:
     )
     model = ViTForImageClassification(config)
     fit(model, images[:trained], labels[:trained], epochs=8, rate=1e-3)
-    # With the names that the modules have now: the adapter goes by them, and older checkpoints of ViT have others.
-    model.eval().save_pretrained(work / "base", save_original_format=False)
+    model.eval().save_pretrained(work / "base")
 
     handle = adapt(model, DoranConfig(rank=8, target_modules="all-linear", exclude_modules=["classifier"]))
     fit(model, negatives[:trained], labels[:trained], epochs=6, rate=5e-3)

@@ -56,7 +56,7 @@ def test_export_of_base_and_adapter(
         == 0
     )
     printed = capsys.readouterr().out
-    assert "LlamaForCausalLM, text-generation, fp32, by torch" in printed
+    assert "LlamaForCausalLM, text-generation, fp32 for cpu, by torch" in printed
     assert "greedy tokens identical on" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
     assert not (tmp_path / "out" / "merged").exists()

@@ -140,7 +140,7 @@ def test_failed_proof_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatc
         return trace(loaded, *rest)
 
     monkeypatch.setattr("doran_export.pipeline.trace", trace_another)
-    refuse(ProofError, r"differs from PyTorch by 0\.0[0-9]* in logits .* more than the allowed 0\.0", model)
+    refuse(ProofError, r"differs from PyTorch in logits .* by 0\.0[0-9]*, more than the allowed 0\.0", model)
     rounded = export(model, model.parent / "fp16", precision="fp16")  # 0.02 is within what float16 rounds
     assert 0.01 < rounded.proof.max_difference < 0.1
 
@@ -199,6 +199,9 @@ def test_unknown_provider_and_inputs(tiny_decoder: tuple[Path, object]) -> None:
         OnnxRunner(directory).run({"pixel_values": np.zeros((1, 1, 8, 8))})
     with pytest.raises(ConfigError, match="input input_ids has dtype float64, expected int64"):
         OnnxRunner(directory).run({"input_ids": [[1.0, 2.0]]})
+    for mask in ([[1, 1, 0]], [[1, 0, 1]], [[0, 0, 0]]):
+        with pytest.raises(ConfigError, match="attention_mask: expected prompts padded on the left"):
+            OnnxRunner(directory).generate([[3, 4, 5]], mask)
     with pytest.raises(ConfigError, match="max_new_tokens: expected at least 1, got 0"):
         OnnxRunner(directory).generate([[1, 2]], max_new_tokens=0)
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from pathlib import Path
 
 import image_classifier
 import pytest
 import text_classifier
+import torch
 from comparison import Agreement
 from conftest import DecoderWork, require_packages
 
 from doran_export import OnnxRunner
+from doran_export.adapter_file import read_adapter, write_adapter
 
-LIMITS = {"fp32": 1e-3, "adapters": 1e-3, "fp16": 5e-2}
+LIMITS = {"fp32": 1e-3, "fp16": 5e-2}
 
 
-def hold(results: dict[str, Agreement], **other_limits: float) -> None:
+def hold(results: dict[str, Agreement]) -> None:
     for what, agreement in results.items():
         print(f"{what}: {agreement}")  # pytest -rP shows it
-    for what, limit in (LIMITS | other_limits).items():
-        if what in results:
-            assert results[what].inputs == (128 if what == "adapters" else 500)
-            assert results[what].max_difference < limit, what
-            assert results[what].same_argmax >= 0.99, what
+    for what, limit in LIMITS.items():
+        assert results[what].inputs == 500
+        assert results[what].max_difference < limit, what
+        assert results[what].same_argmax >= 0.99, what
 
 
 def test_text_classifier(tmp_path: Path) -> None:
@@ -46,8 +49,7 @@ def test_image_classifier(tmp_path: Path) -> None:
 
 
 def test_decoder(decoder_work: DecoderWork) -> None:
-    # Logits of 16 to 32 are 0.016 apart in float16: SmolLM2 comes to 0.056, not under 0.05.
-    hold(decoder_work.results, fp16=1e-1)
+    hold(decoder_work.results)
     proof = decoder_work.reports["fp32"].proof
     (greedy,) = proof.greedy
     assert (greedy.prompts, greedy.steps, greedy.identical) == (20, 64, 20)
@@ -57,21 +59,51 @@ def test_decoder(decoder_work: DecoderWork) -> None:
 
 
 def test_decoder_with_switched_adapters(decoder_work: DecoderWork) -> None:
+    """One session with its adapters against the merged export of each."""
+    for name in ("base", "sentiment", "critic"):
+        agreement = decoder_work.results[f"switched to {name}"]
+        assert agreement.inputs >= 64
+        assert agreement.max_difference < 1e-3, name
     report = decoder_work.reports["adapters"]
     assert {check.adapter for check in report.proof.checks} == {None, "sentiment", "critic"}
     assert all(greedy.identical + len(greedy.ties) == greedy.prompts for greedy in report.proof.greedy)
 
-    base = sum(size for name, size in report.files.items() if name.startswith("model.onnx"))
-    assert report.files["adapters/sentiment.onnx_adapter"] < 0.02 * base  # rank 16 on query and value
-
     runner = OnnxRunner(report.directory)
     session = runner.session
-    seconds = []
-    for name in ["sentiment", "critic", None] * 5:
-        start = time.perf_counter()
-        runner.set_adapter(name)
-        seconds.append(time.perf_counter() - start)
-    print(f"switching: median {sorted(seconds)[len(seconds) // 2] * 1e3:.2f} ms, longest {max(seconds) * 1e3:.2f} ms")
-    assert sorted(seconds)[len(seconds) // 2] < 0.010
+    rounds = []
+    for _ in range(3):
+        seconds = []
+        for name in ["sentiment", "critic", None] * 7:
+            start = time.perf_counter()
+            runner.set_adapter(name)
+            seconds.append(time.perf_counter() - start)
+        rounds.append(max(seconds))
+    print(f"switching: longest {', '.join(f'{longest * 1e3:.2f}' for longest in rounds)} ms")
+    assert min(rounds) < 0.010  # the longest of the round that the machine disturbed least
     assert runner.session is session
     assert "Paris" in runner.generate_text(["The capital of France is"], max_new_tokens=4)[0]
+
+
+def test_disk_of_ten_adapters(decoder_work: DecoderWork, tmp_path: Path) -> None:
+    """Ten adapters of rank 16 on query and value, each with its own values, beside the graph of SmolLM2."""
+    folder = Path(shutil.copytree(decoder_work.reports["adapters"].directory, tmp_path / "ten", copy_function=os.link))
+    one = read_adapter(folder / "adapters" / "sentiment.onnx_adapter")
+    assert len(one) == 3 * 2 * 30
+    shutil.rmtree(folder / "adapters")
+    (folder / "adapters").mkdir()
+    random = torch.Generator().manual_seed(0)
+    for number in range(10):
+        tensors = {name: tensor + 0.01 * torch.randn(tensor.shape, generator=random) for name, tensor in one.items()}
+        write_adapter(tensors, folder / "adapters" / f"number{number}.onnx_adapter")
+    base = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+    everything = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"base {base / 1e6:.1f} MB, with ten adapters {everything / 1e6:.1f} MB")
+    assert everything < base * (1 + 10 * 0.02)
+
+    runner = OnnxRunner(folder)
+    assert len(runner.adapters) == 10
+    seen = set()
+    for name in runner.adapters:
+        runner.set_adapter(name)
+        seen.add(runner.run({"input_ids": [[1, 2, 3]]})["logits"].tobytes())
+    assert len(seen) == 10

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import decoder
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from doran_core.errors import CheckpointError, ConfigError, MissingDependencyError
 from doran_export import ExportReport, OnnxRunner, UnsupportedModelError, export
+from doran_export.checks import averages
 
 genai = pytest.importorskip("onnxruntime_genai", reason="needs the extra genai")
 
@@ -37,7 +39,7 @@ def test_small(small: tuple[Path, ExportReport]) -> None:
     assert report.proof.max_difference < 1e-3
     assert [greedy.provider for greedy in report.proof.greedy] == ["CPUExecutionProvider", "onnxruntime-genai"]
     for greedy in report.proof.greedy:
-        assert (greedy.steps, greedy.identical) == (64, greedy.prompts)
+        assert (greedy.steps, greedy.identical) == (64, greedy.prompts), greedy
     assert "onnxruntime-genai" in json.loads((report.directory / "export_report.json").read_text())["versions"]
     names = {path.name for path in report.directory.iterdir()}
     assert {"model.onnx", "genai_config.json", "tokenizer.json", "config.json", "export_report.json"} <= names
@@ -55,8 +57,18 @@ def test_small(small: tuple[Path, ExportReport]) -> None:
 def test_smollm2_in_four_bits(decoder_work: DecoderWork, tmp_path: Path) -> None:
     """int4, merged with its adapter, in onnxruntime-genai's own generator and in OnnxRunner."""
     base, adapter = decoder_work.folder / "base", decoder_work.folder / "sentiment"
-    # On random tokens a model this small loses itself in four bits: 1.15 of the logits' spread was seen.
-    report = export(out=tmp_path / "out", base=base, adapter=adapter, precision="int4", tolerance=1.3)
+    # A model this small nearly loses itself in four bits: on random tokens 1.16 of the logits' spread was seen, on texts
+    # 0.85, where 45% of the decisions among 49,152 tokens stay the same. An unrelated graph has 1.4 and none.
+    report = export(
+        out=tmp_path / "out", base=base, adapter=adapter, precision="int4", tolerance=1.3, inputs=decoder.PROMPTS[-8:]
+    )
+    given = [check for check in report.proof.checks if check.given]
+    assert len(given) == 8
+    texts, chance = averages(given), averages([check for check in report.proof.checks if not check.given])
+    print(f"int4 on texts {texts}, on random tokens {chance}")
+    assert max(texts.values()) < 0.95
+    tokens = [check.compared["logits"] for check in given]
+    assert np.average([check.same_argmax for check in given], weights=tokens) > 0.4
     assert sum(report.files.values()) < 0.6 * sum(decoder_work.reports["fp32"].files.values())
 
     model = genai.Model(str(tmp_path / "out"))

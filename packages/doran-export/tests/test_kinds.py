@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from conftest import TEXT, saved, tiny_llama
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from doran_core import DoranConfig, adapt
 from doran_core.errors import ConfigError
-from doran_export import OnnxRunner, UnsupportedModelError, export
-from doran_export.repeat import find_layers
+from doran_export import OnnxRunner, UnsupportedModelError, export, verify
+from doran_export.stack import find_layers
 
 SHAPE = {**TEXT, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 160}
 
@@ -75,7 +77,8 @@ def test_sliding_window_decoder(tmp_path: Path) -> None:
 
 def test_repeated_layers_give_the_graph_of_a_whole_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    source = saved(bert("BertForSequenceClassification", num_hidden_layers=6), tmp_path / "model")
+    monkeypatch.setattr("doran_export.stack._FEWEST", 5)
+    source = saved(bert("BertForSequenceClassification", num_hidden_layers=5), tmp_path / "model")
     export(source, tmp_path / "short")
     monkeypatch.setattr("doran_export.graph.find_layers", lambda model: None)
     export(source, tmp_path / "whole")
@@ -85,6 +88,41 @@ def test_repeated_layers_give_the_graph_of_a_whole_trace(tmp_path: Path, monkeyp
     ids = [[3, 4, 5]]
     logits = [OnnxRunner(tmp_path / name).run({"input_ids": ids})["logits"] for name in ("short", "whole")]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+
+
+def test_adapter_of_a_checkpoint_with_older_names(tmp_path: Path) -> None:
+    """transformers saves a ViT under other names than its modules have, which the adapter goes by."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=2, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, initializer_range=0.2, num_labels=3,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).eval()
+    base = saved(model, tmp_path / "base")
+    stored = load_file(base / "model.safetensors")
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in stored
+    handle = adapt(model, DoranConfig(rank=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for _, parameter in handle.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapter = handle.save(tmp_path / "adapter")
+    image = np.random.default_rng(1).standard_normal((2, 1, 8, 8), dtype=np.float32)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(image)).logits.numpy()
+
+    export(out=tmp_path / "merged", base=base, adapter=adapter)
+    export(out=tmp_path / "many", base=base, adapters={"one": adapter})
+    many = OnnxRunner(tmp_path / "many")
+    assert np.abs(many.run({"pixel_values": image})["logits"] - expected).max() > 1e-2
+    many.set_adapter("one")
+    for runner in (OnnxRunner(tmp_path / "merged"), many):
+        np.testing.assert_allclose(runner.run({"pixel_values": image})["logits"], expected, atol=1e-4)
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        "config.json",
+        "export_report.json",
+        "model.onnx",
+    }
+    verify(tmp_path / "many", base, adapters={"one": adapter})
 
 
 def test_layers_that_differ_are_not_repeated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from conftest import make_adapter, saved, tiny_llama
 from doran_core.adapter import CompiledAdapter, CompiledModule, write_compiled
 from doran_core.cli.main import main
 from doran_core.errors import BaseMismatchError, ConfigError, DoranError
-from doran_export import ExportReport, OnnxRunner, UnsupportedModelError, export
+from doran_export import ExportError, ExportReport, OnnxRunner, ProofError, UnsupportedModelError, export, verify
+from doran_export.adapter_file import write_adapter
 
 IDS = np.random.default_rng(7).integers(3, 97, (2, 9))
 
@@ -55,6 +57,21 @@ def test_one_session_equals_the_merged_exports(made: Made, tmp_path: Path) -> No
     )
     assert np.abs(outputs["first"] - outputs[None]).max() > 0.1
     assert np.abs(outputs["second"] - outputs["first"]).max() > 0.1
+
+
+def test_verify_proves_every_adapter(made: Made, tmp_path: Path) -> None:
+    base, adapters, report = made
+    proof = verify(report.directory, base)
+    assert {check.adapter for check in proof.checks} == {None, "first", "second"}
+    assert [greedy.adapter for greedy in proof.greedy] == [None, "first", "second"]
+    assert verify(report.directory, base, adapters=adapters).max_difference < 1e-4
+    with pytest.raises(ProofError, match=r"adapter first.* differs from PyTorch"):
+        verify(report.directory, base, adapters={"first": adapters["second"]})
+    with pytest.raises(ConfigError, match="has no adapter 'third': expected some of first, second"):
+        verify(report.directory, base, adapters={"third": base})
+    narrow = saved(tiny_llama(attention_bias=True, num_hidden_layers=1), tmp_path / "narrow")
+    with pytest.raises(ExportError, match="an adapter does not fit LlamaForCausalLM"):
+        verify(report.directory, narrow)
 
 
 def test_onnxruntime_alone_runs_it(made: Made) -> None:
@@ -159,13 +176,12 @@ def test_adapters_that_cannot_be_inputs(made: Made, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_graph(made: Made, tmp_path: Path) -> None:
-    base, _, report = made
-    import shutil
-
-    foreign = make_adapter(base, tmp_path / "foreign", 1, rank=2, target_modules=["o_proj"])
+    _, _, report = made
     copy = Path(shutil.copytree(report.directory, tmp_path / "copy"))
-    export(out=tmp_path / "foreign-out", base=base, adapters={"foreign": foreign})
-    shutil.copy(tmp_path / "foreign-out" / "adapters" / "foreign.onnx_adapter", copy / "adapters")
+    layer = "model.layers.0.self_attn.o_proj"
+    parts = {"lora_A": torch.zeros(32, 2), "lora_B": torch.zeros(2, 32), "scale": torch.ones(32)}
+    tensors = {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+    write_adapter(tensors, copy / "adapters" / "foreign.onnx_adapter")
     with pytest.raises(DoranError, match=r"made for another graph: this one has no input model\.layers\.0"):
         OnnxRunner(copy).set_adapter("foreign")
     (copy / "adapters" / "first.onnx_adapter").write_bytes(b"not an adapter")

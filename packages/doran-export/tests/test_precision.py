@@ -48,7 +48,7 @@ def test_float16_that_overflows(tmp_path: Path) -> None:
         model.model.norm.weight[3] = -1e5
     source = saved(model, tmp_path / "model")
     with pytest.raises(ExportError, match=r"model\.norm\.weight holds values beyond 65504"):
-        export(source, tmp_path / "out", road="torch", precision="fp16")
+        export(source, tmp_path / "out", road="torch", precision="fp16", target="cuda")
     assert not (tmp_path / "out").exists()
 
 
