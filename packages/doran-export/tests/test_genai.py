@@ -57,7 +57,7 @@ def test_small(small: tuple[Path, ExportReport]) -> None:
 def test_smollm2_in_four_bits(decoder_work: DecoderWork, tmp_path: Path) -> None:
     """int4, merged with its adapter, in onnxruntime-genai's own generator and in OnnxRunner."""
     base, adapter = decoder_work.folder / "base", decoder_work.folder / "sentiment"
-    # A model this small nearly loses itself in four bits: on random tokens 1.16 of the logits' spread was seen, on texts
+    # A model this small nearly loses itself in four bits: on random tokens 1.16 of the logits' spread was seen, on text
     # 0.85, where 45% of the decisions among 49,152 tokens stay the same. An unrelated graph has 1.4 and none.
     report = export(
         out=tmp_path / "out", base=base, adapter=adapter, precision="int4", tolerance=1.3, inputs=decoder.PROMPTS[-8:]
