@@ -1,0 +1,90 @@
+"""The command: ``python -m experiments run|collect|report ...``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from doran_core.errors import DoranError
+
+STUDIES = Path(__file__).parent / "studies"
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; errors of the user's go to stderr in one line, with exit code 2."""
+    args = _parser().parse_args(arguments)
+    try:
+        return int(args.function(args))
+    except DoranError as error:
+        print(f"experiments: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description="Run studies and report them.")
+    commands = parser.add_subparsers(required=True)
+
+    run = commands.add_parser("run", help="make the runs of studies that a results folder does not have yet")
+    run.add_argument("studies", nargs="+", help="names in experiments/studies, or YAML files; the first matter most")
+    run.add_argument("--out", type=Path, required=True, help="results folder; runs that are in it are not made again")
+    run.add_argument("--workers", type=int, default=1, help="processes that share the device (default: 1)")
+    run.add_argument("--budget", type=float, help="seconds after which to stop; what is missing can be run later")
+    run.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    run.add_argument("--short", action="store_true", help="the studies' short form: shows that the road holds")
+    run.set_defaults(function=_run)
+
+    collect = commands.add_parser("collect", help="write each study's tidy table from results folders")
+    collect.add_argument("studies", nargs="+")
+    collect.add_argument("--results", type=Path, nargs="+", required=True, help="results folders of `run`")
+    collect.add_argument("--into", type=Path, default=RESULTS, help="folder of the tables")
+    collect.add_argument("--short", action="store_true")
+    collect.set_defaults(function=_collect)
+
+    report = commands.add_parser("report", help="tables and figures of the studies, from their tidy tables")
+    report.add_argument("studies", nargs="*", help="default: all that have a table")
+    report.add_argument("--tables", type=Path, default=RESULTS, help="folder of the tidy tables")
+    report.add_argument("--into", type=Path, required=True, help="folder of the Markdown tables and figures")
+    report.set_defaults(function=_report)
+    return parser
+
+
+def study_path(name: str) -> Path:
+    """A study by its name, or by the path of its YAML."""
+    path = Path(name)
+    return path if path.suffix else STUDIES / f"{name}.yaml"
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from experiments.runner import run_studies
+    from experiments.study import load_study
+
+    studies = [load_study(study_path(name), short=args.short) for name in args.studies]
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    done, left = run_studies(studies, args.out, workers=args.workers, budget=args.budget, device=device)
+    print(f"{done} runs made, {left} left")
+    return 0
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from experiments.collect import collect
+    from experiments.study import load_study
+
+    for name in args.studies:
+        print(collect(load_study(study_path(name), short=args.short), args.results, args.into))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from experiments.report import write_report
+
+    for path in write_report(args.studies, args.tables, args.into):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Run studies: stacks of runs, the most telling first, by several processes on one device, within a time budget."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from experiments.methods import METHODS
+from experiments.store import Store
+from experiments.study import Run, Study
+from experiments.tasks import load_task
+from experiments.train import train_runs
+
+__all__ = ["plan", "run_studies"]
+
+_POLL = 0.2
+"""Seconds between looks at the workers."""
+_SAFETY = 1.3
+"""A stack is begun only if this many times its expected seconds are left."""
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """Sent by a worker for each stack: an error's text, or what was done."""
+
+    runs: Sequence[Run]
+    seconds: float
+    error: str | None = None
+
+
+def plan(studies: Sequence[Study], done: set[str]) -> list[list[Run]]:
+    """The runs that are still to do, in stacks, in the order of their value.
+
+    Stacks hold runs of one cohort, seed by seed. All first stacks come before all second ones, so that what a budget
+    cuts off is the last seeds of every arm and not the last arms; among equals, in the order of the studies.
+    """
+    cohorts: dict[Run, list[Run]] = {}
+    widths: dict[Run, int] = {}
+    seen = set(done)
+    for study in studies:
+        for _, run in study.runs():
+            if run.id in seen:
+                continue
+            seen.add(run.id)
+            cohort = run.cohort()
+            cohorts.setdefault(cohort, []).append(run)
+            widths[cohort] = 1 if METHODS[run.method].whole else min(study.parallel, widths.get(cohort, study.parallel))
+    ranked: list[tuple[tuple[int, int, int], list[Run]]] = []
+    for position, (cohort, runs) in enumerate(cohorts.items()):
+        runs.sort(key=lambda run: run.seed)  # stable: rates and fractions keep their order
+        width = widths[cohort]
+        for start in range(0, len(runs), width):
+            whole = METHODS[cohort.method].whole
+            ranked.append(((int(whole), start // width, position), runs[start : start + width]))
+    return [runs for _, runs in sorted(ranked, key=lambda entry: entry[0])]
+
+
+def run_studies(
+    studies: Sequence[Study], folder: Path, *, workers: int, budget: float | None, device: str
+) -> tuple[int, int]:
+    """Run what is not in the folder yet.
+
+    Args:
+        studies: in the order of their importance.
+        folder: the results.
+        workers: processes that share the device.
+        budget: seconds after which nothing new is begun, and by which what was begun should be done; None for no end.
+        device: cpu or cuda.
+
+    Returns:
+        How many runs were made, and how many are left.
+
+    Raises:
+        RuntimeError: a worker died, or every run that it tried failed; the first traceback is in it.
+    """
+    started = time.monotonic()
+    store = Store(folder)
+    stacks = plan(studies, set(store.rows()))
+    total = sum(map(len, stacks))
+    print(f"{total} runs to do in {len(stacks)} stacks, {workers} worker(s) on {device}", flush=True)
+    if not stacks:
+        return 0, 0
+    _prepare(stacks, folder)
+    context = multiprocessing.get_context("spawn")
+    todo, reports = context.Queue(), context.Queue()
+    for stack in stacks:
+        todo.put(stack)
+    for _ in range(workers):
+        todo.put(None)
+    deadline = None if budget is None else time.time() + budget - (time.monotonic() - started)
+    processes = [
+        context.Process(target=_work, args=(todo, reports, folder, device, deadline, workers)) for _ in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    done, errors = _watch(processes, reports, total, started)
+    if errors:
+        raise RuntimeError(f"{len(errors)} stack(s) failed, {done} runs were made; the first:\n{errors[0]}")
+    return done, total - done
+
+
+def _prepare(stacks: Sequence[Sequence[Run]], folder: Path) -> None:
+    """Make once what every worker would otherwise make for itself."""
+    if any(run.model == "vit" for stack in stacks for run in stack):
+        load_task("vit", folder / "models")
+
+
+def _watch(processes: Sequence[Any], reports: Any, total: int, started: float) -> tuple[int, list[str]]:
+    done, errors = 0, []
+    while True:
+        alive = any(process.is_alive() for process in processes)
+        try:
+            report: _Progress = reports.get(timeout=_POLL)
+        except queue.Empty:
+            if not alive:
+                break
+            continue
+        first = report.runs[0]
+        if report.error is not None:
+            errors.append(report.error)
+            print(report.error, flush=True)
+            continue
+        done += len(report.runs)
+        print(
+            f"{time.monotonic() - started:6.1f} s  {done}/{total}  {first.model} {first.method} {dict(first.options)}: "
+            f"{len(report.runs)} runs in {report.seconds:.1f} s",
+            flush=True,
+        )
+    errors += [f"worker {p.pid} ended with exit code {p.exitcode}" for p in processes if p.exitcode]
+    return done, errors
+
+
+def _work(
+    todo: Any, reports: Any, folder: Path, device_name: str, deadline: float | None, workers: int
+) -> None:
+    """A worker process: one stack after the other until the queue ends or the time would not suffice."""
+    device = torch.device(device_name)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers) if device.type == "cpu" else 2)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    store = Store(folder)
+    loaded: dict[str, Any] = {}
+    pace: dict[tuple[str, bool], float] = {}
+    while (stack := todo.get()) is not None:
+        first: Run = stack[0]
+        key = first.model, METHODS[first.method].whole
+        work = len(stack) * first.steps * first.batch
+        if deadline is not None and time.time() + _SAFETY * pace.get(key, 0.0) * work > deadline:
+            continue
+        started = time.monotonic()
+        try:
+            if first.model not in loaded:
+                task = load_task(first.model, folder / "models")
+                split = task.split
+                loaded[first.model] = task, tuple(e.to(device) for e in (split.train, split.validation, split.test))
+            begun = time.monotonic()
+            store.add(train_runs(*loaded[first.model], stack, device))
+            pace[key] = (time.monotonic() - begun) / work
+            reports.put(_Progress(stack, time.monotonic() - started))
+        except Exception:
+            reports.put(_Progress(stack, 0.0, f"{first}:\n{traceback.format_exc()}"))

