@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import time
 import traceback
@@ -144,7 +143,7 @@ def _work(
 ) -> None:
     """A worker process: one stack after the other until the queue ends or the time would not suffice."""
     device = torch.device(device_name)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers) if device.type == "cpu" else 2)
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers) if device.type == "cpu" else 2)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     store = Store(folder)
