@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from doran_core.errors import DoranError
+
+if TYPE_CHECKING:
+    from experiments.study import Study
 
 STUDIES = Path(__file__).parent / "studies"
 RESULTS = Path(__file__).parent / "results"
@@ -27,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     run = commands.add_parser("run", help="make the runs of studies that a results folder does not have yet")
-    run.add_argument("studies", nargs="+", help="names in experiments/studies, or YAML files; the first matter most")
+    run.add_argument("studies", nargs="+", help="names in experiments/studies, or YAML files, the most important "
+                     "first; NAME:ARM+ARM is some arms of a study")
     run.add_argument("--out", type=Path, required=True, help="results folder; runs that are in it are not made again")
     run.add_argument("--workers", type=int, default=1, help="processes that share the device (default: 1)")
     run.add_argument("--budget", type=float, help="seconds after which to stop; what is missing can be run later")
@@ -50,19 +55,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def study_path(name: str) -> Path:
-    """A study by its name, or by the path of its YAML."""
-    path = Path(name)
-    return path if path.suffix else STUDIES / f"{name}.yaml"
+def named_study(name: str, *, short: bool) -> Study:
+    """A study by its name or the path of its YAML, with all its arms or those after the colon."""
+    from experiments.study import load_study
+
+    name, _, arms = name.partition(":")
+    study = load_study(Path(name) if Path(name).suffix else STUDIES / f"{name}.yaml", short=short)
+    return study.only(arms.split("+")) if arms else study
 
 
 def _run(args: argparse.Namespace) -> int:
     import torch
 
     from experiments.runner import run_studies
-    from experiments.study import load_study
 
-    studies = [load_study(study_path(name), short=args.short) for name in args.studies]
+    studies = [named_study(name, short=args.short) for name in args.studies]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     done, left = run_studies(studies, args.out, workers=args.workers, budget=args.budget, device=device)
     print(f"{done} runs made, {left} left")
@@ -71,10 +78,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _collect(args: argparse.Namespace) -> int:
     from experiments.collect import collect
-    from experiments.study import load_study
 
     for name in args.studies:
-        print(collect(load_study(study_path(name), short=args.short), args.results, args.into))
+        print(collect(named_study(name, short=args.short), args.results, args.into))
     return 0
 
 

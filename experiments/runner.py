@@ -39,27 +39,23 @@ class _Progress:
 def plan(studies: Sequence[Study], done: set[str]) -> list[list[Run]]:
     """The runs that are still to do, in stacks, in the order of their value.
 
-    Stacks hold runs of one cohort, seed by seed. All first stacks come before all second ones, so that what a budget
-    cuts off is the last seeds of every arm and not the last arms; among equals, in the order of the studies.
+    Stacks hold runs of one cohort, seed by seed. One study follows the other; within it all first stacks come before
+    all second ones, so that what a budget cuts off is the last seeds of every arm and not the last arms. Trainings of
+    whole models come last: they cannot be stacked.
     """
-    cohorts: dict[Run, list[Run]] = {}
-    widths: dict[Run, int] = {}
     seen = set(done)
-    for study in studies:
+    ranked: list[tuple[tuple[bool, int, int], list[Run]]] = []
+    for position, study in enumerate(studies):
+        cohorts: dict[Run, list[Run]] = {}
         for _, run in study.runs():
-            if run.id in seen:
-                continue
-            seen.add(run.id)
-            cohort = run.cohort()
-            cohorts.setdefault(cohort, []).append(run)
-            widths[cohort] = 1 if METHODS[run.method].whole else min(study.parallel, widths.get(cohort, study.parallel))
-    ranked: list[tuple[tuple[int, int, int], list[Run]]] = []
-    for position, (cohort, runs) in enumerate(cohorts.items()):
-        runs.sort(key=lambda run: run.seed)  # stable: rates and fractions keep their order
-        width = widths[cohort]
-        for start in range(0, len(runs), width):
+            if run.id not in seen:
+                seen.add(run.id)
+                cohorts.setdefault(run.cohort(), []).append(run)
+        for cohort, runs in cohorts.items():
             whole = METHODS[cohort.method].whole
-            ranked.append(((int(whole), start // width, position), runs[start : start + width]))
+            width = 1 if whole else study.parallel
+            runs.sort(key=lambda run: run.seed)  # stable: rates and fractions keep their order
+            ranked += [((whole, position, i // width), runs[i : i + width]) for i in range(0, len(runs), width)]
     return [runs for _, runs in sorted(ranked, key=lambda entry: entry[0])]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,16 @@ class Study:
     question: str
     arms: Mapping[str, tuple[Run, ...]]
     parallel: int
+
+    def only(self, arms: Collection[str]) -> Study:
+        """The study with some of its arms.
+
+        Raises:
+            ExperimentError: it has no arm of such a name.
+        """
+        if unknown := sorted(set(arms) - set(self.arms)):
+            raise ExperimentError(f"study {self.name}: no arm {unknown}; its arms are {sorted(self.arms)}")
+        return dataclasses.replace(self, arms={name: self.arms[name] for name in arms})
 
     def runs(self) -> Iterator[tuple[str, Run]]:
         """All runs with the names of their arms."""
