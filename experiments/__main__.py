@@ -1,4 +1,4 @@
-"""The command: ``python -m experiments run|collect|report ...``."""
+"""The command: ``python -m experiments run|collect|theory|report ...``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--short", action="store_true")
     collect.set_defaults(function=_collect)
 
+    theory = commands.add_parser("theory", help="the simulation of the paper's regression setting; resumes")
+    theory.add_argument("--out", type=Path, required=True, help="file of JSON lines")
+    theory.add_argument("--into", type=Path, help="also write theory.csv into this folder")
+    theory.add_argument("--short", action="store_true")
+    theory.set_defaults(function=_theory)
+
     report = commands.add_parser("report", help="tables and figures of the studies, from their tidy tables")
     report.add_argument("studies", nargs="*", help="default: all that have a table")
     report.add_argument("--tables", type=Path, default=RESULTS, help="folder of the tidy tables")
@@ -81,6 +87,17 @@ def _collect(args: argparse.Namespace) -> int:
 
     for name in args.studies:
         print(collect(named_study(name, short=args.short), args.results, args.into))
+    return 0
+
+
+def _theory(args: argparse.Namespace) -> int:
+    from experiments.report import theory_table
+    from experiments.theory import load_setting, run_theory
+
+    made, known = run_theory(load_setting(STUDIES / "theory.yaml", short=args.short), args.out)
+    print(f"{made} fits made, {known} were there")
+    if args.into:
+        print(theory_table(args.out, args.into))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,17 @@ def chosen_rates(table: pandas.DataFrame) -> dict[tuple[str, float], float]:
 
 def _tau_curves(table: pandas.DataFrame, found: dict[str, tuple[Store, dict[str, Any]]]) -> pandas.DataFrame:
     """Rows of :data:`CURVE_COLUMNS` for the runs on all of their data with a tau, at the chosen rates."""
-    parts = []
+    parts, missing = [], 0
     chosen = chosen_rates(table)
     for row in table.itertuples():
         whole = row.fraction == table.fraction.max()
         if not whole or row.rate != chosen[row.arm, row.fraction] or not getattr(row, "tau_start", 0.0) > 0.0:
             continue
-        curves, points, layers = found[row.id][0].curves_of(found[row.id][1])
+        recorded = found[row.id][0].curves_of(found[row.id][1])
+        if recorded is None:
+            missing += 1
+            continue
+        curves, points, layers = recorded
         steps, names = len(points), len(layers)
         parts.append(
             pandas.DataFrame({
@@ -90,4 +95,6 @@ def _tau_curves(table: pandas.DataFrame, found: dict[str, tuple[Store, dict[str,
                 "tau": curves["tau"].ravel(), "norm": curves["norm"].ravel(),
             })
         )  # fmt: skip
+    if missing:
+        print(f"{missing} run(s) have no curves in the results folder; their tau is not in the table", file=sys.stderr)
     return pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame(columns=CURVE_COLUMNS)

@@ -74,7 +74,7 @@ def vit_config() -> Any:
     )  # fmt: skip
 
 
-def pretrain(steps: int = PRETRAINING_STEPS, seed: int = 0) -> tuple[nn.Module, float]:
+def pretrain(steps: int, seed: int = 0) -> tuple[nn.Module, float]:
     """Train the ViT to tell letters apart.
 
     Returns:
@@ -104,14 +104,14 @@ def pretrain(steps: int = PRETRAINING_STEPS, seed: int = 0) -> tuple[nn.Module, 
     return model, float((guesses == labels[held_out]).float().mean())
 
 
-def pretrained_vit(cache: Path) -> Any:
-    """The pretrained ViT from ``cache``, where it is put after the first pretraining."""
+def pretrained_vit(cache: Path, steps: int = PRETRAINING_STEPS) -> Any:
+    """The pretrained ViT from ``cache``, where it is put after the first pretraining, of so many steps."""
     from safetensors.torch import load_file, save_file
     from transformers import ViTModel
 
     file = cache / FILE
     if not file.is_file():
-        model, accuracy = pretrain()
+        model, accuracy = pretrain(steps)
         print(f"pretrained the ViT on letters: accuracy {accuracy:.3f} on unseen ones", flush=True)
         cache.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")

@@ -80,22 +80,12 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
 
-    def take_over(self, other: Store) -> int:
-        """Add the runs of another folder that this one does not have; how many there were."""
-        known = self.rows()
-        new = [row for id_, row in other.rows().items() if id_ not in known]
-        self.curves.mkdir(parents=True, exist_ok=True)
-        for name in sorted({row["curves"] for row in new}):
-            part = self.curves / f".{name}.{os.getpid()}"
-            part.write_bytes((other.curves / f"{name}.npz").read_bytes())
-            part.rename(self.curves / f"{name}.npz")
-        if new:
-            self._append(new)
-        return len(new)
-
-    def curves_of(self, row: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
-        """A run's curves, the steps at which tau was recorded, and the layers' names."""
-        with np.load(self.curves / f"{row['curves']}.npz") as stack:
+    def curves_of(self, row: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]] | None:
+        """A run's curves, the steps at which tau was recorded, and the layers' names; None if their file is gone."""
+        file = self.curves / f"{row['curves']}.npz"
+        if not file.is_file():
+            return None
+        with np.load(file) as stack:
             k = int(np.flatnonzero(stack["ids"] == row["id"])[0])
             own = {key: stack[key][k].astype(np.float32) for key in stack.files if key not in _OF_THE_STACK}
             return own, stack["points"], stack["layers"].tolist()

@@ -1,0 +1,148 @@
+"""Write a study's tables and figures: ``STUDY.md`` and its SVG files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas
+import yaml
+
+from experiments import figures, tables
+from experiments.errors import ExperimentError
+from experiments.statistics import mean_interval
+
+__all__ = ["slopes", "write_report"]
+
+STUDIES = Path(__file__).parent / "studies"
+THEORY = "theory"
+
+
+def write_report(names: Sequence[str], folder: Path, into: Path) -> list[Path]:
+    """Report studies from the tables in ``folder``; all that have one if no name is given.
+
+    Returns:
+        The Markdown files.
+
+    Raises:
+        ExperimentError: a study has no table there.
+    """
+    names = list(names) or sorted(path.stem for path in folder.glob("*.csv"))
+    into.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in names:
+        source = folder / f"{name}.csv"
+        if not source.is_file():
+            raise ExperimentError(f"{source} is not there: write it with `python -m experiments collect {name}`")
+        table = pandas.read_csv(source, keep_default_na=True)
+        text = _theory(table, into) if name == THEORY else _study(name, table, folder, into)
+        path = into / f"{name}.md"
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def _head(name: str, note: str) -> list[str]:
+    file = STUDIES / f"{name}.yaml"
+    question = yaml.safe_load(file.read_text(encoding="utf-8"))["question"] if file.is_file() else name
+    return [f"# {name}", "", question, "", note, "", f"    python -m experiments report {name} --into docs/results/experiments", ""]
+
+
+def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
+    arms = table.arm.drop_duplicates().tolist()
+    reference = next((arm for arm in arms if arm.startswith("lora")), arms[0])
+    model, steps, batch = table.model.iloc[0], table.steps.iloc[0], table.batch.iloc[0]
+    devices = ", ".join(sorted(table.device.unique()))
+    note = (
+        f"{len(table)} runs of {model}, {steps} steps of {batch}, on {devices}. For each arm the rate with the best mean "
+        "validation accuracy is chosen; accuracies are of the test part. ± is half a 95% t interval over seeds; "
+        "differences are paired by seed. The spread does not include that of the choice of test examples."
+    )
+    parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, reference)]
+    parts += [f"![accuracy over the learning rate]({figures.plot_rates(table, into / f'{name}-rates.svg').name})", ""]
+    parts += [
+        "## Lost runs by learning rate", "",
+        f"Lost: the loss is not finite, or at the end above {tables.LOST:g} of the first.", "", tables.lost_runs(table),
+    ]  # fmt: skip
+    if table.fraction.nunique() > 1:
+        figure = figures.plot_data(table, into / f"{name}-data.svg").name
+        parts += ["## Over the data", "", tables.accuracy_by_data(table), f"![accuracy over the data]({figure})", ""]
+        parts += [
+            f"Data needed for {reference}'s accuracy, as a multiple of {reference}'s: below 1 is a saving. In brackets "
+            "the 95% bootstrap interval over seeds.", "", tables.data_needed(table, reference),
+        ]  # fmt: skip
+    if "effective_rank" in table and table.effective_rank.notna().any():
+        parts += ["## The factors", "", tables.factor_table(table)]
+    parts += _tau(name, folder, into)
+    return "\n".join(parts)
+
+
+def _tau(name: str, folder: Path, into: Path) -> list[str]:
+    file = folder / f"{name}.tau.parquet"
+    if not file.is_file():
+        return []
+    curves = pandas.read_parquet(file)
+    rows = []
+    for arm, own in curves.groupby("arm", observed=True):
+        first, last = own[own.step == own.step.min()], own[own.step == own.step.max()]
+        change = (last.tau / last.norm).to_numpy() / (first.tau / first.norm).to_numpy()
+        by_seed = last.assign(change=change).groupby("seed").change.mean()
+        interval = mean_interval(by_seed.tolist())
+        rows.append([
+            str(arm), f"{own.rate.iloc[0]:g}", str(interval.count), f"{(first.tau / first.norm).mean():.4f}",
+            f"{(last.tau / last.norm).mean():.4f}", f"{change.min():.2f} to {change.max():.2f}",
+            f"{interval.value:.3f} ± {interval.half:.3f}",
+        ])  # fmt: skip
+    header = ["arm", "rate", "seeds", "tau / norm, first", "last", "factor of change, over layers and seeds", "mean"]
+    parts = ["## tau", "", tables.markdown(header, rows)]
+    moving = [str(arm) for arm, own in curves.groupby("arm", observed=True) if own.groupby("layer", observed=True).tau.std().max() > 0]
+    for arm in [arm for arm in ("doran", "block", "leaky_relu", "relative_0.1") if arm in moving][:1]:
+        figure = figures.plot_tau(curves, arm, into / f"{name}-tau.svg").name
+        parts += [f"![tau of {arm}]({figure})", ""]
+    return parts
+
+
+def slopes(table: pandas.DataFrame, name: str) -> pandas.DataFrame:
+    """Slope of ``log error`` over ``log samples`` for each family and number of experts, one per seed."""
+    rows = []
+    for (family, fitted, seed), part in table.groupby(["family", "fitted_experts", "seed"]):
+        slope = np.polyfit(np.log(part.samples), np.log(part[name].clip(lower=1e-12)), 1)[0]
+        rows.append({"family": family, "fitted_experts": fitted, "seed": seed, "slope": slope})
+    return pandas.DataFrame(rows)
+
+
+def _theory(table: pandas.DataFrame, into: Path) -> str:
+    # A seed counts when it has all sizes.
+    full = table.groupby(["family", "fitted_experts", "seed"]).samples.transform("size") == table.samples.nunique()
+    table = table[full]
+    note = (
+        f"{len(table)} fits on a CPU. ± is half a 95% t interval over seeds (truth, data and start); errors at the "
+        "most samples are medians."
+    )
+    rows = []
+    for (family, fitted), part in table.groupby(["family", "fitted_experts"]):
+        cells = []
+        for name in ("function_error", "factor_error"):
+            own = slopes(part, name)
+            interval = mean_interval(own.slope.tolist())
+            last = part[part.samples == part.samples.max()][name].median()
+            cells += [f"{interval.value:.2f} ± {interval.half:.2f}", f"{last:.3g}"]
+        met = part.converged.mean()
+        rows.append([str(family), str(fitted), str(part.parameters.iloc[0]), str(part.seed.nunique()), *cells, f"{met:.0%}"])
+    header = [
+        "factors", "experts fitted", "parameters", "seeds", "slope of the function's error", f"error at n = {table.samples.max()}",
+        "slope of the factors' error", f"error at n = {table.samples.max()}", "converged",
+    ]  # fmt: skip
+    figure = figures.plot_theory(table, into / "theory.svg").name
+    return "\n".join([*_head(THEORY, note), tables.markdown(header, rows), f"![errors over samples]({figure})", ""])
+
+
+def theory_table(lines: Path, into: Path) -> Path:
+    """``theory.csv`` from the simulation's JSON lines."""
+    rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    into.mkdir(parents=True, exist_ok=True)
+    path = into / f"{THEORY}.csv"
+    pandas.DataFrame(rows).to_csv(path, index=False)
+    return path

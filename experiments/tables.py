@@ -1,0 +1,123 @@
+"""Markdown tables of a study, from its tidy table. Intervals are 95% t intervals over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas
+
+from experiments.collect import chosen_rates
+from experiments.statistics import Interval, data_ratio, mean_interval, paired_difference
+
+__all__ = ["accuracy_by_data", "at_chosen_rates", "data_needed", "factor_table", "lost_runs", "markdown", "summary"]
+
+LOST = 0.95
+"""A run is lost when its loss is not finite, or its last tenth's mean is above this share of the first loss."""
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def at_chosen_rates(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows at each arm's and share's rate of best validation accuracy."""
+    chosen = chosen_rates(table)
+    keep = [chosen[row.arm, row.fraction] == row.rate for row in table.itertuples()]
+    return table[keep]
+
+
+def _by_seed(rows: pandas.DataFrame) -> dict[int, float]:
+    return dict(zip(rows.seed.tolist(), (100 * rows.test_accuracy).tolist(), strict=True))
+
+
+def _show(interval: Interval | None, *, sign: bool = False) -> str:
+    if interval is None:
+        return ""
+    number = f"{interval.value:+.2f}" if sign else f"{interval.value:.2f}"
+    return number if np.isnan(interval.half) else f"{number} ± {interval.half:.2f}"
+
+
+def summary(table: pandas.DataFrame, reference: str) -> str:
+    """Each arm at its chosen rate on all of its data: test accuracy in percent, and the difference from the reference."""
+    best = at_chosen_rates(table[table.fraction == table.fraction.max()])
+    base = _by_seed(best[best.arm == reference])
+    rows = []
+    for arm in table.arm.drop_duplicates():
+        own = best[best.arm == arm]
+        if own.empty:
+            continue
+        values = _by_seed(own)
+        difference = None if arm == reference else paired_difference(values, base)
+        rows.append([
+            arm, str(own["rank"].iloc[0]), f"{own.parameters.iloc[0]:,}", f"{own.rate.iloc[0]:g}", str(len(own)),
+            _show(mean_interval(list(values.values()))), _show(difference, sign=True),
+        ])  # fmt: skip
+    header = ["arm", "rank", "parameters", "rate", "seeds", "test accuracy, %", f"minus {reference}, points"]
+    return markdown(header, rows)
+
+
+def lost_runs(table: pandas.DataFrame) -> str:
+    """How many runs of each arm and rate were lost."""
+    whole = table[table.fraction == table.fraction.max()]
+    lost = whole.last_loss.isna() | (whole.last_loss > LOST * whole.first_loss)
+    counts = whole.assign(lost=lost).groupby(["arm", "rate"]).lost.agg(["sum", "size"])
+    rates = sorted(whole.rate.unique())
+    rows = []
+    for arm in table.arm.drop_duplicates():
+        cells = [counts.loc[(arm, rate)] if (arm, rate) in counts.index else None for rate in rates]
+        rows.append([arm, *("" if cell is None else f"{cell['sum']}/{cell['size']}" for cell in cells)])
+    return markdown(["arm", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def accuracy_by_data(table: pandas.DataFrame) -> str:
+    """Test accuracy in percent at each share of the data, each at the rate chosen for that share."""
+    best = at_chosen_rates(table)
+    fractions = sorted(table.fraction.unique())
+    rows = []
+    for arm in table.arm.drop_duplicates():
+        own = [best[(best.arm == arm) & (best.fraction == fraction)] for fraction in fractions]
+        cells = [_show(mean_interval(list(_by_seed(part).values()))) if len(part) else "" for part in own]
+        rows.append([arm, *cells, str(min(len(part) for part in own))])
+    return markdown(["arm", *(f"{100 * fraction:g}%" for fraction in fractions), "seeds"], rows)
+
+
+def data_needed(table: pandas.DataFrame, reference: str) -> str:
+    """For each arm, how many times the reference's data it needs for the reference's accuracy at each share."""
+    best = at_chosen_rates(table)
+    fractions = sorted(float(f) for f in table.fraction.unique())
+    curves = {
+        str(arm): part.pivot_table(index="seed", columns="fraction", values="test_accuracy")
+        for arm, part in best.groupby("arm")
+    }
+    theirs = curves[reference]
+    rows = []
+    for arm in table.arm.drop_duplicates():
+        ours = curves[arm]
+        seeds = ours.dropna().index.intersection(theirs.dropna().index)
+        if arm == reference or list(ours.columns) != fractions or len(seeds) < 3:
+            continue
+        cells = []
+        for at in range(1, len(fractions)):
+            value, low, high = data_ratio(fractions, ours.loc[seeds].to_numpy(), theirs.loc[seeds].to_numpy(), at)
+            cells.append(f"{_times(value)} ({_times(low)} to {_times(high)})")
+        rows.append([arm, *cells, str(len(seeds))])
+    return markdown(["arm", *(f"at {100 * f:g}%" for f in fractions[1:]), "seeds"], rows)
+
+
+def _times(ratio: float) -> str:
+    return "not reached" if np.isinf(ratio) else f"{ratio:.2f}"
+
+
+def factor_table(table: pandas.DataFrame) -> str:
+    """Effective rank of the updates and cosine between layers' updates, at each arm's chosen rate."""
+    best = at_chosen_rates(table[table.fraction == table.fraction.max()])
+    rows = []
+    for arm in table.arm.drop_duplicates():
+        own = best[best.arm == arm].dropna(subset=["effective_rank"])
+        if len(own):
+            spread = [mean_interval(own[name].tolist()) for name in ("effective_rank", "update_similarity")]
+            rows.append([arm, str(own["rank"].iloc[0]), str(len(own)), *map(_show, spread)])
+    return markdown(["arm", "rank", "seeds", "effective rank", "cosine between layers"], rows)

@@ -1,0 +1,79 @@
+"""The road from studies to tables, in the studies' short forms: real models and data, real training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas
+import pytest
+
+from experiments.__main__ import STUDIES, main
+from experiments.collect import KEYS
+from experiments.digits import pretrained_vit
+from experiments.store import Store
+
+TRAINED = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.stem != "theory")
+MEASURES = ["rank", "parameters", "validation_accuracy", "test_accuracy", "first_loss", "last_loss", "spikes", "diverged"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All studies in their short form, in one results folder."""
+    folder = tmp_path_factory.mktemp("results")
+    pretrained_vit(folder / "models", steps=300)
+    assert main(["run", *TRAINED, "--short", "--out", str(folder), "--device", "cpu"]) == 0
+    return folder
+
+
+def test_a_second_call_runs_nothing(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Store(results).file.read_bytes()
+    assert main(["run", *TRAINED, "--short", "--out", str(results), "--device", "cpu"]) == 0
+    assert "0 runs made, 0 left" in capsys.readouterr().out
+    assert Store(results).file.read_bytes() == before
+
+
+@pytest.mark.parametrize("study", TRAINED)
+def test_each_study_has_its_tidy_table_and_report(results: Path, tmp_path: Path, study: str) -> None:
+    assert main(["collect", study, "--short", "--results", str(results), "--into", str(tmp_path)]) == 0
+    table = pandas.read_csv(tmp_path / f"{study}.csv")
+    assert table.columns.tolist()[: len(KEYS)] == KEYS
+    assert set(MEASURES) <= set(table.columns)
+    assert table.id.is_unique
+    assert table.test_accuracy.between(0, 1).all()
+    assert main(["report", study, "--tables", str(tmp_path), "--into", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / f"{study}.md").read_text(encoding="utf-8")
+    for arm in table.arm.unique():
+        assert f"| {arm} |" in page
+    assert (tmp_path / "page" / f"{study}-rates.svg").stat().st_size > 1000
+
+
+def test_what_was_trained_has_learned(results: Path, tmp_path: Path) -> None:
+    main(["collect", "digits", "--short", "--results", str(results), "--into", str(tmp_path)])
+    table = pandas.read_csv(tmp_path / "digits.csv")
+    accuracy = table.groupby("arm").test_accuracy.mean()
+    assert accuracy["head"] > 0.3  # 0.1 by guessing
+    assert (accuracy[["lora", "doran", "full"]] > accuracy["head"] + 0.05).all()
+    assert (table.last_loss < 0.8 * table.first_loss).all()
+    curves = pandas.read_parquet(tmp_path / "digits.tau.parquet")
+    assert set(curves.arm) == {"doran"}
+    assert (curves.tau > 0).all()
+    assert curves.groupby("layer").tau.nunique().min() > 1  # a learned tau moves
+
+
+def test_the_theory_resumes_and_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["theory", "--short", "--out", str(tmp_path / "fits.jsonl"), "--into", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "12 fits made, 0 were there" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "0 fits made, 12 were there" in capsys.readouterr().out
+    assert main(["report", "theory", "--tables", str(tmp_path), "--into", str(tmp_path)]) == 0
+    page = (tmp_path / "theory.md").read_text(encoding="utf-8")
+    assert "| shared | 2 | 22 | 3 |" in page
+    assert "| separate | 2 | 34 | 3 |" in page
+
+
+def test_a_study_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["collect", "tau", "--results", str(tmp_path), "--into", str(tmp_path)]) == 2
+    assert "none of its runs is in" in capsys.readouterr().err
+    assert main(["report", "tau", "--tables", str(tmp_path), "--into", str(tmp_path)]) == 2
+    assert "tau.csv is not there" in capsys.readouterr().err

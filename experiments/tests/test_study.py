@@ -1,0 +1,118 @@
+"""Studies, their order, and the results folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.__main__ import STUDIES, main, named_study
+from experiments.errors import ExperimentError
+from experiments.runner import plan
+from experiments.store import Store
+from experiments.study import load_study
+from experiments.train import Outcome
+
+TRAINED = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.stem != "theory")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_study_has_five_seeds_and_a_rate_sweep(name: str) -> None:
+    study = named_study(name, short=False)
+    for arm, runs in study.arms.items():
+        assert len({run.seed for run in runs}) >= 5, arm
+        assert len({run.rate for run in runs}) >= 2, arm
+    assert len({run.id for _, run in study.runs()}) == sum(1 for _ in study.runs())
+    assert len(list(named_study(name, short=True).runs())) <= 8
+
+
+def test_every_field_of_a_run_changes_its_id() -> None:
+    run = next(iter(named_study("tau", short=False).runs()))[1]
+    others = {
+        dataclasses.replace(run, **{entry.name: "other"}).id
+        for entry in dataclasses.fields(run)  # type: ignore[arg-type]
+    }
+    assert len(others | {run.id}) == len(dataclasses.fields(run)) + 1
+
+
+def test_stacks_hold_one_cohort_and_low_seeds_come_first() -> None:
+    studies = [named_study("sample_efficiency:lora+doran", short=False), named_study("smollm2:lora", short=False)]
+    stacks = plan(studies, set())
+    assert sum(map(len, stacks)) == sum(1 for study in studies for _ in study.runs())
+    assert all(len({run.cohort() for run in stack}) == 1 for stack in stacks)
+    assert [stack[0].model for stack in stacks] == sorted(stack[0].model for stack in stacks)
+    firsts = [(stack[0].method, max(run.seed for run in stack)) for stack in stacks[:2]]
+    assert {method for method, _ in firsts} == {"lora", "doran"}
+    assert max(seed for _, seed in firsts) < 4
+    done = {run.id for run in stacks[0]}
+    assert [run.id for stack in plan(studies, done) for run in stack if run.id in done] == []
+
+
+def test_whole_models_come_last_and_alone() -> None:
+    stacks = plan([named_study("digits", short=False), named_study("tau", short=False)], set())
+    whole = [stack[0].method == "full" for stack in stacks]
+    assert whole == sorted(whole)
+    assert all(len(stack) == 1 for stack, alone in zip(stacks, whole, strict=True) if alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("surprise: 1", r"unknown key\(s\) \['surprise'\]"),
+        ("rates: 0.1", r"rates of arm 'doran': expected a list, got 0.1"),
+        ("fractions: [2.0]", r"fractions of arm 'doran': expected shares in \(0, 1\], got 2.0"),
+        ("arms: {dorann: {}}", r"arms.dorann: unknown method 'dorann'"),
+        ("match: size", r"unknown key\(s\) \['match'\]"),
+    ],
+)
+def test_a_wrong_study_is_refused_by_name(tmp_path: Path, change: str, message: str) -> None:
+    key = change.partition(":")[0]
+    text = (STUDIES / "tau.yaml").read_text(encoding="utf-8").partition("short:")[0]
+    head, _, arms = text.partition("arms:")
+    if key == "arms":
+        arms = ""
+    lines = [line for line in head.splitlines() if not line.startswith(f"{key}:")]
+    file = tmp_path / "wrong.yaml"
+    file.write_text("\n".join([*lines, change, *([f"arms:{arms}"] if arms else [])]), encoding="utf-8")
+    with pytest.raises(ExperimentError, match=message):
+        load_study(file)
+
+
+def test_an_unknown_arm_and_a_missing_study_end_the_command_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "tau:nothing", "--out", str(tmp_path)]) == 2
+    assert "no arm ['nothing']" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
+    assert "none.yaml: cannot be read as a study" in capsys.readouterr().err
+
+
+def outcome(*ids: str) -> Outcome:
+    rows = [{"id": name, "value": i} for i, name in enumerate(ids)]
+    return Outcome(rows, {"loss": np.arange(2 * len(ids)).reshape(-1, 2) / 7}, [], [])
+
+
+def test_a_write_that_was_cut_off_is_forgotten_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.add(outcome("a", "b"))
+    with store.file.open("a") as file:
+        file.write('{"id": "c", "val')
+    assert list(store.rows()) == ["a", "b"]
+    store.add(outcome("d"))
+    rows = store.rows()
+    assert list(rows) == ["a", "b", "d"]
+    recorded = store.curves_of(rows["b"])
+    assert recorded is not None
+    assert recorded[0]["loss"] == pytest.approx([2 / 7, 3 / 7], rel=1e-3)
+    (store.curves / "d.npz").unlink()
+    assert store.curves_of(rows["d"]) is None
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.add(outcome("a"))
+    store.file.write_text(store.file.read_text() + "nonsense\n")
+    with pytest.raises(ExperimentError, match=r"runs\.jsonl, line 2: not a run's record"):
+        store.rows()

@@ -1,0 +1,51 @@
+"""The simulation: its two families hold the same truth, and its fits are least squares."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from experiments import theory
+from experiments.theory import Setting, fit
+
+SETTING = Setting(
+    dimension=4, hidden=1, true_experts=2, fitted_experts=2, family="shared", samples=300, noise=0.0, seed=0
+)
+
+
+@pytest.mark.parametrize("family", ["shared", "separate"])
+def test_without_noise_the_truth_is_found(family: theory.Family) -> None:
+    found = fit(dataclasses.replace(SETTING, family=family))
+    assert found.function_error < 1e-4
+    assert found.factor_error < 1e-2
+
+
+def test_noise_makes_errors_and_data_makes_them_small() -> None:
+    few, many = (fit(dataclasses.replace(SETTING, noise=0.3, samples=n)).function_error for n in (100, 1600))
+    assert many < few / 2
+    # A least squares fit of p parameters to n outputs of d numbers errs by about noise * sqrt(p / n).
+    assert many == pytest.approx(0.3 * (22 / 1600) ** 0.5, rel=0.7)
+
+
+def test_one_expert_that_dominates_is_a_linear_map() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64)
+    query = torch.zeros(2, 3, 3, dtype=torch.float64)
+    value = torch.randn(2, 3, 3, dtype=torch.float64)
+    frozen = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    bias = torch.tensor([40.0, -40.0], dtype=torch.float64)
+    assert torch.allclose(theory.mixture(x, (query, value, bias), frozen), x @ (frozen[1] + value[0]).T)
+
+
+def test_the_voronoi_loss_is_0_at_the_truth_also_with_an_expert_told_twice() -> None:
+    torch.manual_seed(0)
+    query, value = torch.randn(2, 3, 3), torch.randn(2, 3, 3)
+    truth = query, value, torch.zeros(2)
+    twice = [0, 0, 1]
+    split_gate = torch.tensor([0.5, 0.5, 1.0]).log()
+    assert theory._voronoi(truth, truth) == pytest.approx(0.0, abs=1e-6)
+    assert theory._voronoi((query[twice], value[twice], split_gate), truth) == pytest.approx(0.0, abs=1e-6)
+    moved = query.clone()
+    moved[0, 0, 0] += 0.01
+    assert theory._voronoi((moved, value, torch.zeros(2)), truth) == pytest.approx(0.005, rel=1e-3)
