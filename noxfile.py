@@ -29,6 +29,7 @@ nox.options.sessions = [
     "hf",
     "export",
     "serve",
+    "experiments",
 ]
 nox.options.error_on_missing_interpreters = True
 nox.needs_version = ">=2024.4.15"
@@ -126,6 +127,16 @@ def serve(session: nox.Session) -> None:
     install(session, "serve", extra={"serve": "[test]"})
     install_models(session, "smollm2")
     test(session, "packages/doran-serve/tests")
+
+
+@nox.session
+def experiments(session: nox.Session) -> None:
+    """The runner of the studies, with each study in its short form, against PEFT and plain training loops."""
+    install(session, "core")
+    session.install("peft>=0.21,<0.22", "transformers>=5.16,<5.20", "accelerate>=1.10", "pytest>=8", "pyyaml")
+    session.install("scikit-learn>=1.4", "pandas>=2.2", "pyarrow>=15", "matplotlib>=3.8")
+    install_models(session, "smollm2", "minilm", "reviews")
+    test(session, "experiments/tests")
 
 
 @nox.session

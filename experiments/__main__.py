@@ -31,12 +31,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     run = commands.add_parser("run", help="make the runs of studies that a results folder does not have yet")
-    run.add_argument("studies", nargs="+", help="names in experiments/studies, or YAML files, the most important "
-                     "first; NAME:ARM+ARM is some arms of a study")
+    run.add_argument(
+        "studies",
+        nargs="+",
+        help="names in experiments/studies, or YAML files, the most important "
+        "first; NAME:ARM+ARM is some arms of a study",
+    )
     run.add_argument("--out", type=Path, required=True, help="results folder; runs that are in it are not made again")
     run.add_argument("--workers", type=int, default=1, help="processes that share the device (default: 1)")
     run.add_argument("--budget", type=float, help="seconds after which to stop; what is missing can be run later")
     run.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    run.add_argument("--known", type=Path, help="folder of tidy tables; the runs in them are not made again either")
     run.add_argument("--short", action="store_true", help="the studies' short form: shows that the road holds")
     run.set_defaults(function=_run)
 
@@ -73,11 +78,13 @@ def named_study(name: str, *, short: bool) -> Study:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
+    from experiments.collect import known_runs
     from experiments.runner import run_studies
 
+    known = known_runs(args.known) if args.known else set()
     studies = [named_study(name, short=args.short) for name in args.studies]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    done, left = run_studies(studies, args.out, workers=args.workers, budget=args.budget, device=device)
+    done, left = run_studies(studies, args.out, workers=args.workers, budget=args.budget, device=device, known=known)
     print(f"{done} runs made, {left} left")
     return 0
 

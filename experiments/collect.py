@@ -13,7 +13,7 @@ from experiments.errors import ExperimentError
 from experiments.store import Store
 from experiments.study import Study
 
-__all__ = ["CURVE_COLUMNS", "KEYS", "chosen_rates", "collect"]
+__all__ = ["CURVE_COLUMNS", "KEYS", "chosen_rates", "collect", "known_runs"]
 
 KEYS = ["arm", "model", "method", "options", "fraction", "rate", "seed", "steps", "batch"]
 """First columns of a table; the measures follow."""
@@ -23,6 +23,8 @@ _NOT_TIDY = ("curves",)
 
 def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
     """Write ``STUDY.csv``, a row per run, and ``STUDY.tau.parquet``, tau by layer and step at each arm's chosen rate.
+
+    Runs that the tables in ``into`` have already, and the folders do not, stay in them.
 
     Args:
         study: which runs.
@@ -35,30 +37,38 @@ def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
     Raises:
         ExperimentError: no run of the study is there.
     """
-    stores = [Store(folder) for folder in folders]
+    path, curves_path = into / f"{study.name}.csv", into / f"{study.name}.tau.parquet"
     found: dict[str, tuple[Store, dict[str, Any]]] = {}
-    for store in reversed(stores):
+    for store in [Store(folder) for folder in reversed(folders)]:
         found.update({id_: (store, row) for id_, row in store.rows().items()})
+    earlier = _earlier_rows(path)
     records = []
     for arm, run in study.runs():
-        if run.id not in found:
+        if run.id in found:
+            measures = {key: value for key, value in found[run.id][1].items() if key not in _NOT_TIDY}
+        elif run.id in earlier:
+            measures = {key: value for key, value in earlier[run.id].items() if key not in KEYS}
+        else:
             continue
         options = " ".join(f"{key}={value}" for key, value in run.options)
-        spec = {"arm": arm, "options": options} | {key: getattr(run, key) for key in KEYS if hasattr(run, key)}
-        spec["options"] = options
-        measures = {key: value for key, value in found[run.id][1].items() if key not in _NOT_TIDY}
-        records.append({**spec, **measures})
+        spec = {key: getattr(run, key) for key in KEYS if key not in ("arm", "options")}
+        records.append({"arm": arm, "options": options, **spec, **measures})
     if not records:
         raise ExperimentError(f"study {study.name}: none of its runs is in {', '.join(map(str, folders))}")
     table = pandas.DataFrame(records)
     table = table[[*KEYS, *(name for name in table.columns if name not in KEYS)]]
+    curves = _tau_curves(table, found, curves_path)
     into.mkdir(parents=True, exist_ok=True)
-    path = into / f"{study.name}.csv"
     table.to_csv(path, index=False)
-    curves = _tau_curves(table, found)
     if len(curves):
-        curves.to_parquet(into / f"{study.name}.tau.parquet", index=False)
+        curves.to_parquet(curves_path, index=False)
     return path
+
+
+def _earlier_rows(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    return {row["id"]: row for row in pandas.read_csv(path, keep_default_na=True).to_dict("records")}
 
 
 def chosen_rates(table: pandas.DataFrame) -> dict[tuple[str, float], float]:
@@ -74,27 +84,42 @@ def chosen_rates(table: pandas.DataFrame) -> dict[tuple[str, float], float]:
     return chosen
 
 
-def _tau_curves(table: pandas.DataFrame, found: dict[str, tuple[Store, dict[str, Any]]]) -> pandas.DataFrame:
+def _tau_curves(
+    table: pandas.DataFrame, found: dict[str, tuple[Store, dict[str, Any]]], earlier: Path
+) -> pandas.DataFrame:
     """Rows of :data:`CURVE_COLUMNS` for the runs on all of their data with a tau, at the chosen rates."""
+    known = pandas.read_parquet(earlier) if earlier.is_file() else pandas.DataFrame(columns=CURVE_COLUMNS)
     parts, missing = [], 0
     chosen = chosen_rates(table)
     for row in table.itertuples():
         whole = row.fraction == table.fraction.max()
         if not whole or row.rate != chosen[row.arm, row.fraction] or not getattr(row, "tau_start", 0.0) > 0.0:
             continue
-        recorded = found[row.id][0].curves_of(found[row.id][1])
+        recorded = found[row.id][0].curves_of(found[row.id][1]) if row.id in found else None
         if recorded is None:
-            missing += 1
+            own = known[(known.arm == row.arm) & (known.rate == row.rate) & (known.seed == row.seed)]
+            missing += own.empty
+            parts.append(own.astype({"layer": str}))
             continue
         curves, points, layers = recorded
         steps, names = len(points), len(layers)
         parts.append(
             pandas.DataFrame({
-                "arm": row.arm, "rate": row.rate, "seed": row.seed,
-                "layer": pandas.Categorical(layers * steps), "step": points.repeat(names).astype("int32"),
+                "arm": row.arm, "rate": row.rate, "seed": row.seed, "layer": layers * steps,
+                "step": points.repeat(names).astype("int32"),
                 "tau": curves["tau"].ravel(), "norm": curves["norm"].ravel(),
             })
         )  # fmt: skip
     if missing:
         print(f"{missing} run(s) have no curves in the results folder; their tau is not in the table", file=sys.stderr)
     return pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame(columns=CURVE_COLUMNS)
+
+
+def known_runs(folder: Path) -> set[str]:
+    """Ids of all runs in the tidy tables of a folder."""
+    ids: set[str] = set()
+    for path in sorted(folder.glob("*.csv")):
+        table = pandas.read_csv(path)
+        if "id" in table:
+            ids |= set(table["id"])
+    return ids

@@ -1,4 +1,4 @@
-"""Examples and the order in which a run sees them. Texts of like length go together, so that little padding is computed."""
+"""Examples and the order in which a run sees them. Texts of like length go together, to save padding."""
 
 from __future__ import annotations
 

@@ -47,7 +47,16 @@ def write_report(names: Sequence[str], folder: Path, into: Path) -> list[Path]:
 def _head(name: str, note: str) -> list[str]:
     file = STUDIES / f"{name}.yaml"
     question = yaml.safe_load(file.read_text(encoding="utf-8"))["question"] if file.is_file() else name
-    return [f"# {name}", "", question, "", note, "", f"    python -m experiments report {name} --into docs/results/experiments", ""]
+    return [
+        f"# {name}",
+        "",
+        question,
+        "",
+        note,
+        "",
+        f"    python -m experiments report {name} --into docs/results/experiments",
+        "",
+    ]
 
 
 def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
@@ -56,8 +65,8 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     model, steps, batch = table.model.iloc[0], table.steps.iloc[0], table.batch.iloc[0]
     devices = ", ".join(sorted(table.device.unique()))
     note = (
-        f"{len(table)} runs of {model}, {steps} steps of {batch}, on {devices}. For each arm the rate with the best mean "
-        "validation accuracy is chosen; accuracies are of the test part. ± is half a 95% t interval over seeds; "
+        f"{len(table)} runs of {model}, {steps} steps of {batch}, on {devices}. For each arm the rate with the best "
+        "mean validation accuracy is chosen; accuracies are of the test part. ± is half a 95% t interval over seeds; "
         "differences are paired by seed. The spread does not include that of the choice of test examples."
     )
     parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, reference)]
@@ -70,8 +79,11 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
         figure = figures.plot_data(table, into / f"{name}-data.svg").name
         parts += ["## Over the data", "", tables.accuracy_by_data(table), f"![accuracy over the data]({figure})", ""]
         parts += [
-            f"Data needed for {reference}'s accuracy, as a multiple of {reference}'s: below 1 is a saving. In brackets "
-            "the 95% bootstrap interval over seeds.", "", tables.data_needed(table, reference),
+            (
+                f"Data needed for {reference}'s accuracy, as a multiple of {reference}'s: below 1 is a saving. In brackets "
+                "the 95% bootstrap interval over seeds."
+            ),
+            "", tables.data_needed(table, reference),
         ]  # fmt: skip
     if "effective_rank" in table and table.effective_rank.notna().any():
         parts += ["## The factors", "", tables.factor_table(table)]
@@ -97,7 +109,11 @@ def _tau(name: str, folder: Path, into: Path) -> list[str]:
         ])  # fmt: skip
     header = ["arm", "rate", "seeds", "tau / norm, first", "last", "factor of change, over layers and seeds", "mean"]
     parts = ["## tau", "", tables.markdown(header, rows)]
-    moving = [str(arm) for arm, own in curves.groupby("arm", observed=True) if own.groupby("layer", observed=True).tau.std().max() > 0]
+    moving = [
+        str(arm)
+        for arm, own in curves.groupby("arm", observed=True)
+        if own.groupby("layer", observed=True).tau.std().max() > 0
+    ]
     for arm in [arm for arm in ("doran", "block", "leaky_relu", "relative_0.1") if arm in moving][:1]:
         figure = figures.plot_tau(curves, arm, into / f"{name}-tau.svg").name
         parts += [f"![tau of {arm}]({figure})", ""]
@@ -130,10 +146,13 @@ def _theory(table: pandas.DataFrame, into: Path) -> str:
             last = part[part.samples == part.samples.max()][name].median()
             cells += [f"{interval.value:.2f} ± {interval.half:.2f}", f"{last:.3g}"]
         met = part.converged.mean()
-        rows.append([str(family), str(fitted), str(part.parameters.iloc[0]), str(part.seed.nunique()), *cells, f"{met:.0%}"])
+        rows.append(
+            [str(family), str(fitted), str(part.parameters.iloc[0]), str(part.seed.nunique()), *cells, f"{met:.0%}"]
+        )
+    at = f"error at n = {table.samples.max()}"
     header = [
-        "factors", "experts fitted", "parameters", "seeds", "slope of the function's error", f"error at n = {table.samples.max()}",
-        "slope of the factors' error", f"error at n = {table.samples.max()}", "converged",
+        "factors", "experts fitted", "parameters", "seeds", "slope of the function's error", at,
+        "slope of the factors' error", at, "converged",
     ]  # fmt: skip
     figure = figures.plot_theory(table, into / "theory.svg").name
     return "\n".join([*_head(THEORY, note), tables.markdown(header, rows), f"![errors over samples]({figure})", ""])

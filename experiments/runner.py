@@ -60,7 +60,7 @@ def plan(studies: Sequence[Study], done: set[str]) -> list[list[Run]]:
 
 
 def run_studies(
-    studies: Sequence[Study], folder: Path, *, workers: int, budget: float | None, device: str
+    studies: Sequence[Study], folder: Path, *, workers: int, budget: float | None, device: str, known: set[str]
 ) -> tuple[int, int]:
     """Run what is not in the folder yet.
 
@@ -70,6 +70,7 @@ def run_studies(
         workers: processes that share the device.
         budget: seconds after which nothing new is begun, and by which what was begun should be done; None for no end.
         device: cpu or cuda.
+        known: ids of runs whose results are kept elsewhere, and that are not made again either.
 
     Returns:
         How many runs were made, and how many are left.
@@ -79,7 +80,7 @@ def run_studies(
     """
     started = time.monotonic()
     store = Store(folder)
-    stacks = plan(studies, set(store.rows()))
+    stacks = plan(studies, known | set(store.rows()))
     total = sum(map(len, stacks))
     print(f"{total} runs to do in {len(stacks)} stacks, {workers} worker(s) on {device}", flush=True)
     if not stacks:
@@ -134,9 +135,7 @@ def _watch(processes: Sequence[Any], reports: Any, total: int, started: float) -
     return done, errors
 
 
-def _work(
-    todo: Any, reports: Any, folder: Path, device_name: str, deadline: float | None, workers: int
-) -> None:
+def _work(todo: Any, reports: Any, folder: Path, device_name: str, deadline: float | None, workers: int) -> None:
     """A worker process: one stack after the other until the queue ends or the time would not suffice."""
     device = torch.device(device_name)
     torch.set_num_threads(max(1, torch.get_num_threads() // workers) if device.type == "cpu" else 2)

@@ -1,8 +1,9 @@
 """Many runs in one model: the frozen base serves all of them in one batch, and only the adapters are per run.
 
-The batch holds K runs one after the other, ``[K * N, ...]``. An adapted layer multiplies all of it by W0 at once and adds
-each run's own update. A, B and c of each run come from doran_core's adapters, mapped over the stacked parameters; the
-runs do not see each other, so a run in a stack is the run that it would be alone, but for rounding (a test holds that).
+The batch holds K runs one after the other, ``[K * N, ...]``. An adapted layer multiplies all of it by W0 at once and
+adds each run's own update. A, B and c of each run come from doran_core's adapters, mapped over the stacked parameters;
+the runs do not see each other, so a run in a stack is the run that it would be alone, but for rounding (a test holds
+that). Masks and noise are the exception: they are drawn for the stack, so other company gives other draws.
 """
 
 from __future__ import annotations
@@ -123,10 +124,7 @@ class StackedAdapters:
         """The parameters by name, views of ``flat`` with K in front."""
         sizes = [shape.numel() for shape in self._shapes.values()]
         parts = self.flat.split(sizes, dim=1)
-        return {
-            name: part.reshape(-1, *shape)
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-        }
+        return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def _map(self, function: Callable[[], Any]) -> Any:
         """``function`` for each run, with the run's parameters in the adapters; results have K in front."""

@@ -1,4 +1,4 @@
-"""Means with intervals over seeds, differences of paired runs, and how much data one method needs for another's accuracy."""
+"""Intervals over seeds, differences of paired runs, and the data that one method needs for another's accuracy."""
 
 from __future__ import annotations
 

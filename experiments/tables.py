@@ -41,7 +41,7 @@ def _show(interval: Interval | None, *, sign: bool = False) -> str:
 
 
 def summary(table: pandas.DataFrame, reference: str) -> str:
-    """Each arm at its chosen rate on all of its data: test accuracy in percent, and the difference from the reference."""
+    """Each arm at its chosen rate on all of its data: test accuracy in percent, and its difference to the reference."""
     best = at_chosen_rates(table[table.fraction == table.fraction.max()])
     base = _by_seed(best[best.arm == reference])
     rows = []

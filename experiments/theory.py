@@ -2,14 +2,17 @@
 
 The paper reads an adapted attention head as a mixture of experts. Here, with x ~ N(0, I) in R^d, r = 1 and frozen M,
 
-    f_G(x) = sum_j softmax_j( x' (M_Q + B_Qj A_Qj) x / d + c_j )  (M_V + B_Vj A_Vj) x,    y = f_G*(x) + noise.
+    f_G(x) = sum_j softmax_j( x' (M_Q + B_Qj A_Qj) x / d + c_j )  (M_V + B_Vj A_Vj) x,    y = f_G*(x) + noise,
 
-``separate``: A_Qj, B_Qj, A_Vj, B_Vj are free. ``shared``: each expert has hidden features ``leaky_relu(h)`` that query and
-value share, and ``A_Qj = W2_QA leaky_relu(h_Aj)`` and so on, with W2 common to the experts: the paper's networks with their
-first layers folded into h. The truth is of the shared form, so both families contain it. Least squares by
+where expert 0 is the pretrained one: no update, c_0 = 0. Without it only differences between the experts' scores would
+count, and the updates could not be told from the data at all. The score sees the symmetric part of B_Qj A_Qj alone.
+
+``separate``: A_Qj, B_Qj, A_Vj, B_Vj are free. ``shared``: each expert has hidden features ``leaky_relu(h)`` that query
+and value share, and ``A_Qj = W2_QA leaky_relu(h_Aj)`` and so on, with W2 common to the experts: the paper's networks with
+their first layers folded into h. The truth is of the shared form, so both families contain it. Least squares by
 Levenberg and Marquardt from a start near the truth, so that what is measured is statistics and not search. The paper's
-theorems speak of more experts fitted than there are; both cases are run. How the paper's proofs parametrise the networks
-was not at hand: this construction is ours.
+theorems speak of more experts fitted than there are; both cases are run. How the paper's proofs parametrise the
+networks was not at hand: this construction is ours.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ __all__ = ["Fit", "Setting", "fit", "load_setting", "run_theory"]
 
 Family = Literal["shared", "separate"]
 Experts = tuple[Tensor, Tensor, Tensor]
-"""Query updates ``[L, d, d]``, value updates ``[L, d, d]`` and gating biases ``[L]``."""
+"""Symmetric parts of the query updates ``[L, d, d]``, value updates ``[L, d, d]`` and gating biases ``[L]``."""
 
 START_NOISE = 0.05
 """Standard deviation of what is added to the truth for the fit's start."""
@@ -90,13 +93,22 @@ def load_setting(path: Path, *, short: bool = False) -> list[Setting]:
     """
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     values = {**content, **(content.get("short", {}) if short else {})}
-    known = {"question", "short", "dimension", "hidden", "true_experts", "fitted_experts", "families", "samples", "noise",
-             "seeds"}  # fmt: skip
+    known = {
+        "question", "short", "dimension", "hidden", "true_experts", "fitted_experts", "families", "samples", "noise",
+        "seeds",
+    }  # fmt: skip
     if set(values) - known or known - {"short"} - set(values):
         raise ExperimentError(f"{path}: expected the keys {sorted(known)}, got {sorted(values)}")
     return [
         Setting(
-            values["dimension"], values["hidden"], values["true_experts"], fitted, family, samples, values["noise"], seed
+            values["dimension"],
+            values["hidden"],
+            values["true_experts"],
+            fitted,
+            family,
+            samples,
+            values["noise"],
+            seed,
         )
         for seed in range(values["seeds"])
         for samples in values["samples"]
@@ -108,6 +120,8 @@ def load_setting(path: Path, *, short: bool = False) -> list[Setting]:
 def mixture(x: Tensor, experts: Experts, frozen: tuple[Tensor, Tensor]) -> Tensor:
     """f_G ``[n, d]`` of inputs ``[n, d]``."""
     query, value, bias = experts
+    query, value = (torch.cat([torch.zeros_like(update[:1]), update]) for update in (query, value))
+    bias = torch.cat([torch.zeros_like(bias[:1]), bias])
     scores = torch.einsum("ni,lij,nj->nl", x, frozen[0] + query, x) / x.shape[1] + bias
     outputs = torch.einsum("lij,nj->nli", frozen[1] + value, x)
     return torch.einsum("nl,nli->ni", scores.softmax(1), outputs)
@@ -117,7 +131,7 @@ def _shapes(setting: Setting, family: Family, experts: int) -> dict[str, tuple[i
     d, h = setting.dimension, setting.hidden
     bias = {"bias": (experts,)}
     if family == "separate":
-        return {name: (experts, d) for name in ("A_Q", "B_Q", "A_V", "B_V")} | bias
+        return dict.fromkeys(("A_Q", "B_Q", "A_V", "B_V"), (experts, d)) | bias
     features: dict[str, tuple[int, ...]] = {"h_A": (experts, h), "h_B": (experts, h)}
     return features | {f"W_{name}": (d, h) for name in ("A_Q", "B_Q", "A_V", "B_V")} | bias
 
@@ -126,34 +140,28 @@ def _factors(parts: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
     """A and B of query and value, ``[L, d]`` each."""
     if family == "separate":
         return {name: parts[name] for name in ("A_Q", "B_Q", "A_V", "B_V")}
-    return {
-        name: F.leaky_relu(parts[f"h_{name[0]}"]) @ parts[f"W_{name}"].T for name in ("A_Q", "B_Q", "A_V", "B_V")
-    }
+    return {name: F.leaky_relu(parts[f"h_{name[0]}"]) @ parts[f"W_{name}"].T for name in ("A_Q", "B_Q", "A_V", "B_V")}
 
 
 def _experts(vector: Tensor, shapes: Mapping[str, tuple[int, ...]], family: Family) -> Experts:
     sizes = [math.prod(shape) for shape in shapes.values()]
-    parts = {
-        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), vector.split(sizes), strict=True)
-    }
+    parts = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), vector.split(sizes), strict=True)}
     factors = _factors(parts, family)
     query = torch.einsum("li,lj->lij", factors["B_Q"], factors["A_Q"])
     value = torch.einsum("li,lj->lij", factors["B_V"], factors["A_V"])
-    return query, value, parts["bias"] - parts["bias"].mean()
+    return (query + query.mT) / 2, value, parts["bias"]
 
 
 def _voronoi(fitted: Experts, truth: Experts) -> float:
     """How far the fitted experts are from the true ones.
 
     Each fitted expert belongs to the nearest true one. A cell of one adds its distance, a cell of several adds the
-    squares of theirs, weighted by the gate, and every cell the difference of its gate from the true one: the usual
-    loss of over-specified mixtures.
+    squares of theirs, weighted by ``exp(c)``, and every cell the difference of the sum of these from the true one:
+    the usual loss of over-specified mixtures.
     """
-    distance = sum(
-        (a[:, None] - b[None]).flatten(2).norm(dim=2) for a, b in zip(fitted[:2], truth[:2], strict=True)
-    )
+    distance = sum((a[:, None] - b[None]).flatten(2).norm(dim=2) for a, b in zip(fitted[:2], truth[:2], strict=True))
     assert isinstance(distance, Tensor)
-    weight, true_weight = fitted[2].softmax(0), truth[2].softmax(0)
+    weight, true_weight = fitted[2].exp(), truth[2].exp()
     cells = distance.argmin(1)
     loss = 0.0
     for cell in range(len(true_weight)):

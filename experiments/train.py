@@ -147,7 +147,9 @@ def _trained(task: Task, runs: Sequence[Run], device: torch.device) -> tuple[Any
     return _Adapted(task.model, config, seeds, device, scaled=method.scaled), rank
 
 
-def train_runs(task: Task, data: tuple[Examples, Examples, Examples], runs: Sequence[Run], device: torch.device) -> Outcome:
+def train_runs(
+    task: Task, data: tuple[Examples, Examples, Examples], runs: Sequence[Run], device: torch.device
+) -> Outcome:
     """Train the runs side by side.
 
     Args:
@@ -219,7 +221,8 @@ def train_runs(task: Task, data: tuple[Examples, Examples, Examples], runs: Sequ
     rows = []
     for k, run in enumerate(runs):
         row = {
-            "id": run.id, "rank": rank, "parameters": trained.size, "head_parameters": weight[0].numel() + bias[0].numel(),
+            "id": run.id, "rank": rank, "parameters": trained.size,
+            "head_parameters": weight[0].numel() + bias[0].numel(),
             "seconds": round(seconds, 3), "stack": count, "device": _device_name(device),
         }  # fmt: skip
         for part, (accuracy, loss_of) in measures.items():

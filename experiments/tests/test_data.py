@@ -17,7 +17,9 @@ def texts() -> Split:
 
     def examples(count: int) -> Examples:
         lengths = torch.randint(5, 60, (count,), generator=random)
-        return Examples(torch.zeros(count, 60, dtype=torch.long), lengths, torch.randint(0, 2, (count,), generator=random))
+        return Examples(
+            torch.zeros(count, 60, dtype=torch.long), lengths, torch.randint(0, 2, (count,), generator=random)
+        )
 
     return Split.of(examples(1000), examples(10), examples(10))
 

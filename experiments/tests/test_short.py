@@ -13,7 +13,16 @@ from experiments.digits import pretrained_vit
 from experiments.store import Store
 
 TRAINED = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.stem != "theory")
-MEASURES = ["rank", "parameters", "validation_accuracy", "test_accuracy", "first_loss", "last_loss", "spikes", "diverged"]
+MEASURES = [
+    "rank",
+    "parameters",
+    "validation_accuracy",
+    "test_accuracy",
+    "first_loss",
+    "last_loss",
+    "spikes",
+    "diverged",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +39,20 @@ def test_a_second_call_runs_nothing(results: Path, capsys: pytest.CaptureFixture
     assert main(["run", *TRAINED, "--short", "--out", str(results), "--device", "cpu"]) == 0
     assert "0 runs made, 0 left" in capsys.readouterr().out
     assert Store(results).file.read_bytes() == before
+
+
+def test_a_table_stands_in_for_the_folder_that_it_came_from(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables, empty = tmp_path / "tables", tmp_path / "empty"
+    main(["collect", "digits", "--short", "--results", str(results), "--into", str(tables)])
+    files = [tables / "digits.csv", tables / "digits.tau.parquet"]
+    before = [pandas.read_csv(files[0]), pandas.read_parquet(files[1])]
+    assert main(["run", "digits", "--short", "--out", str(empty), "--device", "cpu", "--known", str(tables)]) == 0
+    assert "0 runs made, 0 left" in capsys.readouterr().out
+    main(["collect", "digits", "--short", "--results", str(empty), "--into", str(tables)])
+    pandas.testing.assert_frame_equal(before[0], pandas.read_csv(files[0]))
+    pandas.testing.assert_frame_equal(before[1], pandas.read_parquet(files[1]), check_dtype=False)
 
 
 @pytest.mark.parametrize("study", TRAINED)

@@ -29,13 +29,19 @@ def test_noise_makes_errors_and_data_makes_them_small() -> None:
     assert many == pytest.approx(0.3 * (22 / 1600) ** 0.5, rel=0.7)
 
 
-def test_one_expert_that_dominates_is_a_linear_map() -> None:
+def test_the_mixture_is_the_sum_over_experts_with_the_pretrained_one_in_front() -> None:
+    torch.manual_seed(1)
     x = torch.randn(5, 3, dtype=torch.float64)
-    query = torch.zeros(2, 3, 3, dtype=torch.float64)
-    value = torch.randn(2, 3, 3, dtype=torch.float64)
-    frozen = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
-    bias = torch.tensor([40.0, -40.0], dtype=torch.float64)
-    assert torch.allclose(theory.mixture(x, (query, value, bias), frozen), x @ (frozen[1] + value[0]).T)
+    query, value, M_Q, M_V = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, 3), (2, 3, 3), (3, 3), (3, 3))
+    )
+    bias = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    result = theory.mixture(x, (query, value, bias), (M_Q, M_V))
+    for row, of_row in zip(x, result, strict=True):
+        gates = [torch.exp(row @ M_Q @ row / 3)]
+        gates += [torch.exp(row @ (M_Q + query[j]) @ row / 3 + bias[j]) for j in range(2)]
+        expected = gates[0] * (M_V @ row) + sum(gates[1 + j] * ((M_V + value[j]) @ row) for j in range(2))
+        assert torch.allclose(of_row, expected / sum(gates))
 
 
 def test_the_voronoi_loss_is_0_at_the_truth_also_with_an_expert_told_twice() -> None:
@@ -48,4 +54,4 @@ def test_the_voronoi_loss_is_0_at_the_truth_also_with_an_expert_told_twice() -> 
     assert theory._voronoi((query[twice], value[twice], split_gate), truth) == pytest.approx(0.0, abs=1e-6)
     moved = query.clone()
     moved[0, 0, 0] += 0.01
-    assert theory._voronoi((moved, value, torch.zeros(2)), truth) == pytest.approx(0.005, rel=1e-3)
+    assert theory._voronoi((moved, value, torch.zeros(2)), truth) == pytest.approx(0.01, rel=1e-3)
