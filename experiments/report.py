@@ -73,15 +73,16 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     parts += [f"![accuracy over the learning rate]({figures.plot_rates(table, into / f'{name}-rates.svg').name})", ""]
     parts += [
         "## Lost runs by learning rate", "",
-        f"Lost: the loss is not finite, or at the end above {tables.LOST:g} of the first.", "", tables.lost_runs(table),
+        "Lost: the loss is not finite, or validation accuracy ends less than "
+        f"{100 * tables.LOST:g} points above chance.", "", tables.lost_runs(table),
     ]  # fmt: skip
     if table.fraction.nunique() > 1:
         figure = figures.plot_data(table, into / f"{name}-data.svg").name
         parts += ["## Over the data", "", tables.accuracy_by_data(table), f"![accuracy over the data]({figure})", ""]
         parts += [
             (
-                f"Data needed for {reference}'s accuracy, as a multiple of {reference}'s: below 1 is a saving. In brackets "
-                "the 95% bootstrap interval over seeds."
+                f"Data needed for {reference}'s accuracy, as a multiple of {reference}'s: below 1 is a saving. In "
+                "brackets the 95% bootstrap interval over seeds."
             ),
             "", tables.data_needed(table, reference),
         ]  # fmt: skip

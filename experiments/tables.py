@@ -12,8 +12,9 @@ from experiments.statistics import Interval, data_ratio, mean_interval, paired_d
 
 __all__ = ["accuracy_by_data", "at_chosen_rates", "data_needed", "factor_table", "lost_runs", "markdown", "summary"]
 
-LOST = 0.95
-"""A run is lost when its loss is not finite, or its last tenth's mean is above this share of the first loss."""
+LOST = 0.1
+"""A run is lost when its loss is not finite, or its validation accuracy less than this above chance."""
+_CHANCE = {"minilm": 0.5, "smollm2": 0.5, "vit": 0.1}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,7 +63,7 @@ def summary(table: pandas.DataFrame, reference: str) -> str:
 def lost_runs(table: pandas.DataFrame) -> str:
     """How many runs of each arm and rate were lost."""
     whole = table[table.fraction == table.fraction.max()]
-    lost = whole.last_loss.isna() | (whole.last_loss > LOST * whole.first_loss)
+    lost = whole.last_loss.isna() | (whole.validation_accuracy < whole.model.map(_CHANCE) + LOST)
     counts = whole.assign(lost=lost).groupby(["arm", "rate"]).lost.agg(["sum", "size"])
     rates = sorted(whole.rate.unique())
     rows = []

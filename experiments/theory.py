@@ -8,8 +8,8 @@ where expert 0 is the pretrained one: no update, c_0 = 0. Without it only differ
 count, and the updates could not be told from the data at all. The score sees the symmetric part of B_Qj A_Qj alone.
 
 ``separate``: A_Qj, B_Qj, A_Vj, B_Vj are free. ``shared``: each expert has hidden features ``leaky_relu(h)`` that query
-and value share, and ``A_Qj = W2_QA leaky_relu(h_Aj)`` and so on, with W2 common to the experts: the paper's networks with
-their first layers folded into h. The truth is of the shared form, so both families contain it. Least squares by
+and value share, and ``A_Qj = W2_QA leaky_relu(h_Aj)`` and so on, with W2 common to the experts: the paper's networks
+with their first layers folded into h. The truth is of the shared form, so both families contain it. Least squares by
 Levenberg and Marquardt from a start near the truth, so that what is measured is statistics and not search. The paper's
 theorems speak of more experts fitted than there are; both cases are run. How the paper's proofs parametrise the
 networks was not at hand: this construction is ours.
