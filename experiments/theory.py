@@ -38,6 +38,8 @@ Family = Literal["shared", "separate"]
 Experts = tuple[Tensor, Tensor, Tensor]
 """Symmetric parts of the query updates ``[L, d, d]``, value updates ``[L, d, d]`` and gating biases ``[L]``."""
 
+STRENGTH = 1.5
+"""Size of the true hidden features: large enough for updates that the gates and outputs show."""
 START_NOISE = 0.05
 """Standard deviation of what is added to the truth for the fit's start."""
 ITERATIONS, TOLERANCE = 100, 1e-10
@@ -99,6 +101,11 @@ def load_setting(path: Path, *, short: bool = False) -> list[Setting]:
     }  # fmt: skip
     if set(values) - known or known - {"short"} - set(values):
         raise ExperimentError(f"{path}: expected the keys {sorted(known)}, got {sorted(values)}")
+    if not values["hidden"] < values["true_experts"] < 2 ** values["hidden"]:
+        raise ExperimentError(
+            f"{path}: true_experts={values['true_experts']} must be above hidden={values['hidden']}, else sharing says "
+            "nothing, and below 2^hidden, so that each has features of its own"
+        )
     return [
         Setting(
             values["dimension"],
@@ -197,6 +204,13 @@ def _levenberg_marquardt(residuals: Callable[[Tensor], Tensor], start: Tensor) -
     return point, False
 
 
+def _patterns(setting: Setting) -> Tensor:
+    """Signs of the true hidden features ``[L, h]``: every expert has its own set of features that are on."""
+    numbers = torch.arange(1, setting.true_experts + 1)[:, None]
+    bits = (numbers >> torch.arange(setting.hidden)) & 1
+    return 2.0 * bits.double() - 1.0
+
+
 def fit(setting: Setting) -> Fit:
     """Draw a truth and data, fit, and measure."""
     random = torch.Generator().manual_seed(setting.seed)
@@ -207,11 +221,9 @@ def fit(setting: Setting) -> Fit:
     d = setting.dimension
     frozen = normal(d, d) / math.sqrt(d), normal(d, d) / math.sqrt(d)
     shared = _shapes(setting, "shared", setting.true_experts)
-    # Hidden features away from 0 and of both signs, so that the experts differ.
-    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(setting.true_experts)[: setting.true_experts]
     true_parts = {name: normal(*shape) for name, shape in shared.items()}
     for name in ("h_A", "h_B"):
-        true_parts[name] = signs[:, None] * (1.0 + 0.2 * true_parts[name].abs()) * (4.0 if name == "h_A" else 2.0)
+        true_parts[name] = STRENGTH * (_patterns(setting) + 0.1 * true_parts[name])
     true_parts["bias"] = torch.zeros(setting.true_experts, dtype=torch.float64)
     truth = _experts(torch.cat([p.flatten() for p in true_parts.values()]), shared, "shared")
     inputs = normal(setting.samples, d)

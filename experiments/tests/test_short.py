@@ -91,8 +91,8 @@ def test_the_theory_resumes_and_is_reported(tmp_path: Path, capsys: pytest.Captu
     assert "0 fits made, 12 were there" in capsys.readouterr().out
     assert main(["report", "theory", "--tables", str(tmp_path), "--into", str(tmp_path)]) == 0
     page = (tmp_path / "theory.md").read_text(encoding="utf-8")
-    assert "| shared | 2 | 22 | 3 |" in page
-    assert "| separate | 2 | 34 | 3 |" in page
+    assert "| shared | 3 | 47 | 3 |" in page
+    assert "| separate | 3 | 51 | 3 |" in page
 
 
 def test_a_study_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
