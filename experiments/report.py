@@ -71,7 +71,8 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     )
     parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, reference)]
     parts += [f"![accuracy over the learning rate]({figures.plot_rates(table, into / f'{name}-rates.svg').name})", ""]
-    lost = f"Lost: the loss is not finite, or validation accuracy ends less than {100 * tables.LOST:g} points above chance."
+    points = f"{100 * tables.LOST:g} points"
+    lost = f"Lost: the loss is not finite, or validation accuracy ends less than {points} above chance."
     parts += ["## Lost runs by learning rate", "", lost, "", tables.lost_runs(table)]
     if table.fraction.nunique() > 1:
         figure = figures.plot_data(table, into / f"{name}-data.svg").name
