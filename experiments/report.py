@@ -77,13 +77,11 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     if table.fraction.nunique() > 1:
         figure = figures.plot_data(table, into / f"{name}-data.svg").name
         parts += ["## Over the data", "", tables.accuracy_by_data(table), f"![accuracy over the data]({figure})", ""]
-        parts += [
-            (
-                f"Data needed for {reference}'s accuracy, as a multiple of {reference}'s: below 1 is a saving. In "
-                "brackets the 95% bootstrap interval over seeds."
-            ),
-            "", tables.data_needed(table, reference),
-        ]  # fmt: skip
+        needed = (
+            f"Data needed for {reference}'s accuracy, as a multiple of {reference}'s: below 1 is a saving. In brackets "
+            "the 95% bootstrap interval over seeds; arms with fewer than three seeds are left out."
+        )
+        parts += [needed, "", tables.data_needed(table, reference)]
     if "effective_rank" in table and table.effective_rank.notna().any():
         parts += ["## The factors", "", tables.factor_table(table)]
     parts += _tau(name, folder, into)
