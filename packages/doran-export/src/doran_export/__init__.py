@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from doran_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from doran_export.api import export, verify
@@ -34,10 +36,5 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first used: torch and transformers take seconds."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every name
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES, distribution="doran-export")

@@ -6,9 +6,17 @@ Imports nothing heavy before the command runs: every `doran` command loads this 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["register"]
+from doran_core.cli.command import Command, Outcome
+from doran_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from doran_export.report import ExportReport
+
+__all__ = ["COMMAND"]
 
 _TASKS = (
     "text-generation",
@@ -20,14 +28,7 @@ _TASKS = (
 )
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = subparsers.add_parser(
-        "export",
-        help="export a model to ONNX",
-        description="Export a merged model, or a base with an adapter, to ONNX. ONNX Runtime must give what PyTorch "
-        "gives before the output directory appears; export_report.json in it holds the differences.",
-    )
+def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="merged Hugging Face model directory")
     source.add_argument("--base", metavar="DIR", help="base model directory; goes with --adapter")
@@ -69,10 +70,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="X",
         help="allowed difference from PyTorch; default: by precision, see README",
     )
-    parser.set_defaults(func=_run)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> Outcome:
     from doran_export.api import export
     from doran_export.cases import read_inputs
 
@@ -93,27 +93,29 @@ def _run(arguments: argparse.Namespace) -> int:
             tolerance=arguments.tolerance,
             progress=progress,
         )
+    return Outcome({"directory": str(report.directory), **report.to_dict()}, _shown(report))
+
+
+def _shown(report: ExportReport) -> list[str]:
     proof = report.proof
     size = sum(report.files.values()) / 1e6
     what = f"{report.architecture}, {report.task}, {report.precision} for {report.target}, by {report.road}"
-    print(f"wrote {report.directory}: {what}, {size:.1f} MB")
+    shown = [f"wrote {report.directory}: {what}, {size:.1f} MB"]
     if report.adapters:
-        print(f"adapters: {', '.join(report.adapters)}")
-    print(f"largest difference from PyTorch {proof.max_difference:.2g} in {len(proof.checks)} checks")
+        shown.append(f"adapters: {', '.join(report.adapters)}")
+    shown.append(f"largest difference from PyTorch {proof.max_difference:.2g} in {len(proof.checks)} checks")
     for greedy in proof.greedy:
         who = f"{greedy.provider}, {greedy.adapter}" if greedy.adapter else greedy.provider
-        print(
+        shown.append(
             f"greedy tokens identical on {greedy.identical} of {greedy.prompts} prompts, "
             f"{greedy.steps} steps each ({who})"
             + (f", {len(greedy.ended)} more until they end" if greedy.ended else "")
         )
-    return 0
+    return shown
 
 
 def _adapters(arguments: argparse.Namespace) -> tuple[str | None, dict[str, str] | None]:
     """The one adapter to merge, or those that stay apart, by name."""
-    from doran_core.errors import ConfigError
-
     given: list[str] = arguments.adapter or []
     if not arguments.multi_adapter:
         if len(given) > 1:
@@ -150,3 +152,20 @@ class _Stages:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+COMMAND = Command(
+    summary="export a model to ONNX",
+    description="Export a merged model, or a base with an adapter, to ONNX. ONNX Runtime must give what PyTorch "
+    "gives before the output directory appears; export_report.json in it holds the differences.",
+    group="export",
+    add_arguments=_add_arguments,
+    run=_run,
+    examples=(
+        "doran export --model merged --out onnx",
+        "doran export --base base --adapter run/adapter --out onnx --precision fp16",
+        "doran export --base base --multi-adapter --adapter en=run-en/adapter --adapter fr=run-fr/adapter --out onnx",
+        "doran export --model merged --out onnx --inputs sentences.txt --tolerance 1e-4",
+    ),
+    notes="Exit code 1: the graph was made and does not compute what PyTorch computes.",
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from doran_core.errors import DoranError
+from doran_core.errors import CheckFailedError, DoranError
 
 __all__ = ["ExportError", "ProofError", "UnsupportedModelError"]
 
@@ -15,5 +15,5 @@ class UnsupportedModelError(ExportError):
     """The model is of a kind that the asked export has no road for; the message names the kind and the known ones."""
 
 
-class ProofError(ExportError):
+class ProofError(ExportError, CheckFailedError):
     """ONNX Runtime and PyTorch disagree by more than the tolerance; the message names the check and the difference."""

@@ -1,13 +1,26 @@
 """DoRAN as a PEFT method. Importing this package registers it; the math is doran_core's."""
 
-from doran_hf.callbacks import LayerMetricsCallback
-from doran_hf.config import DoranConfig
-from doran_hf.diagnostics import LayerState, factor_penalty, layer_states, tau_by_layer
-from doran_hf.hotswap import hotswap_adapter
-from doran_hf.layer import DoranLayer
-from doran_hf.model import DoranModel
-from doran_hf.precision import restore_start
-from doran_hf.register import DoranPeftType, register
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from doran_core.cli.loading import reading_flags
+
+if TYPE_CHECKING or not reading_flags():
+    from doran_hf.method import (
+        DoranConfig,
+        DoranLayer,
+        DoranModel,
+        DoranPeftType,
+        LayerMetricsCallback,
+        LayerState,
+        factor_penalty,
+        hotswap_adapter,
+        layer_states,
+        register,
+        restore_start,
+        tau_by_layer,
+    )
 
 __all__ = [
     "DoranConfig",
@@ -24,4 +37,16 @@ __all__ = [
     "tau_by_layer",
 ]
 
-register(DoranConfig, DoranModel)
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """The version, and what was left out while the `doran` command read its flags: PEFT takes seconds to import."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("doran-hf")
+        if name in __all__:
+            from doran_hf import method
+
+            return getattr(method, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from peft import LoraConfig
 from peft.config import PeftConfig
 
 from doran_core.adapter.schema import FORMAT_VERSION
-from doran_core.config import ALL_LINEAR, Activation
+from doran_core.config import ALL_LINEAR
 from doran_core.config import DoranConfig as CoreConfig
 from doran_core.errors import ConfigError, FormatVersionError
+from doran_hf.options import AdapterOptions
 from doran_hf.register import DoranPeftType
 
 __all__ = ["DoranConfig"]
@@ -23,7 +24,7 @@ _BIASES = ("none", "all", "doran_only")
 
 
 @dataclass
-class DoranConfig(PeftConfig):
+class DoranConfig(AdapterOptions, PeftConfig):
     """Configuration of a DoRAN adapter for ``get_peft_model`` and all that takes a ``PeftConfig``.
 
     The fields that :class:`doran_core.config.DoranConfig` has mean the same here and are described there; each field's
@@ -51,87 +52,6 @@ class DoranConfig(PeftConfig):
         FormatVersionError: an adapter_config.json of a newer format.
     """
 
-    rank: int = field(default=8, metadata={"help": "Rank of the update: rows of A."})
-    alpha: float = field(default=16.0, metadata={"help": "The update is scaled by alpha / rank."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank) instead."})
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Other ranks, by module name or regex."}
-    )
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Other alphas, by module name or regex."}
-    )
-    target_modules: str | list[str] | set[str] | None = field(
-        default=None,
-        metadata={"help": "Names or endings of modules to adapt, a regex, or 'all-linear'; default: query and value."},
-    )
-    exclude_modules: str | list[str] | set[str] | None = field(
-        default=None, metadata={"help": "Names or endings of modules, or a regex, not to adapt after all."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules to train in full and save along."}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank branch."})
-    norm_grad: Literal["full", "detached"] = field(
-        default="full", metadata={"help": "Gradient through the norm, or not, as in DoRA."}
-    )
-    norm_method: Literal["auto", "factored", "direct"] = field(
-        default="auto", metadata={"help": "How the norm is computed."}
-    )
-    tau_kind: Literal["learned", "fixed", "zero", "gaussian"] = field(
-        default="learned", metadata={"help": "Kind of tau; 'zero' is DoRA."}
-    )
-    tau_granularity: Literal["layer", "head", "row"] = field(default="layer", metadata={"help": "What one tau serves."})
-    tau_init: float = field(default=0.1, metadata={"help": "First value of tau, or of sigma."})
-    tau_init_relative: bool = field(
-        default=True, metadata={"help": "tau_init is in units of the mean row norm of the weight."}
-    )
-    tau_learn_sigma: bool = field(default=False, metadata={"help": "For tau_kind='gaussian': learn sigma."})
-    head_dim: int | None = field(
-        default=None, metadata={"help": "Output rows per head; default: from the model's configuration."}
-    )
-    factors: Literal["generated", "static"] = field(
-        default="generated", metadata={"help": "A and B from small networks, or as parameters."}
-    )
-    sharing: Literal["block", "model", "none"] = field(
-        default="block", metadata={"help": "Which layers share a network's first layers."}
-    )
-    share_output: bool = field(
-        default=False, metadata={"help": "Share the networks' last layers between layers of equal size."}
-    )
-    embedding_dim: int = field(default=64, metadata={"help": "Width of the networks' embeddings."})
-    hidden_dim: int | None = field(
-        default=None, metadata={"help": "Width of the networks' hidden layers; default: the rank."}
-    )
-    depth: int = field(default=2, metadata={"help": "Linear layers of a network."})
-    activation: Activation = field(default="leaky_relu", metadata={"help": "Between the networks' layers."})
-    block_pattern: str | None = field(default=None, metadata={"help": "Regex that finds the block in a module's name."})
-    factor_penalty: float = field(
-        default=0.0, metadata={"help": "Weight of the generated factors' mean square in the loss."}
-    )
-    experts: bool = field(
-        default=False, metadata={"help": "Read B A as rank-one experts with learned coefficients (MLAE)."}
-    )
-    expert_mask: Literal["none", "element", "expert"] = field(
-        default="none", metadata={"help": "What the mask drops in training."}
-    )
-    expert_dropout: float = field(default=0.0, metadata={"help": "Probability of the mask."})
-    bias: Literal["none", "all", "doran_only"] = field(default="none", metadata={"help": "Which biases train."})
-    layers_to_transform: int | list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt, with a list of target_modules."}
-    )
-    layers_pattern: str | list[str] | None = field(
-        default=None, metadata={"help": "Name of the list of blocks, for layers_to_transform."}
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None,
-        metadata={"help": "Tokens whose embeddings train, too: indices, or by name of the embedding module."},
-    )
-    layer_replication: list[list[int]] | None = field(
-        default=None, metadata={"help": "Pairs [start, end] of layers to stack the model from before it is adapted."}
-    )
-    ensure_weight_tying: bool = field(
-        default=False, metadata={"help": "Keep embeddings in modules_to_save tied to the output layer."}
-    )
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Accepted for LoRA's sake; Conv1D is recognised."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the adapter file; leave it alone."})
     created_by: str | None = field(default=None, metadata={"help": "What wrote the adapter; filled on saving."})

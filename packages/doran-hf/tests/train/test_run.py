@@ -133,18 +133,26 @@ def test_cut_and_left_out_examples_are_counted(capsys: pytest.CaptureFixture[str
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    values = settings()
+    flags = as_flags(settings())
     before = sorted(Path().iterdir())
-    assert train(load_config(None, values), dry_run=True) == {}
+    assert main(["train", *flags, "--dry-run"]) == 0
     assert "30 of 8 examples" in capsys.readouterr().out
+    assert main(["train", *flags, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": "run", "dry_run": True}
     assert sorted(Path().iterdir()) == before
 
 
 def test_a_run_that_is_done_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    first = run(trainer__max_steps=2)
+    flags = as_flags(settings(trainer__max_steps=2))
+    assert main(["train", *flags, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)  # all else goes to standard error
+    assert first == {"output": "run", "dry_run": False, **json.loads(Path("run/metrics.json").read_text())}
     before = Path("run/metrics.json").stat().st_mtime_ns
-    assert run(trainer__max_steps=2) == first
-    assert "run is done; --overwrite trains again" in capsys.readouterr().out
+    assert main(["train", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "run is done; --overwrite trains again" in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
+    assert rows["accuracy"] == [f"{first[who]['accuracy']:.4g}" for who in ("base", "adapter")]
     assert Path("run/metrics.json").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match=r"trainer.max_steps was 2, now 3"):
         run(trainer__max_steps=3)
@@ -255,7 +263,11 @@ def test_held_out_examples_are_the_seeds_and_apart() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base": "nowhere"}, r"base: cannot load the tokenizer of 'nowhere'"),
+        (
+            {"base": "nowhere"},
+            r"base: there is no directory 'nowhere', and no model of that name is in the hub",
+        ),
+        ({"base": "./nowhere"}, r"base: there is no directory './nowhere', and it is not a name that a model"),
         ({"data__train": "nowhere.jsonl"}, r"data.train: 'nowhere.jsonl' does not exist"),
         ({"data__eval": "base"}, r"data.eval: .*imagefolder"),
         ({"data__train": "odd.xyz"}, r"data.train: cannot tell the format of 'odd.xyz'"),

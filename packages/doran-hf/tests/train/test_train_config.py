@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from transformers import TrainingArguments
 from doran_core.cli.main import main
 from doran_core.errors import ConfigError
 from doran_hf import DoranConfig
-from doran_hf.cli.train import register
+from doran_hf.cli.train import COMMAND
 from doran_hf.train import DataConfig, TrainConfig, load_config
 from doran_hf.train.config import OWN_TRAINER_FIELDS
 from doran_hf.train.fields import parse_yaml
@@ -111,9 +112,9 @@ def test_the_example_is_a_configuration() -> None:
 
 
 def test_every_field_is_a_flag() -> None:
-    subparsers = argparse.ArgumentParser().add_subparsers()
-    register(subparsers)
-    names = set(subparsers.choices["train"]._option_string_actions)
+    parser = argparse.ArgumentParser()
+    COMMAND.add_arguments(parser, None)
+    names = set(parser._option_string_actions)
     for section, record in (("data", DataConfig), ("trainer", TrainingArguments)):
         for name in record.__dataclass_fields__:
             assert f"--{section}.{name}" in names
@@ -134,7 +135,7 @@ def test_every_field_is_a_flag() -> None:
 )
 def test_flags_are_read_as_their_fields_want(flags: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("doran_hf.cli.train.load_config", lambda file, values: seen.update(values))
-    monkeypatch.setattr("doran_hf.cli.train.train", lambda config, **options: {})
+    monkeypatch.setattr("doran_hf.train.config.load_config", lambda file, values: seen.update(values) or Mock())
+    monkeypatch.setattr("doran_hf.train.run.train", lambda config, **options: {})
     assert main(["train", *flags]) == 0
     assert list(seen.values()) == [expected]

@@ -1,39 +1,22 @@
-"""`doran serve`: check every adapter against the base, then run vLLM's own server with the right flags.
-
-Imports vLLM only to run it, so that `--check` works on a machine without.
-"""
+"""`doran serve`: check every adapter against the base, then run vLLM's own server with the right flags."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from doran_core.adapter.schema import CONFIG_FILE
-from doran_core.errors import CheckpointError, DoranError
-from doran_serve import fit, flags
-from doran_serve.base import local_directory
-from doran_serve.bench.cli import add_bench
-from doran_serve.resolver import VARIABLE
-from doran_serve.served import AdapterInfo
-from doran_serve.store import AdapterStore
+from doran_core.cli.command import Command, Outcome
+from doran_core.errors import ConfigError
 
-__all__ = ["check_adapters", "find_adapters", "register"]
+__all__ = ["COMMAND"]
 
 
-def register(subparsers: Any) -> None:
-    """Add `doran serve` and `doran bench-serve` to the `doran` command."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "serve",
-        help="serve a base model with many adapters at once through vLLM",
-        description="Check every adapter, then run `vllm serve BASE` with them. All further flags go to vLLM.",
-        allow_abbrev=False,
+def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    parser.add_argument("base", metavar="BASE_DIR", help="base model: a directory, or a name that vLLM knows")
+    parser.add_argument(
+        "--adapters", type=Path, metavar="DIR", help="directory of adapters, each in a subdirectory that names it"
     )
-    parser.add_argument("base", metavar="BASE", help="base model: a directory, or a name that vLLM knows")
-    parser.add_argument("--adapters", type=Path, help="directory of adapters, each in a subdirectory that names it")
     parser.add_argument(
         "--mode",
         choices=["mixed", "merged"],
@@ -41,147 +24,38 @@ def register(subparsers: Any) -> None:
         help="mixed: adapters and base in one batch; merged: one at a time, at the base model's speed",
     )
     parser.add_argument("--check", action="store_true", help="check the adapters and stop")
-    _collect_unknown_flags(parser)
-    parser.set_defaults(func=_serve)
-    add_bench(subparsers)
 
 
-def _collect_unknown_flags(parser: argparse.ArgumentParser) -> None:
-    """Let the parser take flags that it does not know, as `vllm_flags`: they are vLLM's."""
-    known = parser.parse_known_args
+def _run(arguments: argparse.Namespace) -> Outcome:
+    from doran_serve import launch
 
-    def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
-        parsed, unknown = known(args, namespace)
-        parsed.vllm_flags = unknown
-        return parsed, []
-
-    parser.parse_known_args = parse_known_args  # type: ignore[assignment, method-assign]
-
-
-def find_adapters(folder: Path) -> dict[str, Path]:
-    """Adapter directories below `folder` by name, sorted; `folder` itself if it is one.
-
-    Raises:
-        DoranError: there is no such directory, or no adapter in it.
-    """
-    if not folder.is_dir():
-        raise DoranError(f"{folder}: no such directory of adapters")
-    if (folder / CONFIG_FILE).exists():
-        return {folder.resolve().name: folder}
-    found = {path.name: path for path in sorted(folder.iterdir()) if (path / CONFIG_FILE).exists()}
-    if not found:
-        raise DoranError(f"{folder}: no adapter in it (no subdirectory with {CONFIG_FILE})")
-    return found
+    if arguments.json and not arguments.check:
+        raise ConfigError("--json goes with --check: a server that runs has no result")
+    planned = launch.plan(arguments.base, arguments.adapters, arguments.mode, arguments.unknown)
+    if not arguments.check:
+        launch.start(planned)
+    infos = planned.adapters.infos if planned.adapters else {}
+    adapters = {
+        name: {"path": str(info.path), "form": info.form, "rank": info.rank, "layers": info.modules}
+        for name, info in infos.items()
+    }
+    return Outcome(
+        {"base": planned.base, "mode": arguments.mode, "adapters": adapters, "vllm_arguments": planned.arguments}
+    )
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A directory of adapters that all can be served.
-
-    Attributes:
-        paths: by name.
-        rank: the largest.
-        targets: ends of the module names that they adapt; empty if one is of a kind that only vLLM reads.
-    """
-
-    paths: dict[str, Path]
-    rank: int
-    targets: frozenset[str]
-
-
-def check_adapters(store: AdapterStore, folder: Path) -> Checked:
-    """Check every adapter of a directory and print a line on each.
-
-    Raises:
-        DoranError: one or more cannot be served; names each with its reason.
-    """
-    paths, bad, infos = find_adapters(folder), [], []
-    for name, path in paths.items():
-        try:
-            info = store.check(path)
-        except DoranError as error:
-            bad.append(f"{name}: {error}")
-            print(f"{name:24} REFUSED", flush=True)
-        else:
-            infos.append(info)
-            print(f"{name:24} {_line(info)}", flush=True)
-    if bad:
-        raise DoranError(f"{len(bad)} of {len(paths)} adapters cannot be served: " + "; ".join(bad))
-    known = all(info.targets for info in infos)
-    targets = frozenset().union(*(info.targets for info in infos)) if known else frozenset()
-    return Checked(paths, max(info.rank or 1 for info in infos), targets)
-
-
-def _line(info: AdapterInfo) -> str:
-    return f"{info.form:10} rank {info.rank or '?'!s:>4}  {info.modules:4} layers  {info.values / 1e6:8.2f} M values"
-
-
-def _serve(args: argparse.Namespace) -> int:
-    directory = local_directory(args.base)
-    if directory is None and (Path(args.base).is_absolute() or args.base.startswith((".", "~"))):
-        raise CheckpointError(f"{args.base}: no such checkpoint directory")
-    arguments = list(args.vllm_flags)
-    variables: dict[str, str] = {}
-    if args.adapters:
-        store = AdapterStore(directory)
-        checked = check_adapters(store, args.adapters)
-        arguments = _flags(args.mode, store, checked, arguments)
-        if len(checked.paths) > flags.LISTED:
-            variables = {VARIABLE: str(args.adapters.resolve()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-            print(
-                f"{len(checked.paths)} adapters: found by name when a request asks for one. This takes "
-                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, so every client may also use /v1/load_lora_adapter.",
-                flush=True,
-            )
-    elif args.mode == "merged":
-        raise DoranError("--mode merged needs --adapters")
-    if args.check:
-        return 0
-    _run(["serve", args.base, *arguments], variables)
-    return 0
-
-
-def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str]) -> list[str]:
-    """vLLM's flags, and a line on the memory that the adapters will take."""
-    shapes, width, base = _base_sizes(store, checked.targets)
-    if mode == "merged":
-        if shapes:
-            kept = fit.base_row_bytes(shapes, width)
-            print(f"merged mode keeps {kept / 2**30:.2f} GiB of base weights beside the model", flush=True)
-        return flags.merged_flags(checked.paths, given)
-    slots = min(len(checked.paths), flags.MOST_SLOTS)
-    if shapes and flags.given_value(given, "--max-loras") is None:
-        each = fit.slot_bytes(shapes, flags.served_rank(checked.rank), width)
-        ranks = int(flags.given_value(given, "--tensor-parallel-size") or flags.given_value(given, "-tp") or 1)
-        slots = fit.fitting_slots(slots, each, base, fit.device_memory(ranks))
-        print(f"{slots} slots of {each / 2**20:.1f} MiB for {len(checked.paths)} adapters", flush=True)
-    return flags.mixed_flags(checked.paths, checked.rank, slots, checked.targets, given)
-
-
-def _base_sizes(store: AdapterStore, targets: frozenset[str]) -> tuple[list[tuple[int, int]], int, int]:
-    """Shapes of the base's adapted weights, bytes of a number, and bytes of the base; nothing if it is not at hand."""
-    checkpoint = store.base.checkpoint
-    if checkpoint is None or not targets:
-        return [], 0, 0
-    total = sum(checkpoint.file(key).entry.nbytes for key in checkpoint)
-    shapes = fit.adaptable(checkpoint, targets)
-    width = max((checkpoint.file(key).entry.nbytes // _count(checkpoint.shape(key)) for key in checkpoint), default=2)
-    return shapes, width, total
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return max(1, count)
-
-
-def _run(arguments: list[str], variables: Mapping[str, str]) -> None:
-    from doran_serve import compat, versions
-
-    versions.check(versions.installed())
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and "doran" not in allowed.split(","):
-        raise DoranError(f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading this plugin; add 'doran' to it or unset it")
-    os.environ.update(variables)
-    compat.run_vllm(arguments)
+COMMAND = Command(
+    summary="serve a base model with many adapters at once through vLLM",
+    description="Check every adapter, then run `vllm serve BASE` with them. All further flags go to vLLM.",
+    group="serve",
+    add_arguments=_add_arguments,
+    run=_run,
+    passes_unknown=True,
+    examples=(
+        "doran serve base --adapters adapters",
+        "doran serve base --adapters adapters --check --json",
+        "doran serve base --adapters adapters --mode merged --port 8001 --dtype bfloat16",
+    ),
+    notes="Exit code 1: an adapter cannot be served. What is no flag of doran's is handed to vLLM as it stands, so a "
+    "misspelt flag is vLLM's to refuse.",
+)

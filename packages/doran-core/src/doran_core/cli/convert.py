@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-from doran_core.adapter import write_compiled
+from doran_core.cli.command import Command, Outcome
 from doran_core.cli.options import add_adapter_options, load_factor_builder
-from doran_core.convert import compile_adapter, to_peft_dora
-from doran_core.progress import ProgressBar
 
-__all__ = ["register"]
+__all__ = ["COMMAND"]
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = subparsers.add_parser(
-        "convert",
-        help="convert an adapter to another form",
-        description="Convert an adapter: trainable DoRAN, compiled DoRAN, PEFT LoRA or PEFT DoRA, to the compiled form "
-        "or to a plain PEFT DoRA directory. The function that it computes stays the same.",
-    )
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory")
+def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="adapter directory")
     parser.add_argument("--to", required=True, choices=["compiled", "peft-dora"], help="form to write")
     parser.add_argument("--base", required=True, metavar="DIR", help="checkpoint directory that the adapter adapts")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --out already")
     add_adapter_options(parser)
-    parser.set_defaults(func=_run)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> Outcome:
+    from doran_core.adapter import write_compiled
+    from doran_core.convert import compile_adapter, to_peft_dora
+    from doran_core.progress import ProgressBar
+
     with ProgressBar("compiling", unit="modules") as progress:
         compiled = compile_adapter(
             arguments.adapter,
@@ -39,5 +34,19 @@ def _run(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     write = write_compiled if arguments.to == "compiled" else to_peft_dora
-    print(f"wrote {write(compiled, arguments.out, overwrite=arguments.overwrite)}")
-    return 0
+    written = write(compiled, arguments.out, overwrite=arguments.overwrite)
+    return Outcome({"written": str(written), "form": arguments.to}, [f"wrote {written}"])
+
+
+COMMAND = Command(
+    summary="convert an adapter to another form",
+    description="Convert an adapter: trainable DoRAN, compiled DoRAN, PEFT LoRA or PEFT DoRA, to the compiled form "
+    "or to a plain PEFT DoRA directory. The function that it computes stays the same.",
+    group="adapters",
+    add_arguments=_add_arguments,
+    run=_run,
+    examples=(
+        "doran convert run/adapter --to compiled --base base --out compiled",
+        "doran convert run/adapter --to peft-dora --base base --out dora    # for PEFT, TensorRT-LLM, MLX",
+    ),
+)

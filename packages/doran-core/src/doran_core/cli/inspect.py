@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from doran_core.cli.command import Command, Outcome
 from doran_core.cli.options import add_adapter_options, load_factor_builder
-from doran_core.diagnostics.inspect import AdapterReport, LayerReport, Spread, inspect_adapter
-from doran_core.diagnostics.plot import plot_report, require_plotting
-from doran_core.diagnostics.similarity import LayerSimilarity
+from doran_core.cli.tables import Table
 
-__all__ = ["format_table", "register"]
+if TYPE_CHECKING:
+    from doran_core.diagnostics.inspect import AdapterReport, LayerReport, Spread
+    from doran_core.diagnostics.similarity import LayerSimilarity
+
+__all__ = ["COMMAND"]
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = subparsers.add_parser(
-        "inspect",
-        help="show what is in an adapter",
-        description="Check an adapter of any form and show its layers: sizes, tau, output scale, effective rank. "
-        "With --base also what depends on the base weights, and whether it is the right base.",
-    )
-    parser.add_argument("adapter", metavar="DIR", help="adapter directory")
+def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="adapter directory")
     parser.add_argument("--base", metavar="DIR", help="its base checkpoint")
     parser.add_argument("--plot", metavar="FILE", help="draw it, e.g. out.png (needs matplotlib)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     add_adapter_options(parser)
-    parser.set_defaults(func=_run)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> Outcome:
+    from doran_core.diagnostics.inspect import inspect_adapter
+    from doran_core.diagnostics.plot import plot_report, require_plotting
+
     if arguments.plot:
         require_plotting()
     report = inspect_adapter(
@@ -39,30 +36,15 @@ def _run(arguments: argparse.Namespace) -> int:
         allow_base_mismatch=arguments.allow_base_mismatch,
         factor_builder=load_factor_builder(arguments.factor_builder),
     )
-    if arguments.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        print(_summary(report))
-        print(format_table(*_layer_table(report.layers)))
-        if report.similarities:
-            print("\n" + format_table(*_similarity_table(report.similarities)))
     if arguments.plot:
         plot_report(report, arguments.plot)
-    return 0
+    shown: list[str | Table] = [_summary(report), "", _layer_table(report.layers)]
+    if report.similarities:
+        shown += ["", _similarity_table(report.similarities)]
+    return Outcome(report.to_dict(), shown)
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text columns: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
-        return "  ".join([cells[0].ljust(widths[0]), *aligned]).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
-
-
-def _summary(report: AdapterReport) -> str:
+def _summary(report: AdapterReport) -> Table:
     ranks = sorted({layer.rank for layer in report.layers})
     facts = {
         "adapter": report.directory,
@@ -75,11 +57,10 @@ def _summary(report: AdapterReport) -> str:
         "parameters": f"{report.parameters:,}",
         "full tensors": ", ".join(report.extra) or None,
     }
-    width = max(map(len, facts))
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items() if value is not None) + "\n"
+    return Table([], [[name, value] for name, value in facts.items() if value is not None])
 
 
-def _layer_table(layers: Sequence[LayerReport]) -> tuple[list[str], list[list[str]]]:
+def _layer_table(layers: Sequence[LayerReport]) -> Table:
     columns = {
         "d_out x d_in": [f"{layer.d_out} x {layer.d_in}" for layer in layers],
         "rank": [str(layer.rank) for layer in layers],
@@ -93,17 +74,17 @@ def _layer_table(layers: Sequence[LayerReport]) -> tuple[list[str], list[list[st
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     rows = [[layer.name, *(cells[index] for cells in shown.values())] for index, layer in enumerate(layers)]
-    return ["layer", *shown], rows
+    return Table(["layer", *shown], rows)
 
 
-def _similarity_table(similarities: Sequence[LayerSimilarity]) -> tuple[list[str], list[list[str]]]:
+def _similarity_table(similarities: Sequence[LayerSimilarity]) -> Table:
     header = ["cosine between layers", "layers", "mean", "least", "largest"]
     rows = []
     for group in similarities:
         others = [value for i, row in enumerate(group.update) for j, value in enumerate(row) if i != j]
         numbers = (group.mean_update(), min(others), max(others))
         rows.append([f"B A of {group.projection}", str(len(group.layers)), *(f"{number:.3f}" for number in numbers)])
-    return header, rows
+    return Table(header, rows)
 
 
 def _spread(spread: Spread | None) -> str:
@@ -116,3 +97,18 @@ def _spread(spread: Spread | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+COMMAND = Command(
+    summary="show what is in an adapter",
+    description="Check an adapter of any form and show its layers: sizes, tau, output scale, effective rank. "
+    "With --base also what depends on the base weights, and whether it is the right base.",
+    group="adapters",
+    add_arguments=_add_arguments,
+    run=_run,
+    examples=(
+        "doran inspect run/adapter",
+        "doran inspect run/adapter --base base --plot adapter.png",
+        "doran inspect run/adapter --json | jq '.layers[] | [.name, .effective_rank]'",
+    ),
+)

@@ -6,9 +6,12 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from doran_core.errors import ConfigError
-from doran_core.factors import FactorBuilder
+
+if TYPE_CHECKING:
+    from doran_core.factors import FactorBuilder
 
 __all__ = ["add_adapter_options", "load_factor_builder"]
 

@@ -5,32 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from doran_core.cli.command import Command, Outcome
+from doran_core.cli.tables import Table
 from doran_core.errors import ConfigError
-from doran_hf.train.config import SECTIONS, TrainConfig, load_config
-from doran_hf.train.fields import parse_yaml
-from doran_hf.train.run import train
-from doran_hf.train.template import commented_config, settable_fields
 
-__all__ = ["register"]
+__all__ = ["COMMAND"]
 
 _FLAG = "field:"
 """Begins the names under which argparse keeps the values of fields."""
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = subparsers.add_parser(
-        "train",
-        help="train an adapter",
-        description="Train a DoRAN adapter and write it with metrics, layer metrics and a model card. Run the same "
-        "command again to go on with a run that was interrupted.",
-        epilog="Any field of transformers.TrainingArguments is a flag as --trainer.NAME, e.g. "
-        "--trainer.learning_rate 1e-3.",
-    )
+def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    from doran_hf.train.config import SECTIONS, TrainConfig
+
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration; flags go before its values")
     parser.add_argument(
         "--init",
@@ -42,15 +33,24 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--dry-run", action="store_true", help="load everything, print the plan, train nothing")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run in the output directory")
     group = parser.add_argument_group("what to train")
+    hints = get_type_hints(TrainConfig)
     for entry in dataclasses.fields(TrainConfig):
         if entry.name not in SECTIONS:
-            _add_flag(group, entry.name, get_type_hints(TrainConfig)[entry.name], entry.metadata["help"])
-    for section, record in SECTIONS.items():
-        group, hints = parser.add_argument_group(section), get_type_hints(record)
-        for entry in settable_fields(record):
-            text = argparse.SUPPRESS if section == "trainer" else entry.metadata["help"].replace("%", "%%")
-            _add_flag(group, f"{section}.{entry.name}", hints[entry.name], text)
-    parser.set_defaults(func=_run)
+            _add_flag(group, entry.name, hints[entry.name], entry.metadata["help"])
+    for section in SECTIONS:
+        # Only transformers knows the trainer's fields, and takes seconds to import.
+        if section != "trainer" or argv is None or any(argument.startswith("--trainer") for argument in argv):
+            _add_section(parser.add_argument_group(section), section)
+
+
+def _add_section(group: argparse._ArgumentGroup, section: str) -> None:
+    from doran_hf.train.config import section_record
+    from doran_hf.train.template import settable_fields
+
+    hints = get_type_hints(section_record(section))
+    for entry in settable_fields(section):
+        text = argparse.SUPPRESS if section == "trainer" else entry.metadata["help"].replace("%", "%%")
+        _add_flag(group, f"{section}.{entry.name}", hints[entry.name], text)
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, hint: Any, text: str) -> None:
@@ -71,7 +71,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> Outcome:
     values = {
         name.removeprefix(_FLAG): _value(name.removeprefix(_FLAG), *given)
         for name, given in vars(arguments).items()
@@ -81,11 +81,29 @@ def _run(arguments: argparse.Namespace) -> int:
         return _init(Path(arguments.init), arguments.config, values)
     if arguments.config is None and not values:
         raise ConfigError("doran train: give a CONFIG.yaml (doran train --init writes one) or flags")
-    train(load_config(arguments.config, values), overwrite=arguments.overwrite, dry_run=arguments.dry_run)
-    return 0
+    from doran_hf.train.config import load_config
+    from doran_hf.train.run import train
+
+    config = load_config(arguments.config, values)
+    metrics = train(config, overwrite=arguments.overwrite, dry_run=arguments.dry_run)
+    return Outcome({"output": config.output, "dry_run": arguments.dry_run, **metrics}, _table(metrics))
 
 
-def _init(file: Path, config: str | None, values: Mapping[str, Any]) -> int:
+def _table(metrics: Mapping[str, Any]) -> list[Table]:
+    """The metrics of base and adapter side by side."""
+    base, adapter = metrics.get("base") or {}, metrics.get("adapter") or {}
+    if not adapter:
+        return []
+    columns = [column for column in (base, adapter) if column]
+    header = ["metric", *(["base"] if base else []), "adapter"]
+    names = dict.fromkeys([*base, *adapter])
+    rows = [[name, *(f"{column[name]:.4g}" if name in column else "" for column in columns)] for name in names]
+    return [Table(header, rows)]
+
+
+def _init(file: Path, config: str | None, values: Mapping[str, Any]) -> Outcome:
+    from doran_hf.train.template import commented_config
+
     if config is not None:
         raise ConfigError(f"--init writes a new configuration, but {config} was given, too: give one of them")
     if file.exists():
@@ -94,12 +112,14 @@ def _init(file: Path, config: str | None, values: Mapping[str, Any]) -> int:
         file.write_text(commented_config(values), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--init: cannot write {file}: {error.strerror}") from error
-    print(f"wrote {file}; set base, output and data.train in it, then: doran train {file}")
-    return 0
+    text = f"wrote {file}; set base, output and data.train in it, then: doran train {file}"
+    return Outcome({"written": str(file)}, [text])
 
 
 def _value(name: str, text: str, hint: Any) -> Any:
     """A flag's text as a value: as it stands where the field is a text, else read as in the file."""
+    from doran_hf.train.fields import parse_yaml
+
     kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]
     if text == "null" and len(kinds) < len(_alternatives(hint)):
         return None
@@ -112,3 +132,20 @@ def _value(name: str, text: str, hint: Any) -> Any:
     except ConfigError:
         return text
     return value if isinstance(value, list | dict) else text
+
+
+COMMAND = Command(
+    summary="train an adapter",
+    description="Train a DoRAN adapter and write it with metrics, layer metrics and a model card. Run the same "
+    "command again to go on with a run that was interrupted.",
+    group="train",
+    add_arguments=_add_arguments,
+    run=_run,
+    examples=(
+        "doran train --init                            # writes doran.yaml: fill it in",
+        "doran train doran.yaml --dry-run",
+        "doran train doran.yaml --adapter.rank 16 --trainer.learning_rate 5e-4",
+        "doran train --base base --output run --data.train chats.jsonl --json > metrics.json",
+    ),
+    notes="Any field of transformers.TrainingArguments is a flag as --trainer.NAME, e.g. --trainer.max_steps 100.",
+)

@@ -1,4 +1,7 @@
-"""The configuration of a training: the same fields in YAML, in Python and as flags."""
+"""The configuration of a training: the same fields in YAML, in Python and as flags.
+
+Imports neither PEFT nor transformers before a configuration is made: `doran train --help` reads these fields.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,18 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from transformers import TrainingArguments
 
 from doran_core.errors import ConfigError
-from doran_hf.config import DoranConfig
+from doran_hf.options import AdapterOptions
 from doran_hf.train.fields import check_fields, parse_yaml
 
-__all__ = ["OWN_TRAINER_FIELDS", "SECTIONS", "DataConfig", "Task", "TrainConfig", "load_config"]
+if TYPE_CHECKING:
+    from doran_hf.config import DoranConfig
+
+__all__ = ["OWN_TRAINER_FIELDS", "SECTIONS", "DataConfig", "Task", "TrainConfig", "load_config", "section_record"]
 
 Task = Literal["causal-lm", "sequence-classification", "image-classification"]
 Format = Literal["auto", "json", "csv", "parquet", "text", "imagefolder", "hub"]
@@ -152,6 +157,8 @@ class TrainConfig:
         Raises:
             ConfigError: naming field and value.
         """
+        from doran_hf.config import DoranConfig
+
         task_types = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
         values = {"task_type": task_types.get(self.task), **check_fields("adapter", self.adapter, DoranConfig)}
         return DoranConfig(**values)
@@ -184,8 +191,17 @@ _REFUSED = {
     "resume_from_checkpoint": "nothing: a rerun resumes",
 }
 
-SECTIONS: dict[str, type[Any]] = {"data": DataConfig, "adapter": DoranConfig, "trainer": TrainingArguments}
-"""Sections of the configuration and the dataclasses whose fields they take."""
+SECTIONS = ("data", "adapter", "trainer")
+"""Sections of the configuration."""
+
+
+def section_record(section: str) -> type[Any]:
+    """The dataclass whose fields users set in a section."""
+    if section == "trainer":
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+    return {"data": DataConfig, "adapter": AdapterOptions}[section]
 
 
 def load_config(file: str | Path | None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -210,7 +226,7 @@ def load_config(file: str | Path | None, overrides: Mapping[str, Any] | None = N
     for section in SECTIONS:  # a section whose lines are all commented out reads as null
         values[section] = {} if values.get(section) is None else values[section]
     values["data"] = DataConfig(**check_fields("data", values["data"], DataConfig))
-    check_fields("trainer", values["trainer"], TrainingArguments)
+    check_fields("trainer", values["trainer"], section_record("trainer"))
     return TrainConfig(**check_fields(where, values, TrainConfig))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -121,4 +122,25 @@ def load_part(what: str, auto_class: Any, base: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(base, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"base: cannot load the {what} of {base!r}: {error}") from error
+        if Path(base).is_dir():
+            raise CheckpointError(f"base: cannot load the {what} of {base!r}: {error}") from error
+        raise CheckpointError(f"base: there is no directory {base!r}, and {_hub_says(error)}") from error
+
+
+def _hub_says(error: BaseException) -> str:
+    """Why the hub has no such model, in a few words: transformers wraps the cause in paragraphs."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names = {type(cause).__name__ for cause in causes}
+    if "HFValidationError" in names:
+        return "it is not a name that a model on the hub can have"
+    if "GatedRepoError" in names:
+        return "the hub gives it only to those who have accepted its terms and logged in"
+    if "RepositoryNotFoundError" in names:
+        return "the hub has no such model, or shows it only to those who have logged in"
+    if names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        return "no model of that name is in the hub's cache, and the hub cannot be reached"
+    return f"the hub's model of that name cannot be loaded: {' '.join(str(error).split())}"

@@ -17,8 +17,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from doran_core.errors import ConfigError
 from doran_core.files.atomic import new_directory
-from doran_hf.callbacks import LayerMetricsCallback
-from doran_hf.diagnostics import tau_by_layer
+from doran_hf.method import LayerMetricsCallback, tau_by_layer
 from doran_hf.train.card import model_card
 from doran_hf.train.config import OWN_TRAINER_FIELDS, TrainConfig
 from doran_hf.train.data import load_examples

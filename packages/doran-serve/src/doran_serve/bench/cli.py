@@ -5,30 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from doran_core.cli.command import Command, Outcome
 from doran_core.errors import DoranError
-from doran_serve import flags
-from doran_serve.base import local_directory
-from doran_serve.bench.cases import Workload, standard_cases
-from doran_serve.bench.run import measure, summary, table
-from doran_serve.bench.strip import write_lora
-from doran_serve.store import AdapterStore
 
-__all__ = ["add_bench"]
+__all__ = ["COMMAND"]
 
 
-def add_bench(subparsers: Any) -> None:
-    """Add `doran bench-serve` to the `doran` command."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "bench-serve",
-        help="measure base, LoRA and DoRAN serving on this machine",
-        description="Throughput and latency of the base, of the adapters' LoRA part on stock vLLM, of DoRAN in mixed "
-        "and in merged mode, one after the other on random prompts; medians and ratios.",
+def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    parser.add_argument("base", metavar="BASE_DIR", help="base model")
+    parser.add_argument(
+        "--adapters", type=Path, required=True, metavar="DIR", help="directory of DoRAN adapters; up to 8 are used"
     )
-    parser.add_argument("base", metavar="BASE", help="base model")
-    parser.add_argument("--adapters", type=Path, required=True, help="directory of DoRAN adapters; up to 8 are used")
     parser.add_argument("--requests", type=int, default=128, help="sent together (default: 128)")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of each request (default: 128)")
     parser.add_argument("--output-tokens", type=int, default=128, help="of each request (default: 128)")
@@ -40,12 +31,17 @@ def add_bench(subparsers: Any) -> None:
         default={},
         help='arguments of vLLM\'s LLM for all cases, e.g. \'{"dtype": "bfloat16"}\'',
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers here, one per line")
-    parser.set_defaults(func=_bench)
+    parser.add_argument("--log", type=Path, metavar="FILE", help="add every round's numbers to this file, a line each")
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from doran_serve.cli import find_adapters  # cli imports this module
+def _run(args: argparse.Namespace) -> Outcome:
+    from doran_serve import flags
+    from doran_serve.base import local_directory
+    from doran_serve.bench.cases import Workload, standard_cases
+    from doran_serve.bench.run import measure, summary, table
+    from doran_serve.bench.strip import write_lora
+    from doran_serve.launch import find_adapters
+    from doran_serve.store import AdapterStore
 
     if not isinstance(args.engine, dict):
         raise DoranError(f"--engine {args.engine!r} is no JSON object")
@@ -67,8 +63,22 @@ def _bench(args: argparse.Namespace) -> int:
             for result in measure(case, workload):
                 results.append(result)
                 print(json.dumps(result), flush=True)
-                if args.json:
-                    with args.json.open("a", encoding="utf-8") as file:
+                if args.log:
+                    with args.log.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(result) + "\n")
-    print(table(summary(results)), flush=True)
-    return 0
+    medians = summary(results)
+    return Outcome({"medians": medians, "rounds": results}, [table(medians)])
+
+
+COMMAND = Command(
+    summary="measure base, LoRA and DoRAN serving on this machine",
+    description="Throughput and latency of the base, of the adapters' LoRA part on stock vLLM, of DoRAN in mixed "
+    "and in merged mode, one after the other on random prompts; medians and ratios.",
+    group="serve",
+    add_arguments=_add_arguments,
+    run=_run,
+    examples=(
+        "doran bench-serve base --adapters adapters",
+        'doran bench-serve base --adapters adapters --requests 32 --rounds 3 --engine \'{"dtype": "bfloat16"}\'',
+    ),
+)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from doran_core.cli.tables import Table
 from doran_core.errors import DoranError
 from doran_serve.bench.cases import Case, Workload
 
@@ -78,17 +79,15 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     }
 
 
-def table(medians: Mapping[str, Mapping[str, float]]) -> str:
-    """A Markdown table of `summary`, with ratios to the base and to LoRA where they were measured."""
-    lines = [
-        "| case | tokens/s | to base | to LoRA | alone, ms/token | to base | to LoRA |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def table(medians: Mapping[str, Mapping[str, float]]) -> Table:
+    """`summary` as a table, with ratios to the base and to LoRA where they were measured."""
+    header = ["case", "tokens/s", "to base", "to LoRA", "alone, ms/token", "to base", "to LoRA"]
+    rows = []
     for name, values in medians.items():
         cells = [name]
         for key, digits in (("tokens_per_s", 0), ("alone_ms_per_token", 2)):
             cells.append(f"{values[key]:.{digits}f}")
             for peer in ("base", "lora"):
                 cells.append(f"{values[key] / medians[peer][key]:.3f}" if peer in medians else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return Table(header, rows)
