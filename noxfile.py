@@ -21,7 +21,7 @@ ONNXRUNTIME = os.environ.get("DORAN_ONNXRUNTIME", "cpu")  # an extra of doran-ex
 
 PACKAGES = ("core", "hf", "export", "serve")
 SOURCES = [f"packages/doran-{name}/src" for name in PACKAGES]
-PYTHON_CODE = ["packages", "tests", "tools", "examples", "benchmarks", "experiments", "noxfile.py"]
+PYTHON_CODE = ["packages", "tests", "tools", "examples", "benchmarks", "experiments", "docs", "noxfile.py"]
 
 LOWEST = {
     "core": (
@@ -51,6 +51,7 @@ nox.options.sessions = [
     "export",
     "serve",
     "experiments",
+    "docs",
 ]
 nox.options.error_on_missing_interpreters = True
 nox.needs_version = ">=2024.4.15"
@@ -148,6 +149,19 @@ def serve(session: nox.Session) -> None:
     install(session, "serve", extra={"serve": "[test]"})
     install_models(session, "smollm2")
     test(session, "packages/doran-serve/tests")
+    session.install("sybil>=10,<11")
+    session.run("python", "-m", "pytest", "docs/tools/test_blocks.py", "-k", "engine_block", "--engine", "-ra")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, built strictly; its links and its reference checked; every code block that can run without vLLM run."""
+    install(session, *PACKAGES, extra={"hf": "[train,plot]", "export": "[cpu,genai]"})
+    session.install("mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "sybil>=10,<11", "pytest>=8")
+    session.install("trl>=0.20", "bitsandbytes>=0.48", "scikit-learn>=1.4")
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
+    session.run("mkdocs", "build", "--quiet")
+    test(session, "docs/tools")
 
 
 @nox.session
