@@ -1,0 +1,135 @@
+"""Draws the figures of the concept pages from measurements.json, each for a light and for a dark page.
+
+    python docs/figures/draw.py
+
+measure.py, beside this file, makes measurements.json. Sizes are chosen for a screen as wide as a phone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+from matplotlib import pyplot
+
+HERE = Path(__file__).parent
+SCHEMES = {"light": "#222222", "dark": "#e6e6e6"}
+BLUE, ORANGE, GREEN, GREY = "#4c72b0", "#dd8452", "#55a868", "#8c8c8c"
+
+
+def main() -> None:
+    measured = json.loads((HERE / "measurements.json").read_text())
+    for scheme, ink in SCHEMES.items():
+        with style(ink):
+            gradient_split(measured["decoder"], scheme)
+            tau_curves(measured["decoder"], scheme)
+            tau_learned(measured["decoder"], scheme)
+            sharing(measured["sharing"], scheme)
+
+
+@contextmanager
+def style(ink: str) -> Iterator[None]:
+    """Ink for the scheme's background, which stays transparent; the same bytes from the same numbers."""
+    colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    fixed = {
+        "font.size": 11,
+        "font.family": "sans-serif",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "doran",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "legend.fontsize": 10,
+    }
+    with pyplot.rc_context(fixed | dict.fromkeys(colours, ink)):
+        yield
+
+
+def save(figure: Any, name: str, scheme: str) -> None:
+    figure.savefig(HERE / f"{name}-{scheme}.svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def gradient_split(decoder: dict[str, Any], scheme: str) -> None:
+    """Per layer: the share of the squared gradient along the weight's rows, before and after tau's factor."""
+    figure, axes = pyplot.subplots(2, 1, figsize=(4.6, 5.0), sharex=True, sharey=True)
+    for axis, projection in zip(axes, ("q_proj", "v_proj"), strict=True):
+        rows = [row for row in decoder["gradient"] if row["layer"].endswith(projection)]
+        axis.semilogy([100 * row["along"] for row in rows], "o", color=BLUE, markersize=4.5, label="along the rows")
+        axis.semilogy([100 * row["kept"] for row in rows], "s", color=ORANGE, markersize=4, label="of it, kept by tau")
+        axis.axhline(100 / decoder["d_in"], color=GREY, linestyle="--", linewidth=1, label="a random direction")
+        axis.set_title(projection, loc="left", fontsize=11)
+        axis.set_ylabel("% of ||G||²")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=2, bbox_to_anchor=(0.54, 1.04))
+    axes[1].set_xlabel("block")
+    save(figure, "gradient-split", scheme)
+
+
+def tau_curves(decoder: dict[str, Any], scheme: str) -> None:
+    """Scale and gradient factor against the row norm, over the histogram of real row norms."""
+    figure, axes = pyplot.subplots(2, 1, figsize=(4.6, 5.4), sharex=True)
+    xs = [0.01 * i for i in range(2, 251)]
+    for tau, colour in ((0.0, GREY), (0.1, BLUE), (0.5, ORANGE), (2.0, GREEN)):
+        label = "tau = 0 (DoRA)" if tau == 0 else f"tau = {tau}"
+        axes[0].plot(xs, [(1 + tau) / (x + tau) for x in xs], color=colour, label=label)
+        axes[1].plot(xs, [tau / (x + tau) for x in xs], color=colour)
+    axes[0].set_ylim(0, 8)
+    axes[0].set_ylabel("scale c = m / (n + tau)")
+    axes[0].legend(loc="upper right")
+    axes[1].set_ylim(0, 1.02)
+    axes[1].set_ylabel("kept: tau / (n + tau)")
+    axes[1].set_xlabel("row norm n, in units of the mean")
+    for axis in axes:
+        behind = axis.twinx()
+        edges = [0.05 * i for i in range(51)]
+        behind.stairs(decoder["row_norms"]["counts"], edges, fill=True, color=GREY, alpha=0.3)
+        behind.set_axis_off()
+    save(figure, "tau-curves", scheme)
+
+
+def tau_learned(decoder: dict[str, Any], scheme: str) -> None:
+    """tau of each layer before and after the short training."""
+    figure, axis = pyplot.subplots(figsize=(4.6, 3.2))
+    for projection, colour in (("q_proj", BLUE), ("v_proj", ORANGE)):
+        rows = [row for row in decoder["tau"] if row["layer"].endswith(projection)]
+        changes = [100 * (row["last"] / row["first"] - 1) for row in rows]
+        axis.plot(range(len(rows)), changes, marker="o", markersize=3.5, linewidth=1, color=colour, label=projection)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    axis.set_xlabel("block")
+    axis.set_ylabel("change of tau, %")
+    axis.legend()
+    save(figure, "tau-learned", scheme)
+
+
+def sharing(measured: dict[str, Any], scheme: str) -> None:
+    """How far every layer's factors move in a step through one layer."""
+    figure, axes = pyplot.subplots(len(measured), 1, figsize=(4.2, 9.6))
+    for axis, (kind, entry) in zip(axes, measured.items(), strict=True):
+        names = [_short(name) for name in entry["layers"]]
+        image = axis.imshow(entry["response"], cmap="viridis", vmin=0, vmax=1)
+        axis.set_title(f'sharing="{kind}"', loc="left", fontsize=11)
+        axis.set_xticks(range(len(names)), names, fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_ylabel("step through")
+        axis.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axis, shrink=0.8)
+    axes[-1].set_xlabel("layer that moves")
+    figure.tight_layout()
+    save(figure, "sharing", scheme)
+
+
+def _short(name: str) -> str:
+    """ "q3" of "encoder.encoder.layer.3.attention.self.query"."""
+    block = next(part for part in name.split(".") if part.isdecimal())
+    return f"{name.rpartition('.')[2][0]}{block}"
+
+
+if __name__ == "__main__":
+    main()
