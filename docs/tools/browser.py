@@ -128,6 +128,7 @@ class Chromium:
 
     def open(self, url: str) -> None:
         """Load a page and wait until it is quiet."""
+        self.send("Storage.clearDataForOrigin", origin=url, storageTypes="local_storage")  # a scheme once chosen
         self.events.clear()
         self.send("Page.navigate", url=url)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):

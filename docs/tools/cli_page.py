@@ -62,7 +62,7 @@ def _command(parser: argparse.ArgumentParser, *, hide_commands: bool = False) ->
         yield f"**{(group.title or 'options').capitalize()}**\n"
         if group.description:
             yield _text(group.description)
-        yield "| | |\n|---|---|"
+        yield "| argument | meaning |\n|---|---|"
         yield from (f"| {_spelling(parser, action)} | {_meaning(parser, action)} |" for action in actions)
         yield ""
     if parser.epilog:

@@ -69,7 +69,7 @@ def _llama(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=128, max_position_embeddings=256, num_key_value_heads=2, eos_token_id=2, **sizes)
+    config = LlamaConfig(vocab_size=100, max_position_embeddings=256, num_key_value_heads=2, eos_token_id=2, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     _save_tokenizer(folder)
     return folder

@@ -59,7 +59,7 @@ def check_command(words: Words, place: str) -> None:
     Raises:
         AssertionError: an unknown command, option, extra, session or file.
     """
-    name = Path(words[0]).name
+    name = Path(words[0]).name or words[0]  # "." is `source`
     assert name in _CHECKS, f"{place}: no check for the command {name!r}; known: {sorted(_CHECKS)}"
     problem = _CHECKS[name](words[1:])
     assert problem is None, f"{place}: {shlex.join(words)}: {problem}"
