@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import tomllib
 from collections.abc import Iterator
 
@@ -71,8 +70,8 @@ def _command(parser: argparse.ArgumentParser, *, hide_commands: bool = False) ->
 
 def _text(text: str) -> str:
     """Prose as prose; what has lines of its own, such as examples, as it stands."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
-    return f"```text\n{text}\n```\n" if "\n" in text else f"{text}\n"
+    text = text.strip()
+    return f"```text\n{text}\n```\n" if "\n  " in text else f"{' '.join(text.split())}\n"
 
 
 def _spelling(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
@@ -89,4 +88,4 @@ def _spelling(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 def _meaning(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     text = parser._get_formatter()._expand_help(action) if action.help else ""
     needed = ", required" if action.required and action.option_strings else ""
-    return re.sub(r"\x1b\[[0-9;]*m", "", " ".join(text.split())).replace("|", "\\|").replace("<", "&lt;") + needed
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;") + needed

@@ -73,10 +73,10 @@ def _doran(words: Words) -> str | None:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            build_parser(words).parse_args(words)
+            parsed, unknown = build_parser(words).parse_known_args(words)
     except SystemExit as end:
         return errors.getvalue().strip() if end.code else None
-    return None
+    return f"unknown {unknown}" if unknown and not parsed.command.passes_unknown else None
 
 
 def _pip(words: Words) -> str | None:
