@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,20 @@ def test_killed_and_run_again_it_ends_as_if_it_had_not_been(capsys: pytest.Captu
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert (metrics["base"], metrics["adapter"], metrics["tau"]) == (whole["base"], whole["adapter"], whole["tau"])
     assert read_states("run/layers.parquet") == read_states("whole/layers.parquet")
+
+
+def test_killed_after_its_last_step_it_does_not_train_on() -> None:
+    """As if by a kill during the last evaluation: the last checkpoint is there, the adapter and the metrics are not."""
+    changes: dict[str, Any] = {"trainer__max_steps": 4, "trainer__save_steps": 4, "keep_checkpoints": True}
+    whole = run(**changes)
+    expected = load_file("run/adapter/adapter_model.safetensors")
+    Path("run/metrics.json").unlink()
+    shutil.rmtree("run/adapter")
+    again = run(**changes)
+    assert again["training"]["resumed_from"] == "checkpoint-4"
+    assert (again["training"]["steps"], again["adapter"], again["tau"]) == (4, whole["adapter"], whole["tau"])
+    found = load_file("run/adapter/adapter_model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_sequence_classification_with_names_as_labels() -> None:

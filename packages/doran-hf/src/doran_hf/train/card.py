@@ -76,9 +76,14 @@ def model_card(config: TrainConfig, metrics: Mapping[str, Any], pad_token_id: in
         loading=_loading(config, loader, pad_token_id),
         results=_results(metrics),
         training=f"{facts['steps']} steps on {facts['examples']:,} examples of `{source.name or source}`, "
-        f"{facts['trainable_parameters']:,} trained parameters, mean loss {facts['loss']:.4f}, seed {config.seed}.",
+        f"{facts['trainable_parameters']:,} trained parameters, {_mean_loss(facts)}seed {config.seed}.",
         settings=yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True),
     )
+
+
+def _mean_loss(facts: dict[str, Any]) -> str:
+    """Empty where no loss was logged, as in a run that was killed right after its last step."""
+    return "" if facts["loss"] is None else f"mean loss {facts['loss']:.4f}, "
 
 
 def _loading(config: TrainConfig, loader: str, pad_token_id: int | None) -> str:

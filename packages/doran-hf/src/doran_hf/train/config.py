@@ -200,7 +200,8 @@ def section_record(section: str) -> type[Any]:
     if section == "trainer":
         from transformers import TrainingArguments
 
-        return TrainingArguments
+        arguments: type[Any] = TrainingArguments
+        return arguments
     return {"data": DataConfig, "adapter": AdapterOptions}[section]
 
 

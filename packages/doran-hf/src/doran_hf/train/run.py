@@ -13,7 +13,8 @@ import peft
 import torch
 import transformers
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from doran_core.errors import ConfigError
 from doran_core.files.atomic import new_directory
@@ -71,14 +72,14 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
     ):
         run.write("base.json", _evaluate(trainer, recipe, "evaluating the base"))
     set_seed(config.seed)
-    trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    loss, seconds = _train(trainer, checkpoint)
     metrics: dict[str, Any] = {"base": run.read("base.json") or {}} if config.evaluate_base else {}
     metrics["adapter"] = _evaluate(trainer, recipe, "evaluating the adapter") if prepared.held_out is not None else {}
     metrics["training"] = {
-        "loss": trained.training_loss,
+        "loss": loss,
         "steps": trainer.state.global_step,
         **dataclasses.asdict(prepared.counts["train"]),
-        "seconds": round(trained.metrics["train_runtime"], 1),
+        "seconds": round(seconds, 1),
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "trainable_parameters": _trainable(model),
     }
@@ -93,6 +94,20 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
     if trainer.is_world_process_zero():
         _save(run, config, recipe, model, metrics, callback)
     return metrics
+
+
+def _train(trainer: Trainer, checkpoint: Path | None) -> tuple[float | None, float]:
+    """Mean loss and seconds of the training, from a checkpoint on if there is one."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        steps = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
+        if state.global_step >= steps:  # Trainer would make one step more before it sees that
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            return (sum(losses) / len(losses) if losses else None), 0.0
+    trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trained.training_loss, trained.metrics["train_runtime"]
 
 
 def _adapted(config: TrainConfig, recipe: TaskRecipe) -> Any:
