@@ -11,8 +11,11 @@ exc_info
 
 # Called by PEFT and transformers, by name.
 _._create_and_replace
+_._add_targets_to_tie
 _._enable_peft_forward_hooks
+_._prepare_model
 _.adapter_layer_names
+_.get_delta_weight
 _.on_log
 _.on_pre_optimizer_step
 _.on_save
@@ -22,8 +25,10 @@ _.on_train_end
 _.other_param_names
 _.parameter_name
 _.peft_type
+_.supports_lora_conversion
 _.target_module_mapping
 _.tuner_layer_cls
+tied_weight_keys
 
 # Called by transformers while a decoder is traced: the interface of its cache.
 _.get_seq_length
@@ -44,7 +49,8 @@ _.padding_side
 _._adapter
 _._tensor
 
-# Read through dataclasses.fields, asdict or vars: reports, tables, plots.
+# Read through dataclasses.fields, asdict or vars: options, reports, tables, plots.
+_.ensure_weight_tying
 _.gradient_orthogonal
 _.gradient_parallel
 _.gradient_parallel_kept
@@ -52,6 +58,7 @@ _.opset
 _.parallel_weight
 _.rms_spread
 _.same_argmax
+_.trainable_token_indices
 
 # For the reader: every change of vLLM has to say when it can go; tests read it.
 _.remove_when

@@ -286,9 +286,7 @@ def backward(
         None if own_base else _shaped_as(scaled_grad, inputs.base_output),
         finished.product if weight is None else None,
         finished.magnitude,
-        finished.tau
-        if inputs.tau.numel() == finished.tau.numel()
-        else finished.tau.view(inputs.tau.numel(), -1).sum(1),
+        _per_group(finished.tau, inputs.tau.numel()),
         factors,
     )
 
