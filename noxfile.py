@@ -187,7 +187,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict on the packages."""
     install(session)
-    session.install("mypy>=2.4,<3", "safetensors", "packaging")
+    session.install("mypy>=2.4,<3", "safetensors", "packaging", "rich>=13.7")
     session.run("mypy", *SOURCES)
 
 
