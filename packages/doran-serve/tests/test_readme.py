@@ -39,15 +39,16 @@ def test_from_python(
 ) -> None:
     for seed, name in enumerate(("sentiment", "critic")):
         spec = make_adapter("compiled", reference("llama").weights, ("q_proj", "v_proj"), rank=8, seed=seed, size=0.5)
-        spec.write(tmp_path / "path" / "to" / name)
-    write_tokenizer(shutil.copytree(checkpoint("llama"), tmp_path / "path" / "to" / "base"))
+        spec.write(tmp_path / "adapters" / name)
+    write_tokenizer(shutil.copytree(checkpoint("llama"), tmp_path / "base"))
     engine.close()  # the example's own comes now
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    printed, names = run_readme("LoRARequest(", {})
+    text = "output.outputs[0].text"
+    printed, names = run_readme("LoRARequest(", {f"print({text})": f"print(repr({text}))"})  # it may have several lines
     end(names.pop("llm"), separate=False)
-    answers = printed.splitlines()[-1]  # after what vLLM says
-    base, sentiment, critic = ast.literal_eval(answers)
+    answers = printed.splitlines()[-3:]  # after what vLLM says
+    base, sentiment, critic = map(ast.literal_eval, answers)
     assert all(isinstance(text, str) and text for text in (base, sentiment, critic))
     assert len({base, sentiment, critic}) == 3
 
