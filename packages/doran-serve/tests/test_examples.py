@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from doran_serve import cli
+from doran_serve.cli import COMMAND
 
 ROOT = Path(__file__).parents[3]
 UNIT = ROOT / "examples" / "serving" / "doran-serve.service"
 CONTAINER = ROOT / "examples" / "serving" / "Containerfile"
 
 
-def parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    cli.register(parser.add_subparsers())
-    return parser.parse_args(arguments)
+def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of ``doran serve``, and what it hands on to vLLM."""
+    subcommand, *rest = arguments
+    assert subcommand == "serve"
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    COMMAND.add_arguments(parser, None)
+    return parser.parse_known_args(rest)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -43,10 +46,10 @@ def test_the_units_commands_are_those_of_doran_serve() -> None:
     for line in lines:
         program, *arguments = shlex.split(line)
         assert os.path.basename(program) == "doran"  # noqa: PTH119
-        args = parsed(arguments)
+        args, vllm_flags = parsed(arguments)
         assert args.base == "/srv/doran/base"
         assert args.adapters == Path("/srv/doran/adapters")
-        assert args.vllm_flags == ([] if args.check else ["--host", "127.0.0.1", "--port", "8000"])
+        assert vllm_flags == ([] if args.check else ["--host", "127.0.0.1", "--port", "8000"])
 
 
 def test_the_container_copies_what_is_there() -> None:
@@ -59,5 +62,4 @@ def test_the_container_copies_what_is_there() -> None:
     assert command is not None
     program, *arguments = [*re.findall(r'"([^"]*)"', entry[1]), *re.findall(r'"([^"]*)"', command[1])]
     assert program == "doran"
-    args = parsed(arguments)
-    assert args.vllm_flags == ["--host", "0.0.0.0", "--port", "8000"]
+    assert parsed(arguments)[1] == ["--host", "0.0.0.0", "--port", "8000"]
