@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from doran_core.cli.loading import reading_flags
+from doran_core.lazy import lazy_names
 
 if TYPE_CHECKING or not reading_flags():
     from doran_hf.method import (
@@ -38,15 +39,5 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        """The version, and what was left out while the `doran` command read its flags: PEFT takes seconds to import."""
-        if name == "__version__":
-            from importlib.metadata import version
-
-            return version("doran-hf")
-        if name in __all__:
-            from doran_hf import method
-
-            return getattr(method, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # What was left out while the `doran` command read its flags: PEFT takes seconds to import.
+    __getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, "method"), distribution="doran-hf")
