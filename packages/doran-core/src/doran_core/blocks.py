@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from doran_core.config import DoranConfig
 from doran_core.factors import BlockEmbedding, FactorTrunk, GeneratedFactors, LayerSpec
+from doran_core.kernels.fleet import Fleet
 
 __all__ = ["BLOCK_EMBEDDING", "TRUNK", "SharedTrunks", "block_of", "sharing_group", "with_owners_of"]
 
@@ -87,6 +88,7 @@ class SharedTrunks:
         self._config = config
         self._trunks: dict[tuple[str, int], FactorTrunk] = {}
         self._embeddings: dict[str, BlockEmbedding] = {}
+        self._fleet = Fleet()
 
     def build(
         self, spec: LayerSpec, *, owns_trunk: bool | None = None, owns_block_embedding: bool | None = None
@@ -116,4 +118,5 @@ class SharedTrunks:
             owns_trunk=first_of_group if owns_trunk is None else owns_trunk,
             block_embedding=embedding,
             owns_block_embedding=first_of_block if owns_block_embedding is None else owns_block_embedding,
+            fleet=self._fleet,
         )

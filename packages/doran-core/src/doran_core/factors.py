@@ -7,10 +7,10 @@ A generator of your own is any ``nn.Module`` whose call without arguments return
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from doran_core.config import DoranConfig
 from doran_core.errors import ConfigError
+from doran_core.kernels.fleet import Fleet, Place, Slot
 from doran_core.kernels.networks import SLOPES, Networks, are_uniform
 
 __all__ = [
@@ -161,10 +162,6 @@ def _output_weight(hidden: Tensor, d_in: int) -> Tensor:
     return weight * (1.0 / math.sqrt(3.0 * d_in) / spread)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
 class GeneratedFactors(nn.Module):
     """``A = H_A @ W2_A.T`` and ``B = (H_B @ W2_B.T).T`` with H from a trunk that other layers may share.
 
@@ -178,6 +175,7 @@ class GeneratedFactors(nn.Module):
         owns_trunk: register the trunk here.
         block_embedding: holder of the block's embedding ``[e]``, for ``sharing="model"``, or None.
         owns_block_embedding: register it here.
+        fleet: of the layers whose kernels are to be launched together; None for one of its own.
     """
 
     def __init__(
@@ -189,6 +187,7 @@ class GeneratedFactors(nn.Module):
         owns_trunk: bool,
         block_embedding: BlockEmbedding | None = None,
         owns_block_embedding: bool = False,
+        fleet: Fleet | None = None,
     ) -> None:
         super().__init__()
         if trunk.rank != spec.rank:
@@ -200,6 +199,7 @@ class GeneratedFactors(nn.Module):
             self.trunk = trunk
         if owns_block_embedding and block_embedding is not None:
             self.block_embedding = block_embedding
+        self.fleet = Fleet() if fleet is None else fleet
         self.d_in, self.d_out = spec.d_in, spec.d_out
         self.share_output = config.share_output
         self.activation = config.activation
@@ -234,11 +234,8 @@ class GeneratedFactors(nn.Module):
         None where that is something else: other depths and activations, mixed dtypes or devices, a class derived from
         this one, a hook that sees the networks' calls.
         """
-        trunk, block = self._trunk[0], self._block_embedding[0]
-        slope = SLOPES.get(self.activation)
-        if slope is None or len(trunk.A.weights) != 1 or type(self) is not GeneratedFactors:
-            return None
-        if any(_has_hooks(part) for part in (self, trunk, trunk.A, trunk.B)):
+        trunk, block, slope = self._trunk[0], self._block_embedding[0], self.slope
+        if slope is None or any(self._hooks()):
             return None
         w2_A, w2_B = self._output_weights()
         (embedding_A, w1_A), (embedding_B, w1_B) = trunk.A.first_layer(), trunk.B.first_layer()
@@ -247,6 +244,29 @@ class GeneratedFactors(nn.Module):
             embedding_A, embedding_B = embedding_A + vector, embedding_B + vector
         networks = Networks(embedding_A, w1_A, w2_A, embedding_B, w1_B, w2_B)
         return (networks, slope) if are_uniform(networks) else None
+
+
+    @property
+    def slope(self) -> float | None:
+        """Of the activation left of 0, if the networks are of the form in doran_core.kernels.networks; else None."""
+        ordinary = len(self._trunk[0].A.weights) == 1 and type(self) is GeneratedFactors
+        return SLOPES.get(self.activation) if ordinary else None
+
+    def _hooks(self) -> list[Mapping[Any, Any]]:
+        """The dictionaries of hooks that would see a call of the networks."""
+        trunk = self._trunk[0]
+        parts = (self, trunk, trunk.A, trunk.B)
+        return [hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+
+    def place(self) -> Place | None:
+        """Where the parameters of :class:`~doran_core.kernels.networks.Networks` are, if W2 is this layer's own."""
+        if self.slope is None or self.share_output or self._block_embedding[0] is not None:
+            return None
+        trunk = self._trunk[0]
+        slots: list[Slot] = []
+        for part, w2 in ((trunk.A, "w2_A"), (trunk.B, "w2_B")):
+            slots += [(part._parameters, "embedding"), (part.weights._parameters, "0"), (self._parameters, w2)]
+        return Place(slots, self._hooks())
 
 
 class BlockEmbedding(nn.Module):

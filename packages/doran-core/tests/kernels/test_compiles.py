@@ -6,13 +6,15 @@ import pytest
 pytestmark = cases.needs_triton
 
 POINTERS = {"product", "gram", "B", "squared_norm", "magnitude", "tau", "norm", "scale", "grad_B", "aligned"} | {
-    "factor_grad", "sums", "grad_magnitude", "grad_tau", "raw_tau"
+    "factor_grad", "sums", "grad_magnitude", "grad_tau", "raw_tau", "least", "through_norm", "out",
 }  # fmt: skip
 HALF_POINTERS = {"weight", "A", "scaled_B", "base_output", "hidden", "bias", "y", "grad", "kept", "scaled", "x"} | {
     "grad_product",
     "product_grad",
     "grad_hidden",
+    "mixed",
 }
+ADDRESSES = {"table", "received", "trunks", "ranges", "members"}
 FLOATS = {"scaling", "threshold", "slope"}
 BLOCKS = {"BLOCK_D": 32, "BLOCK_R": 32, "BLOCK_K": 64, "BLOCK_T": 64, "BLOCK": 64, "R": 16, "E": 64, "H": 32}
 FLAGS = {
@@ -38,6 +40,8 @@ test_compiles.compile_all({half!r}, {capability!r})
 def type_of(name, half):
     if name.endswith("_dim"):
         return "i32"
+    if name in ADDRESSES:
+        return "*i64"
     if name in HALF_POINTERS:
         return f"*{half}"
     if name in POINTERS or name.startswith(("embedding_", "w1_", "w2_", "grad_", "A", "B")):
@@ -50,9 +54,9 @@ def compile_all(half, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from doran_core.kernels import triton_kernels, triton_networks
+    from doran_core.kernels import triton_fleet, triton_kernels, triton_networks
 
-    known = vars(triton_kernels) | vars(triton_networks)
+    known = vars(triton_kernels) | vars(triton_networks) | vars(triton_fleet)
     for kernel_name in [n for n in known if n.endswith("_kernel")]:
         kernel = known[kernel_name]
         constants = {n: v for n, v in (BLOCKS | FLAGS | {"PRECISION": "ieee"}).items() if n in kernel.arg_names}
@@ -77,4 +81,4 @@ def test_every_kernel_compiles(half, capability, tmp_path):
     program = PROGRAM.format(folder=folder, half=half, capability=capability)
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 9, run.stdout
+    assert run.stdout.count("compiled") == 15, run.stdout

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from doran_core.kernels.backend import Implementation, choose
 from doran_core.kernels.compiled import adapted_linear_op
+from doran_core.kernels.fleet import Fleet, Member
 from doran_core.kernels.layer import AdaptedLinear, Facts, Inputs, forward, without_autocast
 
 if TYPE_CHECKING:
     from doran_core.layers.base import BaseView  # which imports this module
 
-__all__ = ["choose_for", "run"]
+__all__ = ["PREPARED_DTYPES", "choose_for", "makes_product", "run", "run_prepared"]
+
+PREPARED_DTYPES = [torch.bfloat16, torch.float16]
+"""Precisions of the layers whose weight sides are computed together; a test adds float32."""
 
 
 def choose_for(view: BaseView, x: Tensor, magnitude: Tensor, *, norm_method: str) -> Implementation:
@@ -84,9 +88,7 @@ def run(
         raw_tau: tau is given before its softplus.
     """
     weight = view.weight()
-    # A compiled graph makes the base's product itself, and then it is free to write to the output later.
-    here = weight is not None and view.is_plain and _same_precision(x, weight) and not torch.compiler.is_compiling()
-    if base_output is None and not here:
+    if base_output is None and not makes_product(view, x):
         base_output = view.layer(x)
     low_rank_input = None if base_output is None else x.to(base_output.dtype)
     if dropout > 0.0:
@@ -114,6 +116,39 @@ def run(
         with without_autocast(magnitude):
             return forward(facts, inputs)[0]
     return AdaptedLinear.apply(facts, *inputs.spread())  # type: ignore[no-any-return, no-untyped-call]
+
+
+def makes_product(view: BaseView, x: Tensor) -> bool:
+    """Whether the kernels may compute the base layer's output themselves.
+
+    A compiled graph makes that product itself, and then it is free to write to the output later.
+    """
+    weight = view.weight()
+    return weight is not None and view.is_plain and _same_precision(x, weight) and not torch.compiler.is_compiling()
+
+
+def run_prepared(
+    fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dropout: float
+) -> Tensor | None:
+    """The adapted output of a layer whose weight side is computed together with others; None if it is not.
+
+    Args:
+        fleet: the layers that are computed together.
+        member: this layer's adapter.
+        view: of a linear base layer.
+        x: its input, ``[..., d_in]``.
+        dropout: probability of dropping an element of the branch's input.
+    """
+    weight = view.weight()
+    if weight is None or weight.dtype not in PREPARED_DTYPES or not torch.is_grad_enabled() or not makes_product(view, x):
+        return None
+    given = fleet.ask(member, view)
+    if given is None:
+        return None
+    from doran_core.kernels.prepared import PreparedLinear  # which imports Triton
+
+    low_rank_input = F.dropout(x, dropout) if dropout > 0.0 else None
+    return PreparedLinear.apply(*given, x, low_rank_input, weight, view.bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _same_precision(x: Tensor, weight: Tensor) -> bool:

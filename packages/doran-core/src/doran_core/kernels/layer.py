@@ -40,11 +40,20 @@ __all__ = [
     "Gradients",
     "Inputs",
     "Kept",
+    "SECOND_DERIVATIVE",
+    "WriteCounter",
     "backward",
+    "flat",
     "forward",
     "passes_of",
+    "shaped_as",
     "without_autocast",
 ]
+
+SECOND_DERIVATIVE = (
+    "the hand-written backward of an adapted layer has no derivative of its own (create_graph=True): "
+    "use doran_core.kernels.use_backend('reference')"
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,7 @@ def passes_of(implementation: Implementation) -> Passes:
     return TorchPasses()
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """``[..., d]`` as ``[T, d]``."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
@@ -170,7 +179,7 @@ def _flat(tensor: Tensor) -> Tensor:
 def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
     """``y [..., d_out]`` and what to keep."""
     passes = passes_of(facts.implementation)
-    weight, low = inputs.weight, _flat(inputs.branch_input)
+    weight, low = inputs.weight, flat(inputs.branch_input)
     if facts.slope is None:
         wide_A, B = inputs.factors
     else:
@@ -202,7 +211,7 @@ def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
         assert weight is not None
         base_output = F.linear(inputs.x, weight, inputs.bias)
     y = passes.expand(
-        _flat(base_output),
+        flat(base_output),
         hidden,
         assembled.scaled_B,
         assembled.scale,
@@ -238,17 +247,17 @@ def backward(
         need_input: ``x``, the branch's input and the base layer's output need gradients.
     """
     passes = passes_of(facts.implementation)
-    weight, bias, low = inputs.weight, inputs.bias, _flat(inputs.branch_input)
+    weight, bias, low = inputs.weight, inputs.bias, flat(inputs.branch_input)
     assembled, own_base = kept.assembled, inputs.base_output is None
-    source, output, flat_grad = None, _flat(output), _flat(grad).contiguous()
+    source, output, flat_grad = None, flat(output), flat(grad).contiguous()
     if own_base:
         assert inputs.x is not None
         assert weight is not None
-        x = _flat(inputs.x)
+        x = flat(inputs.x)
         if output_changed:
             output, bias = F.linear(x, weight), None
         else:
-            source = Source(flat_grad, x, weight, small_scale(output.dtype, bias))
+            source = Source(flat_grad, x, weight, small_scale(output.dtype, has_bias=bias is not None))
     scaled_grad, sums = passes.scale_gradient(flat_grad, output, assembled.scale, bias)
     finished = passes.finish(
         sums,
@@ -281,9 +290,9 @@ def backward(
     else:
         factors = passes.generate_gradients(Networks(*inputs.factors), facts.slope, grad_A, finished.B)
     return Gradients(
-        _shaped_as(grad_x, inputs.x),
-        _shaped_as(grad_low, inputs.low_rank_input),
-        None if own_base else _shaped_as(scaled_grad, inputs.base_output),
+        shaped_as(grad_x, inputs.x),
+        shaped_as(grad_low, inputs.low_rank_input),
+        None if own_base else shaped_as(scaled_grad, inputs.base_output),
         finished.product if weight is None else None,
         finished.magnitude,
         _per_group(finished.tau, inputs.tau.numel()),
@@ -296,12 +305,17 @@ def _per_group(rows: Tensor, groups: int) -> Tensor:
     return rows if rows.numel() == groups else rows.view(groups, -1).sum(1)
 
 
-def _shaped_as(flat: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return flat if flat is None or like is None or like.dim() == 2 else flat.view(like.shape)
+def shaped_as(rows: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """``[T, d]`` in the shape of what was flattened."""
+    return rows if rows is None or like is None or like.dim() == 2 else rows.view(like.shape)
 
 
-class _WriteCounter:
-    """Tells whether a tensor was written to in place, without keeping its memory."""
+class WriteCounter:
+    """Tells whether a tensor was written to in place, without keeping its memory.
+
+    Args:
+        tensor: to watch.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         # An alias shares its tensor's counter of writes, and goes on sharing it once it has other data.
@@ -310,6 +324,7 @@ class _WriteCounter:
         self._start = tensor._version
 
     def moved(self) -> bool:
+        """Whether it was written to since."""
         return self._alias._version != self._start
 
 
@@ -326,7 +341,7 @@ class AdaptedLinear(torch.autograd.Function):
         with without_autocast(inputs.magnitude):
             y, kept = forward(facts, inputs)
         ctx.facts = facts
-        ctx.writes = None if inputs.base_output is not None else _WriteCounter(y)
+        ctx.writes = None if inputs.base_output is not None else WriteCounter(y)
         # `.data` leaves autograd's own check of the output out: a later in-place activation is legal, see backward.
         output = y.data if inputs.base_output is None else inputs.base_output
         ctx.save_for_backward(output, *kept.spread(), *inputs.spread())
@@ -335,10 +350,7 @@ class AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise BackendError(
-                "the hand-written backward of an adapted layer has no derivative of its own (create_graph=True): "
-                "use doran_core.kernels.use_backend('reference')"
-            )
+            raise BackendError(SECOND_DERIVATIVE)
         output, *saved = ctx.saved_tensors
         inputs = Inputs.of(*saved[_KEPT:])
         wanted = dict(zip(Inputs._fields, ctx.needs_input_grad[1:], strict=False))

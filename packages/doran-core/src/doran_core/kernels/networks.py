@@ -14,10 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SLOPES", "Networks", "are_uniform", "gradients", "values"]
+__all__ = ["MOST_RANK", "MOST_WIDTH", "SLOPES", "Networks", "are_uniform", "gradients", "values"]
 
 SLOPES = {"leaky_relu": 0.01, "relu": 0.0, "identity": 1.0}
 """Slope left of 0 of the piecewise linear activations."""
+
+
+MOST_RANK = 64
+MOST_WIDTH = 128
+"""Sizes up to which a rank or a hidden layer, and an embedding, are one block of a kernel."""
 
 
 class Networks(NamedTuple):

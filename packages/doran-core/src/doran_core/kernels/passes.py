@@ -82,8 +82,8 @@ class Passes(Protocol):
         """The gradients of the parameters from those of A, in parts ``[k, r, d_in]``, and of B ``[d_out, r]``."""
         ...
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """``left @ right``, accumulated and returned in acc."""
+    def product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        """``left @ right``, accumulated and returned in acc; with ``out`` written there."""
         ...
 
     def assemble(
@@ -129,10 +129,12 @@ class Passes(Protocol):
         """``y = c z + (1 - c) bias + h B'^T`` for ``z [T, d_out]`` and ``h = x A^T [T, r]``."""
         ...
 
-    def scale_gradient(self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def scale_gradient(
+        self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None, sums: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``(c * grad, sum over tokens of grad * (kept - bias))``, ``[T, d_out]`` and ``[k, d_out]`` acc.
 
-        The sums may come in k parts, which are still to be added.
+        The sums may come in k parts, which are still to be added; with ``sums`` they are written there.
         """
         ...
 
@@ -193,12 +195,12 @@ class Passes(Protocol):
         ...
 
 
-def small_scale(dtype: torch.dtype, bias: Tensor | None) -> float:
+def small_scale(dtype: torch.dtype, *, has_bias: bool) -> float:
     """``|c|`` below which the layer's output no longer stands in for the output before scaling.
 
     ``(y - bias) / c`` has an error of ``eps |bias| / |c|``; without a bias only underflow counts, and c = 0.
     """
-    return 0.5 if bias is not None or dtype == torch.float16 else 1e-3
+    return 0.5 if has_bias or dtype == torch.float16 else 1e-3
 
 
 def added(parts: Tensor) -> Tensor:
@@ -221,12 +223,13 @@ class TorchPasses:
     def generate_gradients(self, parameters: Networks, slope: float, grad_A: Tensor, grad_B: Tensor) -> Networks:
         return networks.gradients(parameters, slope, added(grad_A), grad_B)
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
+    def product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         if _narrow_on_cuda(left):
-            return torch.mm(left, right, out_dtype=torch.float32)
+            return torch.mm(left, right, out_dtype=torch.float32, out=out)
         if left.dtype == right.dtype and left.dtype.itemsize >= 4:
-            return left @ right
-        return functional.wide_product(left, right)
+            return torch.mm(left, right, out=out)
+        product = functional.wide_product(left, right)
+        return product if out is None else out.copy_(product)
 
     def assemble(
         self,
@@ -275,14 +278,19 @@ class TorchPasses:
             y.add_((1.0 - scale) * bias)
         return y.addmm_(hidden, scaled_B.T)
 
-    def scale_gradient(self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def scale_gradient(
+        self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None, sums: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         wide = grad.to(scale.dtype)
         work = wide * kept
-        sums = work.sum(0)
+        total = work.sum(0)
         if bias is not None:
-            sums -= bias * wide.sum(0)
-        scaled = torch.mul(wide, scale, out=work)
-        return scaled.to(grad.dtype), sums[None]
+            total -= bias * wide.sum(0)
+        scaled = torch.mul(wide, scale, out=work).to(grad.dtype)
+        if sums is None:
+            return scaled, total[None]
+        sums.zero_()[0] = total
+        return scaled, sums
 
     def finish(
         self,

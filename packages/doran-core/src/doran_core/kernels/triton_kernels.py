@@ -45,7 +45,7 @@ def _norm_and_scale(
     TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """n, c and B' from ``inner = sum(B * (U + K), 1)``; takes n and K anew, from V, for rows that cancel."""
+    """n, c and B' from ``inner = sum(B * (U + K), 1)``; takes n and K anew, from V, for rows that cancel. Returns c."""
     base = tl.load(squared_norm + rows, valid, 0.0)
     square = base + scaling * inner
     if REPAIR:
@@ -94,6 +94,7 @@ def _norm_and_scale(
         mask = valid[:, None] & (ranks < rank)[None, :]
         b = tl.load(B + at, mask, 0.0)
         tl.store(scaled_B + at, (factor[:, None] * b).to(scaled_B.dtype.element_ty), mask)
+    return c
 
 
 @triton.jit
@@ -124,13 +125,16 @@ def assemble_kernel(
 
 
 @triton.jit
-def assemble_whole_kernel(
+def assemble_whole(
     weight, A, B, squared_norm, magnitude, tau, aligned, norm, scale, scaled_B,
     d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
     TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """K, n, c and B' from W0: one pass over it makes U, and ``A A^T`` beside. One block holds the rank."""
+    """K, n, c and B' of a block of rows from W0: one pass over it makes U, and ``A A^T`` beside. Returns the c.
+
+    One block holds the rank.
+    """
     rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     ranks = tl.arange(0, BLOCK_R)
     valid, rank_ok = rows < d_out, ranks < rank
@@ -152,10 +156,25 @@ def assemble_whole_kernel(
     k = u + scaling * tl.dot(b, gram, input_precision="ieee")
     tl.store(aligned + at, k, mask)
     inner = tl.sum(b * (u + k), 1)
-    _norm_and_scale(
+    return _norm_and_scale(
         aligned, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B, rows, valid, inner,
         rank, d_in, stride_row, stride_column, scaling, threshold,
         TAU_PER_ROW, REPAIR, BLOCK_D, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def assemble_whole_kernel(
+    weight, A, B, squared_norm, magnitude, tau, aligned, norm, scale, scaled_B,
+    d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
+    TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """K, n, c and B' of a layer."""
+    assemble_whole(
+        weight, A, B, squared_norm, magnitude, tau, aligned, norm, scale, scaled_B,
+        d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
+        TAU_PER_ROW, REPAIR, PRECISION, WIDEN, BLOCK_D, BLOCK_R, BLOCK_K,
     )  # fmt: skip
 
 
@@ -248,42 +267,33 @@ def _base_sums(
 
 
 @triton.jit
-def finish_kernel(
-    sums, factor_grad, aligned, B, norm, scale, magnitude, tau, raw_tau, grad, x, weight,
-    grad_B, grad_product, grad_magnitude, grad_tau,
-    tokens, d_out, d_in, rank, parts, rows_per_raw, scaling, threshold,
-    stride_x_row, stride_x_column, stride_row, stride_column,
-    TAU_PER_ROW: tl.constexpr, RAW_TAU: tl.constexpr, OF_OUTPUT: tl.constexpr, DETACH: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Adds the parts of ``sums`` and takes the gradient through scale and norm.
-
-    OF_OUTPUT: ``sums`` are of the layer's output, and useless where c is near 0; there x and W0 make them anew.
-    """
-    rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    valid = rows < d_out
+def sum_over_parts(sums, parts, rows, valid, d_out, PARTS: tl.constexpr):
+    """Columns ``rows`` of the sum over the first dimension of ``[parts, d_out]``."""
     part = tl.arange(0, PARTS)
-    total = tl.sum(
-        tl.load(sums + part[:, None] * d_out + rows[None, :], (part < parts)[:, None] & valid[None, :], 0.0), 0
-    )
-    through_factors = tl.zeros([BLOCK_D], tl.float32)
+    mask = (part < parts)[:, None] & valid[None, :]
+    return tl.sum(tl.load(sums + part[:, None] * d_out + rows[None, :], mask, 0.0), 0)
+
+
+@triton.jit
+def row_products(left, right, rows, valid, rank, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
+    """``sum(left * right, 1)`` of these rows of ``[d_out, rank]``."""
+    total = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, rank, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
         at = rows[:, None] * rank + ranks[None, :]
         mask = valid[:, None] & (ranks < rank)[None, :]
-        through_factors += tl.sum(tl.load(factor_grad + at, mask, 0.0) * tl.load(B + at, mask, 0.0), 1)
-    c = tl.load(scale + rows, valid, 1.0)
-    grad_scale = total + scaling * through_factors
-    if OF_OUTPUT:
-        small = tl.abs(c) < threshold
-        grad_scale = tl.where(small, grad_scale, total / tl.where(small, 1.0, c))
-        if tl.max(small.to(tl.int32), 0) > 0:
-            anew = _base_sums(
-                grad, x, weight, rows, small, tokens, d_out, d_in,
-                stride_x_row, stride_x_column, stride_row, stride_column, PRECISION, WIDEN, BLOCK_T, BLOCK_D, BLOCK_K,
-            )  # fmt: skip
-            grad_scale = tl.where(small, anew + scaling * through_factors, grad_scale)
+        total += tl.sum(tl.load(left + at, mask, 0.0) * tl.load(right + at, mask, 0.0), 1)
+    return total
+
+
+@triton.jit
+def through_scale(
+    grad_scale, c, factor_grad, aligned, B, norm, tau, raw_tau, grad_B, grad_product, grad_magnitude, grad_tau,
+    rows, valid, rank, rows_per_raw, scaling,
+    TAU_PER_ROW: tl.constexpr, RAW_TAU: tl.constexpr, DETACH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of rows from that of c: of magnitude, tau, B, and of U."""
     n = tl.load(norm + rows, valid, 0.0)
     if TAU_PER_ROW:
         denominator = n + tl.load(tau + rows, valid, 0.0)
@@ -310,6 +320,41 @@ def finish_kernel(
         if not DETACH:
             b = tl.load(B + at, mask, 0.0)
             tl.store(grad_product + at, ((per_norm * c)[:, None] * b).to(grad_product.dtype.element_ty), mask)
+
+
+@triton.jit
+def finish_kernel(
+    sums, factor_grad, aligned, B, norm, scale, magnitude, tau, raw_tau, grad, x, weight,
+    grad_B, grad_product, grad_magnitude, grad_tau,
+    tokens, d_out, d_in, rank, parts, rows_per_raw, scaling, threshold,
+    stride_x_row, stride_x_column, stride_row, stride_column,
+    TAU_PER_ROW: tl.constexpr, RAW_TAU: tl.constexpr, OF_OUTPUT: tl.constexpr, DETACH: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts of ``sums`` and takes the gradient through scale and norm.
+
+    OF_OUTPUT: ``sums`` are of the layer's output, and useless where c is near 0; there x and W0 make them anew.
+    """
+    rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    valid = rows < d_out
+    total = sum_over_parts(sums, parts, rows, valid, d_out, PARTS)
+    through_factors = row_products(factor_grad, B, rows, valid, rank, BLOCK_D, BLOCK_R)
+    c = tl.load(scale + rows, valid, 1.0)
+    grad_scale = total + scaling * through_factors
+    if OF_OUTPUT:
+        small = tl.abs(c) < threshold
+        grad_scale = tl.where(small, grad_scale, total / tl.where(small, 1.0, c))
+        if tl.max(small.to(tl.int32), 0) > 0:
+            anew = _base_sums(
+                grad, x, weight, rows, small, tokens, d_out, d_in,
+                stride_x_row, stride_x_column, stride_row, stride_column, PRECISION, WIDEN, BLOCK_T, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
+            grad_scale = tl.where(small, anew + scaling * through_factors, grad_scale)
+    through_scale(
+        grad_scale, c, factor_grad, aligned, B, norm, tau, raw_tau, grad_B, grad_product, grad_magnitude, grad_tau,
+        rows, valid, rank, rows_per_raw, scaling, TAU_PER_ROW, RAW_TAU, DETACH, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
 
 
 @triton.jit

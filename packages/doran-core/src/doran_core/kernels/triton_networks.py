@@ -35,32 +35,20 @@ def _hidden_features(
 
 
 @triton.jit
-def _columns_of_A(
-    embedding, w1, w2_A, A, block, d_in, rank, embedding_dim, hidden_dim, slope,
+def network_outputs(
+    embedding, w1, w2, out, block, size, stride_rank, stride_column, rank, embedding_dim, hidden_dim, slope,
     R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A block of ``F W2^T``: columns of A, or rows of B, which is stored the other way round."""
     features = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)[1]
     ranks, units, columns = tl.arange(0, R), tl.arange(0, H), block * BLOCK + tl.arange(0, BLOCK)
-    ok = columns < d_in
-    w2 = tl.load(
-        w2_A + columns[None, :] * hidden_dim + units[:, None], ok[None, :] & (units < hidden_dim)[:, None], 0.0
+    ok = columns < size
+    w2_block = tl.load(
+        w2 + columns[None, :] * hidden_dim + units[:, None], ok[None, :] & (units < hidden_dim)[:, None], 0.0
     )
-    a = tl.dot(features, w2, input_precision="ieee")
-    at = ranks[:, None] * d_in + columns[None, :]
-    tl.store(A + at, a.to(A.dtype.element_ty), (ranks < rank)[:, None] & ok[None, :])
-
-
-@triton.jit
-def _rows_of_B(
-    embedding, w1, w2_B, B, block, d_out, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    features = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)[1]
-    ranks, units, rows = tl.arange(0, R), tl.arange(0, H), block * BLOCK + tl.arange(0, BLOCK)
-    ok = rows < d_out
-    w2 = tl.load(w2_B + rows[:, None] * hidden_dim + units[None, :], ok[:, None] & (units < hidden_dim)[None, :], 0.0)
-    b = tl.dot(w2, tl.trans(features), input_precision="ieee")
-    tl.store(B + rows[:, None] * rank + ranks[None, :], b, ok[:, None] & (ranks < rank)[None, :])
+    value = tl.dot(features, w2_block, input_precision="ieee")
+    at = ranks[:, None] * stride_rank + columns[None, :] * stride_column
+    tl.store(out + at, value.to(out.dtype.element_ty), (ranks < rank)[:, None] & ok[None, :])
 
 
 @triton.jit
@@ -72,46 +60,49 @@ def generate_kernel(
     """A block of columns of A, or of rows of B, from its network."""
     block = tl.program_id(0)
     if block < blocks_A:
-        _columns_of_A(embedding_A, w1_A, w2_A, A, block, d_in, rank, embedding_dim, hidden_dim, slope, R, E, H, BLOCK)
+        network_outputs(
+            embedding_A, w1_A, w2_A, A, block, d_in, d_in, 1, rank, embedding_dim, hidden_dim, slope, R, E, H, BLOCK
+        )
     else:
-        _rows_of_B(
-            embedding_B, w1_B, w2_B, B, block - blocks_A, d_out, rank, embedding_dim, hidden_dim, slope, R, E, H, BLOCK
+        network_outputs(
+            embedding_B, w1_B, w2_B, B, block - blocks_A, d_out, 1, rank, rank, embedding_dim, hidden_dim, slope,
+            R, E, H, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
-def _outer_gradient_A(
-    embedding, w1, w2_A, grad_A, grad_w2, part, block, d_in, rank, embedding_dim, hidden_dim, slope, parts_A,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+def outer_gradient(
+    g, embedding, w1, w2, grad_w2, part, columns, size, rank, embedding_dim, hidden_dim, slope,
+    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
+    """From a block ``g [R, columns]`` of the gradient of ``F W2^T``: that of W2, and its part of that of F."""
     features = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)[1]
-    ranks, units, columns = tl.arange(0, R), tl.arange(0, H), block * BLOCK + tl.arange(0, BLOCK)
+    ranks, units = tl.arange(0, R), tl.arange(0, H)
     at = columns[:, None] * hidden_dim + units[None, :]
-    mask = (columns < d_in)[:, None] & (units < hidden_dim)[None, :]
-    grad_ok = (ranks < rank)[:, None] & (columns < d_in)[None, :]
-    g = tl.zeros([R, BLOCK], tl.float32)
-    for index in range(parts_A):
-        g += tl.load(grad_A + (index * rank + ranks[:, None]) * d_in + columns[None, :], grad_ok, 0.0)
+    mask = (columns < size)[:, None] & (units < hidden_dim)[None, :]
     tl.store(grad_w2 + at, tl.dot(tl.trans(g), features, input_precision="ieee"), mask)
     tl.store(
-        part + ranks[:, None] * H + units[None, :], tl.dot(g, tl.load(w2_A + at, mask, 0.0), input_precision="ieee")
+        part + ranks[:, None] * H + units[None, :], tl.dot(g, tl.load(w2 + at, mask, 0.0), input_precision="ieee")
     )
 
 
 @triton.jit
-def _outer_gradient_B(
-    embedding, w1, w2_B, grad_B, grad_w2, part, block, d_out, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    features = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)[1]
-    ranks, units, rows = tl.arange(0, R), tl.arange(0, H), block * BLOCK + tl.arange(0, BLOCK)
-    at = rows[:, None] * hidden_dim + units[None, :]
-    mask = (rows < d_out)[:, None] & (units < hidden_dim)[None, :]
-    grad_ok = (rows < d_out)[:, None] & (ranks < rank)[None, :]
-    g = tl.load(grad_B + rows[:, None] * rank + ranks[None, :], grad_ok, 0.0)
-    tl.store(grad_w2 + at, tl.dot(g, features, input_precision="ieee"), mask)
-    w2 = tl.load(w2_B + at, mask, 0.0)
-    tl.store(part + ranks[:, None] * H + units[None, :], tl.dot(tl.trans(g), w2, input_precision="ieee"))
+def sum_of_parts(start, parts, columns, size, rank, R: tl.constexpr, BLOCK: tl.constexpr):
+    """``[R, columns]`` of the sum of parts ``[parts, rank, size]``."""
+    ranks = tl.arange(0, R)
+    ok = (ranks < rank)[:, None] & (columns < size)[None, :]
+    total = tl.zeros([R, BLOCK], tl.float32)
+    for index in range(parts):
+        total += tl.load(start + (index * rank + ranks[:, None]) * size + columns[None, :], ok, 0.0)
+    return total
+
+
+@triton.jit
+def transposed_block(start, columns, size, rank, R: tl.constexpr):
+    """``[R, columns]`` of what is stored as ``[size, rank]``."""
+    ranks = tl.arange(0, R)
+    ok = (ranks < rank)[:, None] & (columns < size)[None, :]
+    return tl.load(start + columns[None, :] * rank + ranks[:, None], ok, 0.0)
 
 
 @triton.jit
@@ -124,29 +115,27 @@ def generate_outer_gradient_kernel(
     block = tl.program_id(0)
     part = grad_features + block * R * H
     if block < blocks_A:
-        _outer_gradient_A(
-            embedding_A, w1_A, w2_A, grad_A, grad_w2_A, part, block, d_in, rank, embedding_dim, hidden_dim, slope,
-            parts_A, R, E, H, BLOCK,
+        columns = block * BLOCK + tl.arange(0, BLOCK)
+        outer_gradient(
+            sum_of_parts(grad_A, parts_A, columns, d_in, rank, R, BLOCK), embedding_A, w1_A, w2_A, grad_w2_A, part,
+            columns, d_in, rank, embedding_dim, hidden_dim, slope, R, E, H,
         )  # fmt: skip
     else:
-        _outer_gradient_B(
-            embedding_B, w1_B, w2_B, grad_B, grad_w2_B, part, block - blocks_A, d_out, rank, embedding_dim, hidden_dim,
-            slope, R, E, H, BLOCK,
+        rows = (block - blocks_A) * BLOCK + tl.arange(0, BLOCK)
+        outer_gradient(
+            transposed_block(grad_B, rows, d_out, rank, R), embedding_B, w1_B, w2_B, grad_w2_B, part,
+            rows, d_out, rank, embedding_dim, hidden_dim, slope, R, E, H,
         )  # fmt: skip
 
 
 @triton.jit
-def _inner_gradient(
-    embedding, w1, grad_features, blocks, grad_embedding, grad_w1, rank, embedding_dim, hidden_dim, slope,
-    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, AT_ONCE: tl.constexpr,
+def inner_gradient(
+    grad, embedding, w1, grad_embedding, grad_w1, rank, embedding_dim, hidden_dim, slope,
+    R: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of embedding and W1 from that of the features, ``[R, H]``."""
     ranks, widths, units = tl.arange(0, R), tl.arange(0, E), tl.arange(0, H)
     before, _, e, w = _hidden_features(embedding, w1, rank, embedding_dim, hidden_dim, slope, R, E, H)
-    at = ranks[:, None] * H + units[None, :]
-    grad = tl.zeros([R, H], tl.float32)
-    for first in range(0, blocks, AT_ONCE):
-        block = first + tl.arange(0, AT_ONCE)[:, None, None]
-        grad += tl.sum(tl.load(grad_features + block * (R * H) + at[None, :, :], block < blocks, 0.0), 0)
     inner = grad * tl.where(before > 0, 1.0, slope) / (hidden_dim * tl.sqrt_rn(embedding_dim.to(tl.float32)))
     inner_ok = (widths < embedding_dim)[None, :]
     tl.store(
@@ -160,6 +149,17 @@ def _inner_gradient(
 
 
 @triton.jit
+def sum_of_blocks(grad_features, blocks, R: tl.constexpr, H: tl.constexpr, AT_ONCE: tl.constexpr):
+    """``[R, H]``, the sum of ``[blocks, R, H]``."""
+    at = tl.arange(0, R)[:, None] * H + tl.arange(0, H)[None, :]
+    total = tl.zeros([R, H], tl.float32)
+    for first in range(0, blocks, AT_ONCE):
+        block = first + tl.arange(0, AT_ONCE)[:, None, None]
+        total += tl.sum(tl.load(grad_features + block * (R * H) + at[None, :, :], block < blocks, 0.0), 0)
+    return total
+
+
+@triton.jit
 def generate_inner_gradient_kernel(
     embedding_A, w1_A, embedding_B, w1_B, grad_features, grad_embedding_A, grad_w1_A, grad_embedding_B, grad_w1_B,
     rank, embedding_dim, hidden_dim, slope, blocks_A, blocks_B,
@@ -167,12 +167,12 @@ def generate_inner_gradient_kernel(
 ):  # fmt: skip
     """Gradients of embedding and W1 from those of the features in parts: program 0 for A's network, 1 for B's."""
     if tl.program_id(0) == 0:
-        _inner_gradient(
-            embedding_A, w1_A, grad_features, blocks_A, grad_embedding_A, grad_w1_A,
-            rank, embedding_dim, hidden_dim, slope, R, E, H, AT_ONCE,
+        inner_gradient(
+            sum_of_blocks(grad_features, blocks_A, R, H, AT_ONCE), embedding_A, w1_A, grad_embedding_A, grad_w1_A,
+            rank, embedding_dim, hidden_dim, slope, R, E, H,
         )  # fmt: skip
     else:
-        _inner_gradient(
-            embedding_B, w1_B, grad_features + blocks_A * R * H, blocks_B, grad_embedding_B, grad_w1_B,
-            rank, embedding_dim, hidden_dim, slope, R, E, H, AT_ONCE,
+        inner_gradient(
+            sum_of_blocks(grad_features + blocks_A * R * H, blocks_B, R, H, AT_ONCE),
+            embedding_B, w1_B, grad_embedding_B, grad_w1_B, rank, embedding_dim, hidden_dim, slope, R, E, H,
         )  # fmt: skip

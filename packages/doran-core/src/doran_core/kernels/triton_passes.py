@@ -10,15 +10,13 @@ from doran_core.kernels import triton_kernels as kernels
 from doran_core.kernels import triton_networks as network_kernels
 from doran_core.kernels.backend import interpreting
 from doran_core.kernels.launch import launch
-from doran_core.kernels.networks import Networks
+from doran_core.kernels.networks import MOST_RANK, MOST_WIDTH, Networks
 from doran_core.kernels.passes import Assembled, Finished, Source, TorchPasses
 
-__all__ = ["TritonPasses", "dot_precision"]
+__all__ = ["TritonPasses", "cdiv", "dot_precision", "padded"]
 
-_MOST_RANK = 64
-_MOST_WIDTH = 128
 _BLOCK = 64
-"""Sizes up to which a rank or a network's inner layer is one block; columns of A or rows of B in a block."""
+"""Columns of A or rows of B in a block."""
 
 _INTERPRETING = interpreting()
 _HALF = (torch.bfloat16, torch.float16)
@@ -35,17 +33,17 @@ def dot_precision(tensor: Tensor) -> str:
 
 
 # Triton's own functions of these names take several microseconds.
-def _cdiv(size: int, block: int) -> int:
+def cdiv(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     """The next power of 2, and at least what a matrix unit takes."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def _rank_block(rank: int, most: int) -> int:
-    return min(most, _padded(rank))
+    return min(most, padded(rank))
 
 
 class TritonPasses(TorchPasses):
@@ -55,13 +53,13 @@ class TritonPasses(TorchPasses):
         sizes = _network_sizes(parameters)
         if sizes is None:
             return super().generate(parameters, slope, dtype)
-        d_in, d_out, rank, width, hidden, padded = sizes
+        d_in, d_out, rank, width, hidden, blocks = sizes
         A = torch.empty(rank, d_in, dtype=dtype, device=parameters.w2_A.device)
         B = torch.empty(d_out, rank, dtype=torch.float32, device=A.device)
-        blocks_A, blocks_B = _cdiv(d_in, _BLOCK), _cdiv(d_out, _BLOCK)
+        blocks_A, blocks_B = cdiv(d_in, _BLOCK), cdiv(d_out, _BLOCK)
         launch(
             network_kernels.generate_kernel, (blocks_A + blocks_B,), (*parameters, A, B),
-            (d_in, d_out, rank, width, hidden, slope, blocks_A), **padded, BLOCK=_BLOCK,
+            (d_in, d_out, rank, width, hidden, slope, blocks_A), **blocks, BLOCK=_BLOCK,
         )  # fmt: skip
         return A, B
 
@@ -69,22 +67,22 @@ class TritonPasses(TorchPasses):
         sizes = _network_sizes(parameters)
         if sizes is None:
             return super().generate_gradients(parameters, slope, grad_A, grad_B)
-        d_in, d_out, rank, width, hidden, padded = sizes
+        d_in, d_out, rank, width, hidden, blocks = sizes
         found = Networks(*(torch.empty_like(parameter) for parameter in parameters))
-        blocks_A, blocks_B = _cdiv(d_in, _BLOCK), _cdiv(d_out, _BLOCK)
-        parts = grad_A.new_empty(blocks_A + blocks_B, padded["R"], padded["H"])
+        blocks_A, blocks_B = cdiv(d_in, _BLOCK), cdiv(d_out, _BLOCK)
+        parts = grad_A.new_empty(blocks_A + blocks_B, blocks["R"], blocks["H"])
         sizes_and_slope = (rank, width, hidden, slope)
         launch(
             network_kernels.generate_outer_gradient_kernel, (blocks_A + blocks_B,),
             (*parameters, grad_A.contiguous(), grad_B.contiguous(), found.w2_A, found.w2_B, parts),
-            (d_in, d_out, *sizes_and_slope, blocks_A, grad_A.shape[0]), **padded, BLOCK=_BLOCK,
+            (d_in, d_out, *sizes_and_slope, blocks_A, grad_A.shape[0]), **blocks, BLOCK=_BLOCK,
         )  # fmt: skip
         launch(
             network_kernels.generate_inner_gradient_kernel, (2,),
             (parameters.embedding_A, parameters.w1_A, parameters.embedding_B, parameters.w1_B, parts,
              found.embedding_A, found.w1_A, found.embedding_B, found.w1_B),
             (*sizes_and_slope, blocks_A, blocks_B),
-            **padded, AT_ONCE=max(1, 16384 // (padded["R"] * padded["H"])), num_warps=8,
+            **blocks, AT_ONCE=max(1, 16384 // (blocks["R"] * blocks["H"])), num_warps=8,
         )  # fmt: skip
         return found
 
@@ -116,14 +114,14 @@ class TritonPasses(TorchPasses):
             aligned = product.contiguous()
         base = aligned if weight is None else weight  # a pointer that a kernel does not follow may be any
         block_d = 32
-        grid = (_cdiv(d_out, block_d),)
+        grid = (cdiv(d_out, block_d),)
         sizes = (d_out, rank, d_in, *base.stride(), scaling, functional.CANCELLATION_THRESHOLD)
         flags = {"TAU_PER_ROW": tau.numel() > 1, "REPAIR": repair, "BLOCK_D": block_d}
         if whole:
             launch(
                 kernels.assemble_whole_kernel, grid,
                 (base, A, B, squared_norm, magnitude, tau, aligned, norm, scale, scaled_B), sizes, **flags,
-                PRECISION=dot_precision(A), WIDEN=_INTERPRETING, BLOCK_R=_rank_block(rank, _MOST_RANK),
+                PRECISION=dot_precision(A), WIDEN=_INTERPRETING, BLOCK_R=_rank_block(rank, MOST_RANK),
                 BLOCK_K=128, num_stages=4,
             )  # fmt: skip
         else:
@@ -151,21 +149,25 @@ class TritonPasses(TorchPasses):
         y = base_output if inplace else torch.empty_like(base_output)
         block_t, block_d = 64, 128
         launch(
-            kernels.expand_kernel, (_cdiv(d_out, block_d), _cdiv(tokens, block_t)),
+            kernels.expand_kernel, (cdiv(d_out, block_d), cdiv(tokens, block_t)),
             (base_output, hidden.contiguous(), scaled_B, scale, scale if bias is None else bias, y),
             (tokens, d_out, rank), HAS_BIAS=bias is not None, PRECISION=dot_precision(hidden), WIDEN=_INTERPRETING,
             BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_R=_rank_block(rank, 64),
         )  # fmt: skip
         return y
 
-    def scale_gradient(self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def scale_gradient(
+        self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None, sums: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         tokens, d_out = grad.shape
-        parts, rows = _parts(tokens)
+        if sums is None:
+            sums = torch.empty(_parts(tokens), d_out, dtype=scale.dtype, device=grad.device)
+        parts = sums.shape[0]
+        rows = cdiv(tokens, parts)
         scaled = torch.empty_like(grad)
-        sums = torch.empty(parts, d_out, dtype=scale.dtype, device=grad.device)
         block_t, block_d = 64, 128
         launch(
-            kernels.scale_gradient_kernel, (_cdiv(d_out, block_d), parts),
+            kernels.scale_gradient_kernel, (cdiv(d_out, block_d), parts),
             (grad, kept.contiguous(), scale, scale if bias is None else bias, scaled, sums), (tokens, d_out, rows),
             HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_D=block_d,
         )  # fmt: skip
@@ -195,7 +197,7 @@ class TritonPasses(TorchPasses):
         grad, x, weight = (B, B, B) if source is None else source[:3]
         block_d = 32
         launch(
-            kernels.finish_kernel, (_cdiv(d_out, block_d),),
+            kernels.finish_kernel, (cdiv(d_out, block_d),),
             (sums, factor_grad.contiguous(), assembled.aligned, B, norm, scale, magnitude, tau,
              tau if raw_tau is None else raw_tau, grad, x, weight,
              grad_B, B if grad_product is None else grad_product, grad_magnitude, grad_tau),
@@ -222,37 +224,36 @@ class TritonPasses(TorchPasses):
         assert weight is not None
         (tokens, d_in), (d_out, rank) = x.shape, B.shape
         block_t, block_k = 64, 64
-        blocks = _cdiv(d_in, block_k)
-        parts = max(1, min(8, _cdiv(_PROGRAMS, blocks)))
+        blocks = cdiv(d_in, block_k)
+        parts = max(1, min(8, cdiv(_PROGRAMS, blocks)))
         total = torch.empty(parts, rank, d_in, dtype=torch.float32, device=x.device)
         launch(
             kernels.gradient_of_A_kernel, (blocks, parts),
             (grad_hidden.contiguous(), x, A if product_grad is None else product_grad, weight, B.contiguous(),
              A.contiguous(), total),
-            (tokens, d_out, d_in, rank, _cdiv(tokens, parts), _cdiv(d_out, parts),
+            (tokens, d_out, d_in, rank, cdiv(tokens, parts), cdiv(d_out, parts),
              *x.stride(), *weight.stride(), scaling),
             DETACH=product_grad is None, PRECISION=dot_precision(A), WIDEN=_INTERPRETING,
-            BLOCK_T=block_t, BLOCK_R=_rank_block(rank, _MOST_RANK), BLOCK_K=block_k, num_stages=4,
+            BLOCK_T=block_t, BLOCK_R=_rank_block(rank, MOST_RANK), BLOCK_K=block_k, num_stages=4,
         )  # fmt: skip
         return total
 
 
 def _one_block(weight: Tensor | None, A: Tensor) -> bool:
     """Whether the kernels that read W0 themselves take these: half precision, and a rank that is one block."""
-    return weight is not None and weight.dtype in _HALF and A.dtype == weight.dtype and A.shape[0] <= _MOST_RANK
+    return weight is not None and weight.dtype in _HALF and A.dtype == weight.dtype and A.shape[0] <= MOST_RANK
 
 
-def _parts(tokens: int) -> tuple[int, int]:
-    """How many parts the tokens are cut into, and their size."""
-    rows = _cdiv(tokens, _PARTS)
-    return _cdiv(tokens, rows), rows
+def _parts(tokens: int) -> int:
+    """How many parts the tokens are cut into."""
+    return cdiv(tokens, cdiv(tokens, _PARTS))
 
 
 def _network_sizes(parameters: Networks) -> tuple[int, int, int, int, int, dict[str, int]] | None:
     """``(d_in, d_out, rank, e, h)`` and the kernels' padded sizes; None if the networks are too large for them."""
     rank, width = parameters.embedding_A.shape
     hidden = parameters.w1_A.shape[0]
-    if rank > _MOST_RANK or hidden > _MOST_RANK or width > _MOST_WIDTH or parameters.w2_A.dtype != torch.float32:
+    if rank > MOST_RANK or hidden > MOST_RANK or width > MOST_WIDTH or parameters.w2_A.dtype != torch.float32:
         return None
-    padded = {"R": _padded(rank), "E": _padded(width), "H": _padded(hidden)}
-    return parameters.w2_A.shape[0], parameters.w2_B.shape[0], rank, width, hidden, padded
+    blocks = {"R": padded(rank), "E": padded(width), "H": padded(hidden)}
+    return parameters.w2_A.shape[0], parameters.w2_B.shape[0], rank, width, hidden, blocks

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,14 @@ from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.experts import RankOneExperts
 from doran_core.factors import GeneratedFactors, LayerSpec, factor_penalty
 from doran_core.kernels import dispatch
+from doran_core.kernels.fleet import Place, Slot
 from doran_core.kernels.layer import without_autocast
-from doran_core.kernels.networks import Networks
+from doran_core.kernels.networks import MOST_RANK, MOST_WIDTH, Networks
 from doran_core.layers.base import BaseView
 from doran_core.tau import Tau
+
+if TYPE_CHECKING:
+    from doran_core.kernels.weight_side import Row  # which imports Triton
 
 __all__ = ["DoranAdapter"]
 
@@ -75,6 +80,8 @@ class DoranAdapter(nn.Module):
         """Take ``||W0||^2`` anew. Done by itself when the weight has changed, but for a hidden one."""
         self.base_squared_norm = view.squared_norm().to(self.magnitude.device)
         self._base_version = view.weight_version()
+        if isinstance(self.factors, GeneratedFactors):
+            self.factors.fleet.enlist(self, view)
 
     def _check_start(self, A: Tensor, B: Tensor) -> None:
         spec, generator = self.spec, type(self.factors).__name__
@@ -166,6 +173,11 @@ class DoranAdapter(nn.Module):
         implementation = dispatch.choose_for(view, x, self.magnitude, norm_method=self.config.norm_method)
         if implementation == "reference":
             return self._reference_forward(view, x, view.layer(x) if base_output is None else base_output)
+        dropout = self.config.dropout if self.training else 0.0
+        if implementation == "triton" and base_output is None and isinstance(self.factors, GeneratedFactors):
+            y = dispatch.run_prepared(self.factors.fleet, self, view, x, dropout=dropout)
+            if y is not None:
+                return y
         by_hand = self._networks(view)
         tau: Tensor | float | None = self.tau.raw if by_hand is not None and self.tau.is_softplus else None
         with without_autocast(self.magnitude):
@@ -178,7 +190,7 @@ class DoranAdapter(nn.Module):
             scaling=self.scaling,
             detach_norm=self.config.norm_grad == "detached",
             repair=self.config.norm_method == "auto",
-            dropout=self.config.dropout if self.training else 0.0,
+            dropout=dropout,
             slope=slope,
             raw_tau=raw,
         )  # fmt: skip
@@ -189,6 +201,33 @@ class DoranAdapter(nn.Module):
         if self.experts is not None or view.weight() is None or torch.compiler.is_compiling():
             return None
         return factors.networks() if isinstance(factors, GeneratedFactors) else None
+
+    def place(self, view: BaseView) -> Place | None:
+        """Where the tensors of a :class:`~doran_core.kernels.weight_side.Row` are; None if this layer has no such row.
+
+        Used by :class:`~doran_core.kernels.fleet.Fleet`, with which kernels serve many layers at once.
+        """
+        weight, factors = view.weight(), self.factors
+        place = factors.place() if isinstance(factors, GeneratedFactors) and self.experts is None else None
+        if place is None or weight is None or not self.tau.is_softplus or vars(self).get("_is_replica", False):
+            return None
+        if view.kind != "linear" or not _is_small(self.spec.rank, self.config):
+            return None
+        tau = self.tau._parameters if "raw" in self.tau._parameters else self.tau._buffers
+        slots: list[Slot] = [
+            (self._parameters, "magnitude"), (tau, "raw"), (self._buffers, "base_squared_norm"),
+            (view.layer._parameters, "weight"),
+        ]  # fmt: skip
+        return Place([*place.slots, *slots], place.hooks)
+
+    def row(self, tensors: Sequence[Tensor], view: BaseView) -> Row:
+        """The row with the tensors at :meth:`place`."""
+        from doran_core.kernels.weight_side import Row
+
+        assert isinstance(self.factors, GeneratedFactors)
+        assert self.factors.slope is not None
+        detach, repair = self.config.norm_grad == "detached", self.config.norm_method == "auto"
+        return Row(*tensors, view.bias is not None, self.factors.slope, self.scaling, detach, repair)
 
     def _reference_forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
         """The formulas under autograd, for every kind of layer."""
@@ -222,6 +261,11 @@ class DoranAdapter(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"d_in={spec.d_in}, d_out={spec.d_out}, rank={spec.rank}, scaling={spec.scaling:g}"
+
+
+def _is_small(rank: int, config: DoranConfig) -> bool:
+    """Whether the networks fit into one block of the kernels."""
+    return max(rank, config.hidden_dim or rank) <= MOST_RANK and config.embedding_dim <= MOST_WIDTH
 
 
 def _is_double(weight: Tensor | None) -> bool:
