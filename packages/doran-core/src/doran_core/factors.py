@@ -245,7 +245,6 @@ class GeneratedFactors(nn.Module):
         networks = Networks(embedding_A, w1_A, w2_A, embedding_B, w1_B, w2_B)
         return (networks, slope) if are_uniform(networks) else None
 
-
     @property
     def slope(self) -> float | None:
         """Of the activation left of 0, if the networks are of the form in doran_core.kernels.networks; else None."""

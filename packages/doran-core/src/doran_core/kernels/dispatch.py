@@ -127,9 +127,7 @@ def makes_product(view: BaseView, x: Tensor) -> bool:
     return weight is not None and view.is_plain and _same_precision(x, weight) and not torch.compiler.is_compiling()
 
 
-def run_prepared(
-    fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dropout: float
-) -> Tensor | None:
+def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dropout: float) -> Tensor | None:
     """The adapted output of a layer whose weight side is computed together with others; None if it is not.
 
     Args:
@@ -140,7 +138,12 @@ def run_prepared(
         dropout: probability of dropping an element of the branch's input.
     """
     weight = view.weight()
-    if weight is None or weight.dtype not in PREPARED_DTYPES or not torch.is_grad_enabled() or not makes_product(view, x):
+    if (
+        weight is None
+        or weight.dtype not in PREPARED_DTYPES
+        or not torch.is_grad_enabled()
+        or not makes_product(view, x)
+    ):
         return None
     given = fleet.ask(member, view)
     if given is None:

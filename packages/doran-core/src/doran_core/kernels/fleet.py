@@ -1,8 +1,8 @@
 """The adapted layers of one model whose weight side is computed at once (weight_side.py), and when that is done anew.
 
 A weight side is made by the first layer of a forward pass that asks, for all layers that can have one, and serves each
-of them once: a layer that asks again has begun another pass. Whatever does not fit (a parameter that is sharded, a layer
-that is called more often than the others, a graph being captured) is left to the layer alone, see layer.py.
+of them once: a layer that asks again has begun another pass. Whatever does not fit (a parameter that is sharded, a
+layer that is called more often than the others, a graph being captured) is left to the layer alone, see layer.py.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ _SHARDED = ("_fsdp_flattened", "ds_id")
 class Member(Protocol):
     """What a fleet asks of a layer's adapter."""
 
+    @property
+    def config(self) -> object:
+        """The method's options; another object if they change."""
+        ...
+
     def place(self, view: BaseView) -> Place | None:
         """Where the tensors of a :class:`~doran_core.kernels.weight_side.Row` are; None if it cannot have one now."""
         ...
@@ -59,23 +64,41 @@ class Member(Protocol):
 
 
 class _Entry:
-    """A layer of a fleet: its view, and where its tensors were when it was last looked at."""
+    """A layer of a fleet, as it was when it was last looked at.
+
+    Attributes:
+        view: of its base layer.
+        tensors: of its row; none if it cannot have one.
+        row: what the kernels need.
+    """
 
     def __init__(self, view: BaseView) -> None:
         self.view = view
         self.tensors: list[Tensor] = []
+        self.row: Row | None = None
         self._place: Place | None = None
+        self._seen: tuple[object, ...] = ()
 
-    def is_ready(self, member: Member) -> bool:
-        """Whether the layer can have a weight side now; takes its tensors anew if they are others."""
+    def look(self, member: Member) -> bool:
+        """Take what is there now; whether it differs from what was there before, for the kernels."""
+        if self.row is not None and self.unchanged() and self._facts(member) == self._seen:
+            return False
+        had_row = self.row is not None
         member.squared_norm_of_base(self.view)
-        if self.unchanged():
-            return True
         place = member.place(self.view)
         tensors = [] if place is None else [names.get(name) for names, name in place.slots]
-        self._place = place if place is not None and all(map(_is_usable, tensors)) and _fit(tensors) else None
-        self.tensors = [] if self._place is None else tensors  # type: ignore[assignment]
-        return self.unchanged()
+        usable = place is not None and not any(place.hooks) and all(map(_is_usable, tensors)) and _fit(tensors)
+        self._place = place if usable else None
+        self.tensors = tensors if usable else []  # type: ignore[assignment]
+        self.row = member.row(self.tensors, self.view) if usable else None
+        self._seen = self._facts(member)
+        return had_row or usable
+
+    def _facts(self, member: Member) -> tuple[object, ...]:
+        """Addresses, the count of writes to W0, and what else a row is made of."""
+        addresses = [tensor.data_ptr() for tensor in self.tensors]
+        version = self.tensors[-1]._version if self.tensors else None
+        return *addresses, version, id(member.config), self.view.bias is None
 
     def unchanged(self) -> bool:
         """Whether every tensor is the object that it was, and no hook wants to see more than that."""
@@ -122,9 +145,7 @@ class _Issued:
         """Whether the layer is still what the weight side was made of."""
         entry = self.entry
         return (
-            entry.view is view
-            and entry.unchanged()
-            and [tensor._version for tensor in entry.tensors] == self.versions
+            entry.view is view and entry.unchanged() and [tensor._version for tensor in entry.tensors] == self.versions
         )
 
 
@@ -147,7 +168,9 @@ class Fleet:
 
     def __init__(self) -> None:
         self._entries: WeakKeyDictionary[Any, _Entry] = WeakKeyDictionary()
-        self._families: tuple[list[list[Any]], list[Family]] = [], []
+        self._families: list[tuple[list[_Entry], Family]] = []
+        self._device: torch.device | None = None
+        self._gathered = 0
         self._now: _Generation | None = None
 
     def __reduce__(self) -> tuple[type[Fleet], tuple[()]]:
@@ -155,8 +178,10 @@ class Fleet:
 
     def enlist(self, member: Member, view: BaseView) -> None:
         """Take a layer in, or its new base layer."""
-        self._entries[member] = _Entry(view)
-        self._now = None
+        known = self._entries.get(member)
+        if known is None or known.view is not view:
+            self._entries[member] = _Entry(view)
+            self._device = self._now = None
 
     def ask(self, member: Member, view: BaseView) -> tuple[Side, Tensor] | None:
         """The layer's part of a weight side, and its ticket; None if it is to compute it alone.
@@ -169,7 +194,7 @@ class Fleet:
                 self.enlist(member, view)
             return None
         stream = _stream(view)
-        issued = None if now is None or now.stream != stream else now.issued.get(id(member))
+        issued = None if now is None or now.stream != stream else now.issued.get(id(entry))
         if torch._C._current_graph_task_id() != -1:
             # Checkpointing repeats a forward pass inside a backward pass: what the layer had then, it has again.
             return (issued.side, issued.ticket) if issued is not None and issued.used else None
@@ -185,48 +210,49 @@ class Fleet:
 
     def _begin(self, member: Member, stream: int) -> tuple[Side, Tensor] | None:
         """A new weight side; the asking layer's part of it."""
-        entry = self._entries[member]
-        if (stream and torch.cuda.is_current_stream_capturing()) or _is_composed() or not entry.is_ready(member):
+        if (stream and torch.cuda.is_current_stream_capturing()) or _is_composed():
+            return None
+        changed = [entry.look(each) for each, entry in self._entries.items()]
+        asking = self._entries[member]
+        if asking.row is None:
             return None
         self._now = None  # its memory is free for the next
-        device = entry.tensors[0].device
-        members = [
-            (each, other)
-            for each, other in self._entries.items()
-            if other is entry or (other.is_ready(each) and other.tensors[0].device == device)
-        ]
-        rows = [each.row(entry.tensors, entry.view) for each, entry in members]
+        device = asking.row.weight.device
+        if any(changed) or device != self._device or self._gathered != len(self._entries):
+            self._gather(device)
         self._now = generation = _Generation(stream)
-        for indices, family in self._families_of(rows):
-            self._issue(generation, [members[index] for index in indices], family)
-        issued = generation.issued[id(member)]
+        # Whoever hooks what autograd saves, as checkpointing does, is short of memory.
+        frugal = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        for entries, family in self._families:
+            self._issue(generation, entries, family, frugal=frugal)
+        issued = generation.issued[id(asking)]
         issued.used = True
         generation.uses = 1
         return issued.side, issued.ticket
 
-    def _families_of(self, rows: list[Row]) -> list[tuple[list[int], Family]]:
-        """The layers by family; from the last time if nothing has moved."""
+    def _gather(self, device: torch.device) -> None:
+        """The layers on a device, by what their kernels have in common."""
         from doran_core.kernels.weight_side import Family
 
-        grouped: dict[Any, list[int]] = {}
-        for index, row in enumerate(rows):
-            grouped.setdefault(row.family, []).append(index)
-        key = [[(id(tensor), tensor.data_ptr()) for tensor in row.tensors] + [row.options] for row in rows]
-        if self._families[0] != key:
-            self._families = key, [Family([rows[index] for index in indices]) for indices in grouped.values()]
-        return list(zip(grouped.values(), self._families[1], strict=True))
+        grouped: dict[Any, list[_Entry]] = {}
+        for entry in self._entries.values():
+            if entry.row is not None and entry.row.weight.device == device:
+                grouped.setdefault(entry.row.family, []).append(entry)
+        self._device = device
+        self._families = [(entries, Family([e.row for e in entries])) for entries in grouped.values()]  # type: ignore[misc]
+        self._gathered = len(self._entries)
 
     @staticmethod
-    def _issue(generation: _Generation, members: list[tuple[Any, _Entry]], family: Family) -> None:
+    def _issue(generation: _Generation, entries: list[_Entry], family: Family, *, frugal: bool) -> None:
         from doran_core.kernels.weight_side import WeightSide
 
         sides: list[Side] = []
         spent = [False]
-        tickets = WeightSide.apply(family, sides, spent, *family.parameters)  # type: ignore[no-untyped-call]
+        tickets = WeightSide.apply(family, sides, spent, frugal, *family.parameters)  # type: ignore[no-untyped-call]
         generation.spent.append(spent)
-        for (member, entry), side, ticket in zip(members, sides, tickets, strict=True):
+        for entry, side, ticket in zip(entries, sides, tickets, strict=True):
             versions = [tensor._version for tensor in entry.tensors]
-            generation.issued[id(member)] = _Issued(entry, versions, side, ticket)
+            generation.issued[id(entry)] = _Issued(entry, versions, side, ticket)
 
 
 def _stream(view: BaseView) -> int:

@@ -35,18 +35,19 @@ from doran_core.kernels.networks import Networks
 from doran_core.kernels.passes import Assembled, Passes, Source, TorchPasses, added, small_scale
 
 __all__ = [
+    "SECOND_DERIVATIVE",
     "AdaptedLinear",
     "Facts",
     "Gradients",
     "Inputs",
     "Kept",
-    "SECOND_DERIVATIVE",
     "WriteCounter",
     "backward",
     "flat",
     "forward",
     "passes_of",
     "shaped_as",
+    "unflattened",
     "without_autocast",
 ]
 
@@ -176,6 +177,11 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def unflattened(rows: Tensor, like: Tensor) -> Tensor:
+    """``[T, d]`` with the other dimensions of ``like``, and no view of it: what a Function returns may not be one."""
+    return rows if like.dim() == 2 else torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
+
+
 def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
     """``y [..., d_out]`` and what to keep."""
     passes = passes_of(facts.implementation)
@@ -209,7 +215,7 @@ def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
     if base_output is None:
         assert inputs.x is not None
         assert weight is not None
-        base_output = F.linear(inputs.x, weight, inputs.bias)
+        base_output = F.linear(flat(inputs.x), weight, inputs.bias)
     y = passes.expand(
         flat(base_output),
         hidden,
@@ -218,11 +224,9 @@ def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
         inputs.bias,
         inplace=inputs.base_output is None,
     )
-    if inputs.base_output is None:
-        y = base_output  # written in place: `y` is a view of it, and what a Function returns may not be a view
-    elif base_output.dim() != 2:
-        y = torch.ops.aten._unsafe_view.default(y, base_output.shape)
-    return y, Kept(A, B, tau, hidden, assembled)
+    shape_of = inputs.x if inputs.base_output is None else inputs.base_output
+    assert shape_of is not None
+    return unflattened(y, shape_of), Kept(A, B, tau, hidden, assembled)
 
 
 def backward(

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from doran_core.errors import BackendError
-from doran_core.kernels.layer import SECOND_DERIVATIVE, WriteCounter, flat, passes_of, shaped_as, without_autocast
+from doran_core.kernels.layer import (
+    SECOND_DERIVATIVE,
+    WriteCounter,
+    flat,
+    passes_of,
+    shaped_as,
+    unflattened,
+    without_autocast,
+)
 from doran_core.kernels.weight_side import Side
 
 __all__ = ["PreparedLinear"]
@@ -22,7 +30,7 @@ class PreparedLinear(torch.autograd.Function):
     """``apply(side, ticket, x, low_rank_input, weight, bias)`` gives y ``[..., d_out]``.
 
     ``low_rank_input`` is the branch's input where that is not x. y is kept, and noticed if written to in place, as in
-    :class:`~doran_core.kernels.layer.AdaptedLinear`.
+    :class:`~doran_core.kernels.layer.AdaptedLinear`, unless ``side.repeats``.
     """
 
     @staticmethod
@@ -37,10 +45,11 @@ class PreparedLinear(torch.autograd.Function):
     ) -> Tensor:
         with without_autocast(ticket):
             hidden = flat(x if low_rank_input is None else low_rank_input) @ side.A.T
-            y = F.linear(x, weight, bias)
-            passes_of("triton").expand(flat(y), hidden, side.scaled_B, side.scale, bias, inplace=True)
-        ctx.side, ctx.writes = side, WriteCounter(y)
-        ctx.save_for_backward(y.data, hidden, x, low_rank_input, weight, bias)
+            rows = F.linear(flat(x), weight, bias)
+            passes_of("triton").expand(rows, hidden, side.scaled_B, side.scale, bias, inplace=True)
+            y = unflattened(rows, x)
+        ctx.side, ctx.writes = side, None if side.repeats else WriteCounter(y)
+        ctx.save_for_backward(None if side.repeats else y.data, hidden, x, low_rank_input, weight, bias)
         return y
 
     @staticmethod
@@ -53,7 +62,7 @@ class PreparedLinear(torch.autograd.Function):
         with without_autocast(grad):
             flat_grad, wide_x = flat(grad).contiguous(), flat(x)
             passes = passes_of("triton")
-            side.of_output = not (ctx.writes.moved() or side.is_small())
+            side.of_output = not (ctx.writes is None or ctx.writes.moved() or side.is_small())
             if not side.of_output:
                 y, bias = F.linear(wide_x, weight), None
             sent = torch.empty(side.ticket_size, dtype=torch.float32, device=grad.device)
@@ -77,5 +86,5 @@ class PreparedLinear(torch.autograd.Function):
 def _split(side: Side, sent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The parts of a ticket's gradient: ``[r, d_in]``, ``[d_out, r]``, ``[parts, d_out]``."""
     (rank, d_in), d_out = side.A.shape, side.scale.shape[0]
-    for_A, for_B, sums = sent.split((rank * d_in, d_out * rank, side.parts * d_out))
+    for_A, for_B, sums = torch.split(sent, [rank * d_in, d_out * rank, side.parts * d_out])
     return for_A.view(rank, d_in), for_B.view(d_out, rank), sums.view(side.parts, d_out)

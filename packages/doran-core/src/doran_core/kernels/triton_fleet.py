@@ -1,8 +1,8 @@
 """Triton kernels: the weight side of many layers of one shape in one launch. Imports Triton.
 
 The last dimension of a grid is the layer. What belongs to a layer for good (its parameters, W0) is found through a
-table of addresses, ``[layers, columns]`` int64; what a step makes lies in tensors ``[layers, ...]``. The bodies are those
-of the kernels for one layer.
+table of addresses, ``[layers, columns]`` int64; what a step makes lies in tensors ``[layers, ...]``. The bodies are
+those of the kernels for one layer.
 """
 
 # Triton reads types from the arguments, and `tl.constexpr` marks what is known at compile time.
@@ -75,9 +75,7 @@ def assemble_fleet_kernel(
 ):  # fmt: skip
     """K, n, c and B' of the layers, and ``least [layers, blocks]``, the least ``|c|`` of a block of rows."""
     layer = tl.program_id(1).to(tl.int64)
-    weight = tl.multiple_of(
-        tl.load(table + layer * _WIDTH + 9).to(tl.pointer_type(A.dtype.element_ty)), 16
-    )
+    weight = tl.multiple_of(tl.load(table + layer * _WIDTH + 9).to(tl.pointer_type(A.dtype.element_ty)), 16)
     c = assemble_whole(
         weight, A + layer * rank * d_in, B + layer * d_out * rank,
         _parameter(table, layer, 8), _parameter(table, layer, 6), tau + (layer * d_out if TAU_PER_ROW else layer),
@@ -138,9 +136,7 @@ def weight_product_fleet_kernel(
     part, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
     ranks, columns = tl.arange(0, BLOCK_R), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     rank_ok, column_ok = ranks < rank, columns < d_in
-    weight = tl.multiple_of(
-        tl.load(table + layer * _WIDTH + 9).to(tl.pointer_type(grad_product.dtype.element_ty)), 16
-    )
+    weight = tl.multiple_of(tl.load(table + layer * _WIDTH + 9).to(tl.pointer_type(grad_product.dtype.element_ty)), 16)
     grad_product += layer * d_out * rank
     total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     end = tl.minimum((part + 1) * rows_per_part, d_out)

@@ -81,9 +81,7 @@ def outer_gradient(
     at = columns[:, None] * hidden_dim + units[None, :]
     mask = (columns < size)[:, None] & (units < hidden_dim)[None, :]
     tl.store(grad_w2 + at, tl.dot(tl.trans(g), features, input_precision="ieee"), mask)
-    tl.store(
-        part + ranks[:, None] * H + units[None, :], tl.dot(g, tl.load(w2 + at, mask, 0.0), input_precision="ieee")
-    )
+    tl.store(part + ranks[:, None] * H + units[None, :], tl.dot(g, tl.load(w2 + at, mask, 0.0), input_precision="ieee"))
 
 
 @triton.jit

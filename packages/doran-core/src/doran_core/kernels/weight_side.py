@@ -1,7 +1,7 @@
 """The weight side of many layers as one step: from all their parameters to A, B' and c of each, and back.
 
-A layer's forward and backward (prepared.py) then launch what those of a plain low-rank adapter launch. What they learn of
-the gradients travels in one tensor a layer, the gradient of a *ticket*: ``[r d_in | d_out r | parts d_out]`` float32, the
+A layer's forward and backward (prepared.py) then launch what those of a plain low-rank adapter launch. What they learn
+of the gradients travels in one tensor a layer, the gradient of a *ticket*: ``[r d_in | d_out r | parts d_out]``, the
 branch's gradient of A, ``P = G^T x A^T``, and the sums of :meth:`Passes.scale_gradient` in parts. A ticket has that
 many elements and the memory of one. See layer.py for the formulas.
 """
@@ -39,6 +39,26 @@ _BLOCK = 128
 _ROWS_PER_PART = 4096
 """Rows of W0 that one program of ``M^T W0`` goes through."""
 _INTERPRETING = interpreting()
+
+_REPEATED = {False: 1 / 12, True: 1 / 6}
+"""Share of the adapted layers' products with W0, forward and backward, that may be done once more so that some outputs
+need not be kept: usually, and where activations are checkpointed."""
+
+
+def _repeated(sizes: Sequence[Sequence[int]], share: float) -> list[bool]:
+    """Which layers, by their ``[d_out, d_in]``, do not keep their output.
+
+    A kept output costs d_out numbers a token, and computing it again d_in times as many operations: so those of fewest
+    columns come first, and of these those of fewest rows, which attention layers are: what a gated MLP makes of its
+    input is kept by others anyway.
+    """
+    left = share * 2 * sum(d_out * d_in for d_out, d_in in sizes)
+    chosen = [False] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: (sizes[i][1], sizes[i][0])):
+        work = sizes[index][0] * sizes[index][1]
+        if work <= left:
+            chosen[index], left = True, left - work
+    return chosen
 
 
 class Row(NamedTuple):
@@ -103,7 +123,7 @@ class _Smallness:
         if least.is_cuda:
             self._least = torch.empty(least.shape, dtype=least.dtype, pin_memory=True)
             self._least.copy_(least, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def __getitem__(self, layer: int) -> bool:
@@ -124,13 +144,17 @@ class Side:
         scaled_B: ``B'``, ``[d_out, r]``, likewise.
         scale: ``c``, ``[d_out]`` float32.
         parts: in which the layer is to send its sums.
+        repeats: the layer is not to keep its output, but to compute its base's output again.
         of_output: set by the layer's backward: the sums are of its output, not of its base's.
     """
 
-    __slots__ = ("A", "_index", "_smallness", "of_output", "parts", "scale", "scaled_B")
+    __slots__ = ("A", "_index", "_smallness", "of_output", "parts", "repeats", "scale", "scaled_B")
 
-    def __init__(self, A: Tensor, scaled_B: Tensor, scale: Tensor, parts: int, small: _Smallness, index: int) -> None:
-        self.A, self.scaled_B, self.scale, self.parts = A, scaled_B, scale, parts
+    def __init__(
+        self, A: Tensor, scaled_B: Tensor, scale: Tensor, small: _Smallness, index: int, *, repeats: bool
+    ) -> None:
+        self.A, self.scaled_B, self.scale, self.repeats = A, scaled_B, scale, repeats
+        self.parts = _parts(scale.shape[0])
         self._smallness, self._index = small, index
         self.of_output = False
 
@@ -207,11 +231,14 @@ class Family:
             blocks += len(members) * sum(self._shapes[-1].blocks)
         self._blocks = blocks
         self._collect_networks(device)
+        sizes = [row.weight.shape for row in rows]
+        self._repeated = {frugal: _repeated(sizes, share) for frugal, share in _REPEATED.items()}
 
     def _collect_networks(self, device: torch.device) -> None:
         """The distinct networks, and which blocks of the gradient of the features are theirs."""
         networks: dict[int, tuple[Tensor, Tensor]] = {}
         blocks: dict[int, list[int]] = {}
+        users: dict[int, list[int]] = {}
         for shape in self._shapes:
             next_block = shape.first_block
             for member in shape.members:
@@ -219,6 +246,7 @@ class Family:
                 pairs = ((row.embedding_A, row.w1_A), (row.embedding_B, row.w1_B))
                 for (embedding, w1), count in zip(pairs, shape.blocks, strict=True):
                     networks[id(embedding)] = embedding, w1
+                    users.setdefault(id(embedding), []).append(member)
                     blocks.setdefault(id(embedding), []).extend(range(next_block, next_block + count))
                     next_block += count
         ends = [0]
@@ -226,6 +254,7 @@ class Family:
             ends.append(ends[-1] + len(blocks[key]))
         self._most_blocks = max(map(len, blocks.values()))
         self._networks = list(networks.values())
+        self._users = list(users.values())
         self._trunks = _address_table(self._networks, device)
         self._ranges = _upload(ends, device)
         self._members = _upload([block for key in networks for block in blocks[key]], device)
@@ -236,11 +265,18 @@ class Family:
         inner = [tensor for pair in self._networks for tensor in pair]
         return inner + [t for row in self.rows for t in (row.w2_A, row.w2_B, row.magnitude, row.raw_tau)]
 
-    def forward(self) -> tuple[list[Side], list[_Kept]]:
-        """What each layer gets, and what the backward needs, shape by shape."""
+    def forward(self, *, frugal: bool) -> tuple[list[Side], list[_Kept]]:
+        """What each layer gets, and what the backward needs, shape by shape: nothing if ``frugal``, to make it anew."""
         sides: list[Side | None] = [None] * len(self.rows)
-        kept = [self._forward_shape(shape, sides) for shape in self._shapes]
-        return sides, kept  # type: ignore[return-value]
+        kept = []
+        for shape in self._shapes:
+            values, scaled_B, least = self._values(shape)
+            small = _Smallness(least, shape.thresholds)
+            layers = zip(shape.members, values.A.unbind(), scaled_B.unbind(), values.scale.unbind(), strict=True)
+            for index, (member, A, B, scale) in enumerate(layers):
+                sides[member] = Side(A, B, scale, small, index, repeats=self._repeated[frugal][member])
+            kept.append(values)
+        return sides, [] if frugal else kept  # type: ignore[return-value]
 
     def _tau(self, shape: _Shape) -> Tensor:
         """``[layers, 1]`` or ``[layers, d_out]``."""
@@ -249,7 +285,8 @@ class Family:
         d_out, groups = shape.sizes[0], tau.shape[1]
         return tau if groups in (1, d_out) else tau.repeat_interleave(d_out // groups, 1)
 
-    def _forward_shape(self, shape: _Shape, sides: list[Side | None]) -> _Kept:
+    def _values(self, shape: _Shape) -> tuple[_Kept, Tensor, Tensor]:
+        """What the backward needs, B' ``[layers, d_out, r]``, and the least ``|c|`` of blocks of rows."""
         row, count = shape.row, len(shape.members)
         d_out, d_in, rank = shape.sizes
         weight = row.weight
@@ -272,21 +309,16 @@ class Family:
             TAU_PER_ROW=tau.shape[1] > 1, REPAIR=row.repair, PRECISION=dot_precision(A), WIDEN=_INTERPRETING,
             BLOCK_D=block_d, BLOCK_R=padded(rank), BLOCK_K=128, num_stages=4,
         )  # fmt: skip
-        small = _Smallness(least, shape.thresholds)
-        layers = zip(shape.members, A.unbind(), scaled_B.unbind(), scale.unbind(), strict=True)
-        for index, (member, *tensors) in enumerate(layers):
-            sides[member] = Side(*tensors, _parts(d_out), small, index)
-        return _Kept(A, B, aligned, norm, scale, tau)
+        return _Kept(A, B, aligned, norm, scale, tau), scaled_B, least
 
     def backward(self, sides: list[Side], kept: list[_Kept], received: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of :attr:`parameters` from those of the tickets; None where no layer sent one."""
         device = self.rows[0].weight.device
-        features = torch.empty(
-            self._blocks, self._padded["R"], self._padded["H"], dtype=torch.float32, device=device
-        )
+        features = torch.empty(self._blocks, self._padded["R"], self._padded["H"], dtype=torch.float32, device=device)
         own: list[tuple[Tensor | None, ...]] = [(None,) * 4] * len(self.rows)
-        for shape, of_shape in zip(self._shapes, kept, strict=True):
-            found = self._backward_shape(shape, of_shape, sides, received, features)
+        for index, shape in enumerate(self._shapes):
+            values = kept[index] if kept else self._values(shape)[0]
+            found = self._backward_shape(shape, values, sides, received, features)
             for member, *gradients in zip(shape.members, *(tensor.unbind() for tensor in found), strict=True):
                 if received[member] is not None:
                     own[member] = tuple(gradients)
@@ -299,7 +331,10 @@ class Family:
             (self._most_blocks, self.rank, self._width, self._hidden, self.rows[0].slope),
             **self._padded, AT_ONCE=max(1, 16384 // (self._padded["R"] * self._padded["H"])), num_warps=8,
         )  # fmt: skip
-        inner = [g for pair in zip(grad_embedding.unbind(), grad_w1.unbind(), strict=True) for g in pair]
+        inner: list[Tensor | None] = []
+        for users, *pair in zip(self._users, grad_embedding.unbind(), grad_w1.unbind(), strict=True):
+            used = any(received[member] is not None for member in users)
+            inner += pair if used else (None, None)
         return [*inner, *(gradient for gradients in own for gradient in gradients)]
 
     def _backward_shape(
@@ -358,14 +393,18 @@ class Family:
 
 
 class WeightSide(torch.autograd.Function):
-    """:class:`Family` for autograd: ``apply(family, sides, *family.parameters)`` fills ``sides``, gives the tickets.
+    """:class:`Family` for autograd: ``apply(family, sides, spent, frugal, *family.parameters)`` gives the tickets.
+
+    ``sides`` is filled, and ``spent[0]`` set by the first backward pass.
 
     What the backward needs is kept past it: several backward passes may go through one forward of the weight side.
     """
 
     @staticmethod
-    def forward(ctx: Any, family: Family, sides: list[Side], spent: list[bool], *parameters: Tensor) -> Any:
-        found, kept = family.forward()
+    def forward(
+        ctx: Any, family: Family, sides: list[Side], spent: list[bool], frugal: bool, *parameters: Tensor
+    ) -> Any:
+        found, kept = family.forward(frugal=frugal)
         sides.extend(found)
         ctx.family, ctx.sides, ctx.kept, ctx.spent = family, found, kept, spent
         ctx.parameters = parameters
@@ -383,14 +422,17 @@ class WeightSide(torch.autograd.Function):
             )
         ctx.spent[0] = True
         if all(gradient is None for gradient in received):
-            return (None,) * (3 + len(ctx.parameters))
-        return None, None, None, *ctx.family.backward(ctx.sides, ctx.kept, received)
+            return (None,) * (4 + len(ctx.parameters))
+        return None, None, None, None, *ctx.family.backward(ctx.sides, ctx.kept, received)
 
 
 def make_tickets(sides: Iterable[Side]) -> list[Tensor]:
     """A tensor for each, with its ticket's size and one element's memory."""
+    storages: dict[torch.device, torch.UntypedStorage] = {}
     tickets = []
     for side in sides:
-        one = side.scale.new_zeros(1)
-        tickets.append(one.new_empty(0).set_(one.untyped_storage(), 0, (side.ticket_size,), (0,)))
+        device = side.scale.device
+        if device not in storages:
+            storages[device] = side.scale.new_zeros(1).untyped_storage()
+        tickets.append(side.scale.new_empty(0).set_(storages[device], 0, (side.ticket_size,), (0,)))
     return tickets

@@ -227,7 +227,8 @@ class DoranAdapter(nn.Module):
         assert isinstance(self.factors, GeneratedFactors)
         assert self.factors.slope is not None
         detach, repair = self.config.norm_grad == "detached", self.config.norm_method == "auto"
-        return Row(*tensors, view.bias is not None, self.factors.slope, self.scaling, detach, repair)
+        options = view.bias is not None, self.factors.slope, self.scaling, detach, repair
+        return Row._make((*tensors, *options))
 
     def _reference_forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
         """The formulas under autograd, for every kind of layer."""
