@@ -1,6 +1,7 @@
 """One training step on a GPU: frozen base, PEFT's LoRA and DoRA, and DoRAN plain and fused, in one run.
 
     python benchmarks/train_step.py --out results [--quick]
+    python benchmarks/train_step.py --out results --part 0/2   (and 1/2 on another GPU; then --join)
 
 Models have the shapes of Llama-7B's blocks (8 of them) and of ViT-B/16, with random weights, in bfloat16. For each
 setting every method is built on the same base weights and timed with CUDA events: forward and backward together, and
@@ -236,17 +237,43 @@ def plot(results: list[Result], out: Path) -> None:
     figure.savefig(out, dpi=130)
 
 
+def write(results: list[Result], out: Path, device: str) -> None:
+    """The JSON, the table and, if there is something to compare, the plot."""
+    text = json.dumps({"device": device, "results": [asdict(row) for row in results]}, indent=1)
+    out.with_suffix(".json").write_text(text)
+    out.with_suffix(".md").write_text(f"{device}, torch {torch.__version__}\n\n" + table(results))
+    if len({row.setting["rank"] for row in results}) > 2:
+        plot(results, out.with_suffix(".png"))
+
+
+def join(out: Path, order: list[Setting]) -> None:
+    """One JSON, table and plot from those of the parts."""
+    parts = [json.loads(path.read_text()) for path in sorted(out.glob("train_step-*.json"))]
+    results = [Result(**row) for part in parts for row in part["results"]]
+    results.sort(key=lambda row: order.index(Setting(**row.setting)))
+    write(results, out / "train_step", " and ".join(sorted({part["device"] for part in parts})))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON, the table and the plot")
     parser.add_argument("--quick", action="store_true", help="four settings")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each method (default 15)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--part", metavar="K/N", help="only every N-th setting, from the K-th (from 0) on")
+    parser.add_argument("--join", action="store_true", help="run nothing: put the parts in the folder together")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    chosen, name = settings(args.quick), "train_step"
+    if args.join:
+        join(args.out, chosen)
+        return
+    if args.part:
+        index, parts = map(int, args.part.split("/"))
+        chosen, name = chosen[index::parts], f"train_step-{index}"
     results: list[Result] = []
     models: dict[str, nn.Module] = {}
-    for setting in settings(args.quick):
+    for setting in chosen:
         if setting.model not in models:
             models.clear()
             gc.collect()
@@ -256,12 +283,7 @@ def main() -> None:
         add_ratios(rows)
         results += rows
         print(table(rows), flush=True)
-        (args.out / "train_step.json").write_text(json.dumps([asdict(row) for row in results], indent=1))
-        (args.out / "train_step.md").write_text(
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n" + table(results)
-        )
-    if not args.quick:
-        plot(results, args.out / "train_step.png")
+        write(results, args.out / name, torch.cuda.get_device_name())
 
 
 if __name__ == "__main__":

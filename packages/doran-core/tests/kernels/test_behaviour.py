@@ -54,8 +54,9 @@ def test_gradient_checkpointing(reentrant, implementation, device):
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), lambda y: y.mul_(3.0), lambda y: y.view(-1).add_(1.0)])
-def test_an_activation_in_place_after_the_layer(activation, implementation, device):
-    layer, x = USUAL.layer(torch.float32, device), USUAL.x(torch.float32, device)
+@pytest.mark.parametrize("name", ["usual", "three dimensions"])
+def test_an_activation_in_place_after_the_layer(name, activation, implementation, device):
+    layer, x = cases.CASES[name].layer(torch.float32, device), cases.CASES[name].x(torch.float32, device)
     with use_backend("reference"):
         expected = gradients(layer, x, lambda t: activation(layer(t)))
     with use_backend(implementation):

@@ -43,6 +43,7 @@ __all__ = [
     "Kept",
     "WriteCounter",
     "backward",
+    "base_product",
     "flat",
     "forward",
     "passes_of",
@@ -177,8 +178,15 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``W0 x + bias``, ``[..., d_out]``, as a tensor that is no view: what a Function returns may not be one."""
+    if x.dim() == 2 or bias is None:
+        return F.linear(x, weight, bias)
+    return unflattened(F.linear(flat(x), weight, bias), x)
+
+
 def unflattened(rows: Tensor, like: Tensor) -> Tensor:
-    """``[T, d]`` with the other dimensions of ``like``, and no view of it: what a Function returns may not be one."""
+    """``[T, d]`` with the other dimensions of ``like``, and no view of it."""
     return rows if like.dim() == 2 else torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
 
 
@@ -215,7 +223,7 @@ def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
     if base_output is None:
         assert inputs.x is not None
         assert weight is not None
-        base_output = F.linear(flat(inputs.x), weight, inputs.bias)
+        base_output = base_product(inputs.x, weight, inputs.bias)
     y = passes.expand(
         flat(base_output),
         hidden,
@@ -224,9 +232,8 @@ def forward(facts: Facts, inputs: Inputs) -> tuple[Tensor, Kept]:
         inputs.bias,
         inplace=inputs.base_output is None,
     )
-    shape_of = inputs.x if inputs.base_output is None else inputs.base_output
-    assert shape_of is not None
-    return unflattened(y, shape_of), Kept(A, B, tau, hidden, assembled)
+    y = base_output if inputs.base_output is None else unflattened(y, base_output)
+    return y, Kept(A, B, tau, hidden, assembled)
 
 
 def backward(

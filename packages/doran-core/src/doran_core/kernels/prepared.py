@@ -15,10 +15,10 @@ from doran_core.errors import BackendError
 from doran_core.kernels.layer import (
     SECOND_DERIVATIVE,
     WriteCounter,
+    base_product,
     flat,
     passes_of,
     shaped_as,
-    unflattened,
     without_autocast,
 )
 from doran_core.kernels.weight_side import Side
@@ -45,9 +45,8 @@ class PreparedLinear(torch.autograd.Function):
     ) -> Tensor:
         with without_autocast(ticket):
             hidden = flat(x if low_rank_input is None else low_rank_input) @ side.A.T
-            rows = F.linear(flat(x), weight, bias)
-            passes_of("triton").expand(rows, hidden, side.scaled_B, side.scale, bias, inplace=True)
-            y = unflattened(rows, x)
+            y = base_product(x, weight, bias)
+            passes_of("triton").expand(flat(y), hidden, side.scaled_B, side.scale, bias, inplace=True)
         ctx.side, ctx.writes = side, None if side.repeats else WriteCounter(y)
         ctx.save_for_backward(None if side.repeats else y.data, hidden, x, low_rank_input, weight, bias)
         return y
@@ -86,5 +85,5 @@ class PreparedLinear(torch.autograd.Function):
 def _split(side: Side, sent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The parts of a ticket's gradient: ``[r, d_in]``, ``[d_out, r]``, ``[parts, d_out]``."""
     (rank, d_in), d_out = side.A.shape, side.scale.shape[0]
-    for_A, for_B, sums = torch.split(sent, [rank * d_in, d_out * rank, side.parts * d_out])
+    for_A, for_B, sums = torch.split_with_sizes(sent, [rank * d_in, d_out * rank, side.parts * d_out])
     return for_A.view(rank, d_in), for_B.view(d_out, rank), sums.view(side.parts, d_out)

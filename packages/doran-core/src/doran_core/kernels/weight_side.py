@@ -40,7 +40,7 @@ _ROWS_PER_PART = 4096
 """Rows of W0 that one program of ``M^T W0`` goes through."""
 _INTERPRETING = interpreting()
 
-_REPEATED = {False: 1 / 12, True: 1 / 6}
+_REPEATED = {False: 1 / 16, True: 1 / 6}
 """Share of the adapted layers' products with W0, forward and backward, that may be done once more so that some outputs
 need not be kept: usually, and where activations are checkpointed."""
 
@@ -210,6 +210,9 @@ class Family:
 
     Args:
         rows: the layers; all of one :attr:`Row.family`.
+
+    Attributes:
+        parameters: each once: the networks' embeddings and first layers, then what each layer has for itself.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -231,6 +234,8 @@ class Family:
             blocks += len(members) * sum(self._shapes[-1].blocks)
         self._blocks = blocks
         self._collect_networks(device)
+        inner = [tensor for pair in self._networks for tensor in pair]
+        self.parameters = inner + [t for row in rows for t in (row.w2_A, row.w2_B, row.magnitude, row.raw_tau)]
         sizes = [row.weight.shape for row in rows]
         self._repeated = {frugal: _repeated(sizes, share) for frugal, share in _REPEATED.items()}
 
@@ -258,12 +263,6 @@ class Family:
         self._trunks = _address_table(self._networks, device)
         self._ranges = _upload(ends, device)
         self._members = _upload([block for key in networks for block in blocks[key]], device)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """Each once: the networks' embeddings and first layers, then what each layer has for itself."""
-        inner = [tensor for pair in self._networks for tensor in pair]
-        return inner + [t for row in self.rows for t in (row.w2_A, row.w2_B, row.magnitude, row.raw_tau)]
 
     def forward(self, *, frugal: bool) -> tuple[list[Side], list[_Kept]]:
         """What each layer gets, and what the backward needs, shape by shape: nothing if ``frugal``, to make it anew."""
