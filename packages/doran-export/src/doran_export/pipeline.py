@@ -20,7 +20,7 @@ from doran_export.cases import GREEDY_STEPS, given_cases, greedy_prompts, random
 from doran_export.clock import Clock
 from doran_export.errors import ExportError
 from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, MODEL_FILE, copy_companions
-from doran_export.genai import build_graph
+from doran_export.genai import build_graph, require_plain_head
 from doran_export.graph import check_graph, graph_opset, save_graph, trace
 from doran_export.loading import Source, load_model, load_tokenizer
 from doran_export.precision import Precision, Road
@@ -82,6 +82,8 @@ def export_source(
     """
     with clock.stage("loading"):
         model = load_model(source)
+        if request.road.name == "genai":
+            require_plain_head(model)
         spec = make_spec(model, source.task, source.path)
         spec = spec.with_adapters(union_of_targets(model, request.adapters))
     # PyTorch answers first: its weights may change dtype for the trace, and are gone when ONNX Runtime loads its own.
