@@ -23,7 +23,7 @@ from doran_export.stack import portrait
 
 __all__ = ["Traces", "named_weights", "trace_key"]
 
-_MOST = 8
+_MOST = 32
 _LARGEST_CONSTANT = 4096  # values, of a tensor that is kept with a graph
 _UNTRACED = ("_name_or_path", "architectures", "transformers_version")  # of a configuration
 
