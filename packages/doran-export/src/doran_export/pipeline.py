@@ -48,8 +48,8 @@ class Request:
         inputs: what to compare on beside random inputs.
         tolerance: largest allowed difference; None takes the precision's.
         adapters: for a graph with adapters as inputs: compiled adapters by name.
-        replaced: names of tensors that a merged adapter gave in full, such as a new classifier's, and that the model must
-            have, since nobody said which task it is to do.
+        replaced: names of tensors that a merged adapter gave in full, such as a new classifier's, and that the model
+            must have, since nobody said which task it is to do.
     """
 
     road: Road
@@ -131,8 +131,8 @@ def _require_replaced(model: PreTrainedModel, source: Source, names: Sequence[st
     lost = sorted(set(names) - model.state_dict().keys())
     if lost:
         raise ConfigError(
-            f"the adapter brings {lost[0]}, which {type(model).__name__} does not have: {source.task.name} is the base's "
-            f"task; say with --task (task=) which one the adapter is to do ({', '.join(TASKS)})"
+            f"the adapter brings {lost[0]}, which {type(model).__name__} does not have: {source.task.name} is the "
+            f"base's task; say with --task (task=) which one the adapter is to do ({', '.join(TASKS)})"
         )
 
 
