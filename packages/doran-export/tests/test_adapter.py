@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import saved, tiny_llama
+import transformers
+from conftest import TEXT, saved, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from doran_core import DoranConfig, adapt
 from doran_core.adapter import CompiledAdapter, CompiledModule, read_compiled, write_compiled
 from doran_core.cli.main import main
-from doran_core.errors import BaseMismatchError
+from doran_core.errors import BaseMismatchError, ConfigError
 from doran_export import OnnxRunner, export
 
 _MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
@@ -81,6 +83,27 @@ def test_adapter_for_another_base(base_and_adapter: tuple[Path, Path], tmp_path:
     with pytest.raises(BaseMismatchError, match="0000"):
         export(out=tmp_path / "out", base=base, adapter=tmp_path / "wrong", road="torch")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "wrong"}
+
+
+def test_a_head_that_the_base_lacks_needs_its_task(tmp_path: Path) -> None:
+    """A bare encoder as base: the task that its architecture names would leave the trained classifier out."""
+    torch.manual_seed(0)
+    shape = {**TEXT, "num_hidden_layers": 1, "intermediate_size": 48, "max_position_embeddings": 64}
+    base = saved(transformers.BertModel(transformers.BertConfig(**shape)).eval(), tmp_path / "base")
+    model = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=2)
+    adapter = adapt(model, DoranConfig(rank=2, target_modules=["query"], modules_to_save=["classifier"])).save(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(ConfigError, match=r"brings classifier\.bias, which BertModel does not have: .* --task"):
+        export(out=tmp_path / "out", base=base, adapter=adapter)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    encoder = export(out=tmp_path / "encoder", base=base, adapter=adapter, task="feature-extraction")
+    assert encoder.architecture == "BertModel"  # asked for by name
+    export(out=tmp_path / "out", base=base, adapter=adapter, task="text-classification")
+    with torch.inference_mode():
+        expected = model.eval()(torch.tensor([[3, 4, 5]])).logits.numpy()
+    got = OnnxRunner(tmp_path / "out").run({"input_ids": [[3, 4, 5]]})["logits"]
+    np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_command_refuses(

@@ -100,7 +100,10 @@ def test_refusals(small: tuple[Path, ExportReport], tmp_path: Path, monkeypatch:
     shutil.copy(source / "tokenizer_config.json", neox)
     with pytest.raises(UnsupportedModelError, match=r"no builder for GPTNeoXForCausalLM .*: try the road torch"):
         export(neox, tmp_path / "out")
+    square = saved(tiny_llama(num_hidden_layers=1, vocab_size=32), tmp_path / "square")
+    with pytest.raises(UnsupportedModelError, match=r"q_proj has 32 outputs, as many as the vocabulary .*road torch"):
+        export(square, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'doran-export\[genai\]'"):
         export(source, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"bare", "neox"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bare", "neox", "square"}

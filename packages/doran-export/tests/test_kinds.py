@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from doran_core import DoranConfig, adapt
 from doran_core.errors import ConfigError
 from doran_export import OnnxRunner, UnsupportedModelError, export, verify
+from doran_export.remembered import Traces
 from doran_export.stack import find_layers
 
 SHAPE = {**TEXT, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 160}
@@ -88,6 +89,26 @@ def test_repeated_layers_give_the_graph_of_a_whole_trace(tmp_path: Path, monkeyp
     ids = [[3, 4, 5]]
     logits = [OnnxRunner(tmp_path / name).run({"input_ids": ids})["logits"] for name in ("short", "whole")]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+
+
+def test_a_trace_serves_models_that_differ_in_their_weights_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is not traced, and has its own weights: its proof says so. Another setting is traced anew."""
+    torch.manual_seed(0)
+    places = [saved(bert("BertForMaskedLM", hidden_act="silu"), tmp_path / name) for name in ("first", "second")]
+    other = saved(bert("BertForMaskedLM", hidden_act="relu"), tmp_path / "other")
+    monkeypatch.setattr("doran_export.graph._TRACES", Traces())
+    traced = []
+    whole = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *rest, **more: traced.append(1) or whole(*rest, **more))
+    for number, (place, traces) in enumerate([(places[0], 1), (places[1], 1), (places[0], 1), (other, 2)]):
+        report = export(place, tmp_path / f"out{number}", precision="fp16" if number == 2 else "fp32")
+        assert report.proof.max_difference < (5e-2 if number == 2 else 1e-4)
+        assert len(traced) == traces
+    ids = {"input_ids": [[3, 4, 5]]}
+    first, second = (OnnxRunner(tmp_path / f"out{number}").run(ids)["logits"] for number in range(2))
+    assert np.abs(first - second).max() > 0.1
 
 
 def test_adapter_of_a_checkpoint_with_older_names(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,5 +63,11 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
         file = onnxruntime().AdapterFormat.read_adapter(str(path))
     except Exception as error:
         raise ExportError(f"onnxruntime cannot read the adapter {path}: {str(error).strip()}") from error
-    # The values point into the file's memory, which goes with `file`.
-    return {name: from_dlpack(value).clone() for name, value in file.get_parameters().items()}
+    return {name: _copy(value) for name, value in file.get_parameters().items()}
+
+
+def _copy(value: Any) -> Tensor:
+    """A copy of an OrtValue, whose memory goes with the file. By numpy where that knows the dtype."""
+    if value.data_type() == "tensor(bfloat16)":
+        return from_dlpack(value).clone()
+    return torch.from_numpy(value.numpy().copy())

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from doran_core.adapter import CompiledAdapter
+from doran_core.adapter import CompiledAdapter, read_adapter
 from doran_core.errors import ConfigError
 from doran_core.merge import merge_checkpoint
-from doran_export.adapter_file import read_adapter
+from doran_export.adapter_file import read_adapter as read_adapter_file
 from doran_export.adapters import compile_adapters, merged_weights, replaced, switched_weights
 from doran_export.clock import Clock, Progress
 from doran_export.errors import ExportError
@@ -117,6 +117,8 @@ def export(
             request = replace(request, adapters=compile_adapters(adapters, named))
         if adapter is not None:
             named = under_module_names(source, [adapter], renamed)
+            if task is None:
+                request = replace(request, replaced=sorted(read_adapter(adapter).extra))
             with clock.stage("merging"):
                 # In float32, so that PyTorch's answers are those of weights that nothing has rounded yet.
                 merge_checkpoint(named, adapter, merged, dtype=torch.float32, progress=clock.bytes("merging"))
@@ -216,7 +218,7 @@ def _ask_directory(
         if name in compiled:
             weights = merged_weights(model, compiled[name])
         else:
-            weights = switched_weights(model, read_adapter(path))
+            weights = switched_weights(model, read_adapter_file(path))
         with replaced(model, weights):
             references[name] = ask(model, spec, source, request, clock)
     return references, spec

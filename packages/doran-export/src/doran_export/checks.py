@@ -168,7 +168,8 @@ def require_average(checks: Sequence[Check], tolerance: float) -> None:
         if not average <= tolerance:
             raise ProofError(
                 f"ONNX Runtime differs from PyTorch in {group} by {average:.3g} of its spread on average, more than "
-                f"the allowed {tolerance:.3g}"
+                f"the allowed {tolerance:.3g}: so few bits change this model too much; take another precision, or "
+                "allow more with --tolerance (tolerance=) and judge the result on inputs of your own"
             )
 
 

@@ -16,7 +16,7 @@ class Clock:
     """Passes progress on to a caller.
 
     Attributes:
-        seconds: wall-clock time of each stage that ended.
+        seconds: wall-clock time of each stage, of all its rounds where it had several.
     """
 
     def __init__(self, progress: Progress | None) -> None:
@@ -36,7 +36,7 @@ class Clock:
         start = time.perf_counter()
         self.progress(name, 0, total)
         yield advance
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         if done == 0:
             self.progress(name, total, total)
 

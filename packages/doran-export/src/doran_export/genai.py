@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
 
 from doran_core.errors import CheckpointError, require
 from doran_export.errors import ExportError, UnsupportedModelError
 from doran_export.files import GENAI_CONFIG, read_json
 from doran_export.runtime import PROVIDERS
 
-__all__ = ["build_graph", "genai_tokens", "require_genai"]
+__all__ = ["build_graph", "genai_tokens", "require_genai", "require_plain_head"]
 
 
 def require_genai() -> Any:
@@ -38,6 +40,23 @@ def require_genai() -> Any:
         extra="genai",
         purpose="exporting a decoder through onnxruntime-genai (the other way is the road torch)",
     )
+
+
+def require_plain_head(model: PreTrainedModel) -> None:
+    """Refuse a model in which another linear layer has as many outputs as the vocabulary has tokens.
+
+    The builder (0.18) takes every such layer for the head, and its graph gives wrong logits.
+
+    Raises:
+        UnsupportedModelError: there is one.
+    """
+    head, vocabulary = model.get_output_embeddings(), model.config.get_text_config().vocab_size
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and module.out_features == vocabulary:
+            raise UnsupportedModelError(
+                f"{name} has {vocabulary} outputs, as many as the vocabulary has tokens, and onnxruntime-genai's "
+                "builder takes it for the head: try the road torch"
+            )
 
 
 def build_graph(model: Path, out: Path, precision: str, provider: str) -> None:

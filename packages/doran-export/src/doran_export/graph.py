@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from doran_export.adapted import adapted_layers, give_defaults
 from doran_export.errors import ExportError, UnsupportedModelError
 from doran_export.files import MODEL_FILE
+from doran_export.remembered import Traces, named_weights, trace_key
 from doran_export.repeat import NotAlikeError, repeat_layers
 from doran_export.spec import Axis, GraphSpec
 from doran_export.stack import KEPT, find_layers, shortened
@@ -28,6 +29,8 @@ __all__ = ["check_graph", "graph_opset", "save_graph", "trace"]
 _OPSET = 20
 
 _RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization"})  # that onnxruntime counts among ONNX's
+
+_TRACES = Traces()
 
 _INLINE_LIMIT = 256 * 1024 * 1024  # a protobuf may hold 2 GB; well below that, weights go to a file beside it
 
@@ -54,10 +57,8 @@ def _trace_repeated(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype)
         return None
     with shortened(model, stack):
         graph = _trace(model, spec.with_layers(KEPT, stack.path), dtype)
-    whole = wrap(model, spec)
-    weights = dict(whole.named_parameters(remove_duplicate=False)) | dict(whole.named_buffers(remove_duplicate=False))
     try:
-        repeat_layers(graph, stack, weights)
+        repeat_layers(graph, stack, named_weights(wrap(model, spec)))
     except NotAlikeError:
         return None
     for values, names in ((graph.graph.inputs, spec.inputs), (graph.graph.outputs, spec.outputs)):
@@ -68,9 +69,14 @@ def _trace_repeated(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype)
 
 
 def _trace(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> ir.Model:
+    function = wrap(model, spec)
+    key, weights = trace_key(model, spec, dtype), named_weights(function)
+    known = _TRACES.recall(key, weights)
+    if known is not None:
+        return known
     arguments, shapes = example_inputs(spec, dtype)
     try:
-        traced = torch.export.export(wrap(model, spec), (), kwargs=arguments, dynamic_shapes=shapes, strict=False)
+        traced = torch.export.export(function, (), kwargs=arguments, dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
             traced,
             input_names=list(spec.inputs),
@@ -86,6 +92,7 @@ def _trace(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> ir.Mo
         ) from error
     if program is None:
         raise UnsupportedModelError(f"torch.onnx.export returned nothing for {type(model).__name__}")
+    _TRACES.keep(key, program.model, weights)
     return program.model
 
 

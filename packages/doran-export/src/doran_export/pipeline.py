@@ -20,7 +20,7 @@ from doran_export.cases import GREEDY_STEPS, given_cases, greedy_prompts, random
 from doran_export.clock import Clock
 from doran_export.errors import ExportError
 from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, MODEL_FILE, copy_companions
-from doran_export.genai import build_graph
+from doran_export.genai import build_graph, require_plain_head
 from doran_export.graph import check_graph, graph_opset, save_graph, trace
 from doran_export.loading import Source, load_model, load_tokenizer
 from doran_export.precision import Precision, Road
@@ -31,6 +31,7 @@ from doran_export.report import ExportReport, versions
 from doran_export.runtime import PROVIDERS
 from doran_export.spec import GraphSpec, make_spec
 from doran_export.storage import store_weights
+from doran_export.tasks import TASKS
 
 __all__ = ["Request", "ask", "export_source", "prove_directory"]
 
@@ -47,6 +48,8 @@ class Request:
         inputs: what to compare on beside random inputs.
         tolerance: largest allowed difference; None takes the precision's.
         adapters: for a graph with adapters as inputs: compiled adapters by name.
+        replaced: names of tensors that a merged adapter gave in full, such as a new classifier's, and that the model
+            must have, since nobody said which task it is to do.
     """
 
     road: Road
@@ -56,6 +59,7 @@ class Request:
     inputs: Sequence[Any] = ()
     tolerance: float | None = None
     adapters: Mapping[str, CompiledAdapter] = field(default_factory=dict)
+    replaced: Sequence[str] = ()
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -82,6 +86,9 @@ def export_source(
     """
     with clock.stage("loading"):
         model = load_model(source)
+        _require_replaced(model, source, request.replaced)
+        if request.road.name == "genai":
+            require_plain_head(model)
         spec = make_spec(model, source.task, source.path)
         spec = spec.with_adapters(union_of_targets(model, request.adapters))
     # PyTorch answers first: its weights may change dtype for the trace, and are gone when ONNX Runtime loads its own.
@@ -117,6 +124,16 @@ def export_source(
     )
     report.write(work)
     return report
+
+
+def _require_replaced(model: PreTrainedModel, source: Source, names: Sequence[str]) -> None:
+    """Refuse a task whose model leaves out what the adapter brought: the base's architecture may lack the new head."""
+    lost = sorted(set(names) - model.state_dict().keys())
+    if lost:
+        raise ConfigError(
+            f"the adapter brings {lost[0]}, which {type(model).__name__} does not have: {source.task.name} is the "
+            f"base's task; say with --task (task=) which one the adapter is to do ({', '.join(TASKS)})"
+        )
 
 
 def _make_with_torch(model: PreTrainedModel, spec: GraphSpec, request: Request, work: Path, clock: Clock) -> None:

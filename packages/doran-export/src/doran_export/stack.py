@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["KEPT", "LayerStack", "find_layers", "shortened"]
+__all__ = ["KEPT", "LayerStack", "find_layers", "portrait", "shortened"]
 
 KEPT = 3
 """Layers that are traced. The first also holds what all share; the second and third show what a step changes."""
@@ -35,24 +35,27 @@ def find_layers(model: PreTrainedModel) -> LayerStack | None:
     ]
     if len(stacks) != 1:
         return None
-    portraits = [_portrait(layer, index) for index, layer in enumerate(stacks[0].layers)]
-    return stacks[0] if all(portrait == portraits[0] for portrait in portraits) else None
+    portraits = [portrait(layer, index) for index, layer in enumerate(stacks[0].layers)]
+    return stacks[0] if all(other == portraits[0] for other in portraits) else None
 
 
-def _portrait(layer: nn.Module, index: int) -> list[object]:
-    """All that decides what a layer computes, but for its weights and its number."""
+def portrait(whole: nn.Module, index: int = -1) -> list[object]:
+    """All that decides what a layer or a model computes, but for its weights and, of a layer, its number `index`."""
     parts: list[object] = []
-    for path, module in layer.named_modules():
+    for path, module in whole.named_modules():
         plain = {
             name: value
             for name, value in vars(module).items()
-            if isinstance(value, bool | float | str | tuple | None)
-            or (isinstance(value, int) and not (name == "layer_idx" and value == index))
+            if name != "name_or_path"
+            and (
+                isinstance(value, bool | float | str | tuple | None)
+                or (isinstance(value, int) and not (name == "layer_idx" and value == index))
+            )
         }
         parts.append((path, type(module), sorted(plain.items())))
-    parts += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in layer.named_parameters()]
+    parts += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in whole.named_parameters()]
     # Buffers are constants of the graph, so they must be equal in value to be shared.
-    parts += [(name, tuple(tensor.shape), tensor.flatten().tolist()) for name, tensor in layer.named_buffers()]
+    parts += [(name, tuple(tensor.shape), tensor.flatten().tolist()) for name, tensor in whole.named_buffers()]
     return parts
 
 
