@@ -185,10 +185,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """mypy --strict on the packages."""
+    """mypy --strict on the packages and the experiments."""
     install(session)
     session.install("mypy>=2.4,<3", "safetensors", "packaging", "rich>=13.7")
     session.run("mypy", *SOURCES)
+    session.run("mypy", "experiments", "--exclude", "experiments/tests")
 
 
 @nox.session

@@ -48,8 +48,8 @@ class FGVC:
         if unknown := sorted(set(score.values()) - set(numbers)):
             raise ExperimentError(f"{own}: the class {unknown[0]!r} is scored on but has no image to train on")
         images = own / IMAGES[task]
-        parts = ([(images / path, numbers[label]) for path, label in part.items()] for part in (train, score))
-        return ImageRows(*parts, classes=len(numbers))
+        rows = [[(images / path, numbers[label]) for path, label in part.items()] for part in (train, score)]
+        return ImageRows(rows[0], rows[1], len(numbers))
 
     def lacks(self, folder: Path, tasks: tuple[str, ...]) -> list[Lack]:
         """What the folder lacks for these tasks."""
