@@ -138,7 +138,7 @@ def _shapes(setting: Setting, family: Family, experts: int) -> dict[str, tuple[i
     d, h = setting.dimension, setting.hidden
     bias: dict[str, tuple[int, ...]] = {"bias": (experts,)}
     if family == "separate":
-        return {name: (experts, d) for name in ("A_Q", "B_Q", "A_V", "B_V")} | bias
+        return dict.fromkeys(("A_Q", "B_Q", "A_V", "B_V"), (experts, d)) | bias
     features: dict[str, tuple[int, ...]] = {"h_A": (experts, h), "h_B": (experts, h)}
     last: dict[str, tuple[int, ...]] = {f"W_{name}": (d, h) for name in ("A_Q", "B_Q", "A_V", "B_V")}
     return features | last | bias
