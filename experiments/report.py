@@ -78,6 +78,7 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     )
     parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, references)]
     parts += [f"![accuracy over the learning rate]({figures.plot_rates(table, into / f'{name}-rates.svg').name})", ""]
+    parts += ["## Test accuracy by learning rate, %", "", tables.accuracy_by_rate(table)]
     points = f"{100 * tables.LOST:g} points"
     lost = f"Lost: the loss is not finite, or validation accuracy ends less than {points} above chance."
     parts += ["## Lost runs by learning rate", "", lost, "", tables.lost_runs(table)]

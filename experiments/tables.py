@@ -12,6 +12,7 @@ from experiments.statistics import Interval, data_ratio, mean_interval, paired_d
 
 __all__ = [
     "accuracy_by_data",
+    "accuracy_by_rate",
     "at_chosen_rates",
     "data_needed",
     "factor_table",
@@ -81,6 +82,12 @@ def lost_runs(table: pandas.DataFrame) -> str:
     whole = table[table.fraction == table.fraction.max()]
     lost = whole.last_loss.isna() | (whole.validation_accuracy < whole.model.map(_CHANCE) + LOST)
     return _by_rate(whole.assign(lost=lost), lambda runs: f"{runs.lost.sum()}/{len(runs)}")
+
+
+def accuracy_by_rate(table: pandas.DataFrame) -> str:
+    """Mean test accuracy in percent of each arm and rate on all of the data."""
+    whole = table[table.fraction == table.fraction.max()]
+    return _by_rate(whole, lambda runs: f"{100 * runs.test_accuracy.mean():.2f}")
 
 
 def spikes(table: pandas.DataFrame) -> str:
