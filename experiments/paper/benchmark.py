@@ -1,13 +1,11 @@
-"""What a benchmark is to the runner: its tasks, its examples, and what its files lack."""
+"""What the readers of benchmarks give: rows of images, and what the files lack."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-__all__ = ["Benchmark", "ImageRows", "Lack"]
+__all__ = ["ImageRows", "Lack"]
 
 
 @dataclass(frozen=True)
@@ -35,17 +33,3 @@ class ImageRows:
     train: list[tuple[Path, int]]
     score: list[tuple[Path, int]]
     classes: int
-
-
-class Benchmark(Protocol):
-    """A benchmark.
-
-    Attributes:
-        groups: tasks by group; the paper's mean is the mean of the groups' means.
-    """
-
-    groups: Mapping[str, tuple[str, ...]]
-
-    def lacks(self, folder: Path, tasks: tuple[str, ...]) -> list[Lack]:
-        """What the folder lacks for these tasks; empty if it is the benchmark."""
-        ...
