@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 
@@ -68,6 +69,21 @@ def test_each_study_has_its_tidy_table_and_report(results: Path, tmp_path: Path,
     for arm in table.arm.unique():
         assert f"| {arm} |" in page
     assert (tmp_path / "page" / f"{study}-rates.svg").stat().st_size > 1000
+    assert ("## Spikes of the loss per run" in page) == (study in ("tau", "tau_init"))
+    assert (f"({study}-spectra.svg)" in page) == (study == "sharing")
+
+
+def test_the_spectra_are_those_of_the_factors(results: Path, tmp_path: Path) -> None:
+    main(["collect", "sharing", "--short", "--results", str(results), "--into", str(tmp_path)])
+    spectra = pandas.read_parquet(tmp_path / "sharing.spectra.parquet")
+    table = pandas.read_csv(tmp_path / "sharing.csv")
+    ranks = []
+    for _, values in spectra.groupby("layer").value:
+        share = (values / values.sum()).to_numpy(dtype=float)
+        ranks.append(float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum())))
+        assert (values.diff().dropna() <= 0).all()
+    assert len(ranks) == 12
+    assert np.mean(ranks) == pytest.approx(table.effective_rank[0], rel=0.02)
 
 
 def test_what_was_trained_has_learned(results: Path, tmp_path: Path) -> None:
