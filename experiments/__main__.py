@@ -1,4 +1,4 @@
-"""The command: ``python -m experiments run|collect|theory|report ...``."""
+"""The command: ``python -m experiments run|collect|theory|report|paper ...``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from doran_core.errors import DoranError
+from experiments.paper.command import add_arguments, run_command
 
 if TYPE_CHECKING:
     from experiments.study import Study
@@ -63,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--tables", type=Path, default=RESULTS, help="folder of the tidy tables")
     report.add_argument("--into", type=Path, required=True, help="folder of the Markdown tables and figures")
     report.set_defaults(function=_report)
+
+    paper = commands.add_parser("paper", help="the paper's own benchmarks: what is missing, or run them")
+    add_arguments(paper)
+    paper.set_defaults(function=run_command)
     return parser
 
 

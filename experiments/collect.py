@@ -24,6 +24,8 @@ _NOT_TIDY = ("curves",)
 def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
     """Write ``STUDY.csv``, a row per run, and ``STUDY.tau.parquet``, tau by layer and step at each arm's chosen rate.
 
+    Where the factors were measured, also ``STUDY.spectra.parquet``, the singular values of their updates there.
+
     Runs that the tables in ``into`` have already, and the folders do not, stay in them.
 
     Args:
@@ -58,8 +60,11 @@ def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
     table = pandas.DataFrame(records)
     table = table[[*KEYS, *(name for name in table.columns if name not in KEYS)]]
     curves = _tau_curves(table, found, curves_path)
+    spectra = _spectra(table, found)
     into.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
+    if len(spectra):
+        spectra.to_parquet(into / f"{study.name}.spectra.parquet", index=False)
     if len(curves):
         curves.to_parquet(curves_path, index=False)
     return path
@@ -113,6 +118,25 @@ def _tau_curves(
     if missing:
         print(f"{missing} run(s) have no curves in the results folder; their tau is not in the table", file=sys.stderr)
     return pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame(columns=CURVE_COLUMNS)
+
+
+def _spectra(table: pandas.DataFrame, found: dict[str, tuple[Store, dict[str, Any]]]) -> pandas.DataFrame:
+    """Singular values of each layer's update at the chosen rates; ``index`` counts them from the largest."""
+    parts = []
+    chosen = chosen_rates(table)
+    for row in table.itertuples():
+        recorded = found[row.id][0].curves_of(found[row.id][1]) if row.id in found else None
+        if recorded is None or "spectrum" not in recorded[0] or row.rate != chosen[row.arm, row.fraction]:
+            continue
+        values, layers = recorded[0]["spectrum"], recorded[2]
+        count = values.shape[1]
+        parts.append(
+            pandas.DataFrame({
+                "arm": row.arm, "seed": row.seed, "layer": [layer for layer in layers for _ in range(count)],
+                "index": list(range(count)) * len(layers), "value": values.ravel(),
+            })
+        )  # fmt: skip
+    return pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame()
 
 
 def known_runs(folder: Path) -> set[str]:

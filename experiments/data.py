@@ -66,7 +66,7 @@ class Split:
             return cls(train, validation, test, np.zeros(len(train.labels), dtype=np.int64), ())
         lengths = train.lengths.numpy()
         edges = np.quantile(lengths, np.linspace(0, 1, BUCKETS + 1)[1:-1], method="higher")
-        bucket = np.searchsorted(edges, lengths, side="left")
+        bucket = np.asarray(np.searchsorted(edges, lengths, side="left"))
         longest = tuple(int(lengths[bucket == b].max()) for b in range(BUCKETS))
         return cls(train, validation, test, bucket, longest)
 
@@ -91,14 +91,16 @@ def subset(split: Split, fraction: float, seed: int) -> np.ndarray:
         members = np.flatnonzero(strata == stratum)
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
     count = max(1, round(fraction * len(order)))
-    return order[np.argsort(position, kind="stable")[:count]]
+    chosen: np.ndarray = order[np.argsort(position, kind="stable")[:count]]
+    return chosen
 
 
 def bucket_schedule(buckets: int, steps: int) -> np.ndarray:
     """The bucket of every step ``[steps]``, the same for all runs: each once in every ``buckets`` steps."""
     random = np.random.default_rng(0)
     rounds = -(-steps // buckets)
-    return np.concatenate([random.permutation(buckets) for _ in range(rounds)])[:steps]
+    schedule: np.ndarray = np.concatenate([random.permutation(buckets) for _ in range(rounds)])
+    return schedule[:steps]
 
 
 def batches_of(split: Split, indices: Sequence[int] | np.ndarray, steps: int, batch: int, seed: int) -> np.ndarray:
@@ -109,7 +111,7 @@ def batches_of(split: Split, indices: Sequence[int] | np.ndarray, steps: int, ba
     """
     random = np.random.default_rng([seed, 2])
     schedule = bucket_schedule(split.buckets, steps)
-    result = np.empty((steps, batch), dtype=np.int64)
+    result: np.ndarray = np.empty((steps, batch), dtype=np.int64)
     indices = np.asarray(indices)
     for bucket in range(split.buckets):
         members = indices[split.bucket[indices] == bucket]

@@ -96,7 +96,7 @@ def pretrain(steps: int, seed: int = 0) -> tuple[nn.Module, float]:
         batch = pool[torch.randint(len(pool), (PRETRAINING_BATCH,))]
         loss = F.cross_entropy(head(model(pixel_values=images[batch]).last_hidden_state[:, 0]), labels[batch])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     with torch.no_grad():

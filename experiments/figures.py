@@ -10,7 +10,7 @@ import pandas
 from experiments.statistics import mean_interval
 from experiments.tables import at_chosen_rates
 
-__all__ = ["plot_data", "plot_rates", "plot_tau", "plot_theory"]
+__all__ = ["plot_data", "plot_rates", "plot_spectra", "plot_tau", "plot_theory"]
 
 
 def _pyplot() -> Any:
@@ -80,6 +80,19 @@ def plot_tau(curves: pandas.DataFrame, arm: str, path: Path) -> Path:
     axes[0].set(xlabel="step", ylabel="tau / mean row norm", title=f"{arm}: each layer, mean over seeds")
     axes[1].set(xlabel="block", title="last step, each seed")
     axes[1].legend(fontsize=8)
+    return _save(figure, path)
+
+
+def plot_spectra(spectra: pandas.DataFrame, path: Path) -> Path:
+    """Singular values of the updates over the largest of their layer, the mean over layers and seeds."""
+    figure, axis = _pyplot().subplots(figsize=(7, 3.4), layout="constrained")
+    largest = spectra.groupby(["arm", "seed", "layer"], observed=True).value.transform("max")
+    relative = spectra.assign(relative=spectra.value / largest)
+    for arm in spectra.arm.drop_duplicates():
+        line = relative[relative.arm == arm].groupby("index").relative.mean()
+        axis.plot(line.index + 1, line.to_numpy(), marker=".", label=str(arm))
+    axis.set(yscale="log", xlabel="singular value, from the largest", ylabel="over the largest", ylim=(1e-4, 1.5))
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 
 

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import end_to_end as demo
+import end_to_end as demo  # type: ignore[import-not-found]
 
 
 def config(method: str) -> Any:

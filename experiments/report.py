@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -45,12 +46,10 @@ def write_report(names: Sequence[str], folder: Path, into: Path) -> list[Path]:
 
 
 def _head(name: str, note: str) -> list[str]:
-    file = STUDIES / f"{name}.yaml"
-    question = yaml.safe_load(file.read_text(encoding="utf-8"))["question"] if file.is_file() else name
     return [
         f"# {name}",
         "",
-        question,
+        _settings(name).get("question", name),
         "",
         note,
         "",
@@ -59,21 +58,35 @@ def _head(name: str, note: str) -> list[str]:
     ]
 
 
+def _settings(name: str) -> dict[str, Any]:
+    """The study's YAML; empty for a study without one."""
+    file = STUDIES / f"{name}.yaml"
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
 def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     arms = table.arm.drop_duplicates().tolist()
     reference = next((arm for arm in arms if arm.startswith("lora")), arms[0])
+    references = list(dict.fromkeys([reference, arms[0]]))
     model, steps, batch = table.model.iloc[0], table.steps.iloc[0], table.batch.iloc[0]
     devices = ", ".join(sorted(table.device.unique()))
     note = (
         f"{len(table)} runs of {model}, {steps} steps of {batch}, on {devices}. For each arm the rate with the best "
         "mean validation accuracy is chosen; accuracies are of the test part. ± is half a 95% t interval over seeds; "
-        "differences are paired by seed. The spread does not include that of the choice of test examples."
+        "differences are paired by seed. The spread does not include that of the choice of test examples. A star marks "
+        "a rate at the end of its grid."
     )
-    parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, reference)]
+    parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, references)]
     parts += [f"![accuracy over the learning rate]({figures.plot_rates(table, into / f'{name}-rates.svg').name})", ""]
+    parts += ["## Test accuracy by learning rate, %", "", tables.accuracy_by_rate(table)]
     points = f"{100 * tables.LOST:g} points"
     lost = f"Lost: the loss is not finite, or validation accuracy ends less than {points} above chance."
     parts += ["## Lost runs by learning rate", "", lost, "", tables.lost_runs(table)]
+    if _settings(name).get("stability"):
+        text = "A spike is a step whose loss is twice the median of the ten before it and above the first loss."
+        parts += ["## Spikes of the loss per run", "", text, "", tables.spikes(table)]
+        parts += ["## Largest over median gradient norm of a run", "", "The median over the seeds.", ""]
+        parts += [tables.gradients(table)]
     if table.fraction.nunique() > 1:
         figure = figures.plot_data(table, into / f"{name}-data.svg").name
         parts += ["## Over the data", "", tables.accuracy_by_data(table), f"![accuracy over the data]({figure})", ""]
@@ -84,6 +97,10 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
         parts += [needed, "", tables.data_needed(table, reference)]
     if "effective_rank" in table and table.effective_rank.notna().any():
         parts += ["## The factors", "", tables.factor_table(table)]
+        spectra = folder / f"{name}.spectra.parquet"
+        if spectra.is_file():
+            figure = figures.plot_spectra(pandas.read_parquet(spectra), into / f"{name}-spectra.svg").name
+            parts += [f"![singular values of the updates]({figure})", ""]
     parts += _tau(name, folder, into)
     return "\n".join(parts)
 

@@ -155,9 +155,10 @@ def _work(todo: Any, reports: Any, folder: Path, device_name: str, deadline: flo
             if first.model not in loaded:
                 task = load_task(first.model, folder / "models")
                 split = task.split
-                loaded[first.model] = task, tuple(e.to(device) for e in (split.train, split.validation, split.test))
+                loaded[first.model] = task, (split.train.to(device), split.validation.to(device), split.test.to(device))
             begun = time.monotonic()
-            store.add(train_runs(*loaded[first.model], stack, device))
+            task, data = loaded[first.model]
+            store.add(train_runs(task, data, stack, device))
             pace[key] = (time.monotonic() - begun) / work
             reports.put(_Progress(stack, time.monotonic() - started))
         except Exception:

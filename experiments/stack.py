@@ -123,7 +123,7 @@ class StackedAdapters:
     def _parameters(self) -> dict[str, Tensor]:
         """The parameters by name, views of ``flat`` with K in front."""
         sizes = [shape.numel() for shape in self._shapes.values()]
-        parts = self.flat.split(sizes, dim=1)
+        parts = torch.split(self.flat, sizes, dim=1)
         return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def _map(self, function: Callable[[], Any]) -> Any:

@@ -105,5 +105,5 @@ def data_ratio(
 
     count = len(ours)
     draws = [ratio(random.integers(count, size=count)) for _ in range(BOOTSTRAPS)]
-    low, high = np.quantile(draws, [0.025, 0.975], method="nearest")
-    return ratio(np.arange(count)), float(low), float(high)
+    low, high = (float(np.quantile(draws, level, method="nearest")) for level in (0.025, 0.975))
+    return ratio(np.arange(count)), low, high

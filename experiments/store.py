@@ -64,7 +64,8 @@ class Store:
         ids = np.array([row["id"] for row in outcome.rows])
         curves = {key: _narrow(value) for key, value in outcome.curves.items()}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, ids=ids, points=outcome.points, layers=np.array(outcome.layers), **curves)
+        arrays: dict[str, Any] = {"ids": ids, "points": outcome.points, "layers": np.array(outcome.layers), **curves}
+        np.savez_compressed(buffer, **arrays)
         part = self.curves / f".{name}.{os.getpid()}"
         part.write_bytes(buffer.getvalue())
         part.rename(self.curves / f"{name}.npz")

@@ -103,7 +103,7 @@ class Study:
 
 _KEYS = {
     "question", "model", "targets", "budget_rank", "steps", "batch", "head_rate", "rates", "fractions", "seeds",
-    "parallel", "evaluated", "measure_factors", "arms", "short",
+    "parallel", "evaluated", "measure_factors", "stability", "arms", "short",
 }  # fmt: skip
 _ARM_KEYS = {"method", "rates", "fractions", "seeds", "targets", "budget_rank", "match"}
 
@@ -127,7 +127,7 @@ def load_study(path: Path, *, short: bool = False) -> Study:
     settings = {**content, **(content.get("short", {}) if short else {})}
     if unknown := sorted(set(settings) - _KEYS):
         raise ExperimentError(f"{path}: unknown key(s) {unknown}; known are {sorted(_KEYS)}")
-    if missing := sorted(_KEYS - {"short", "evaluated", "measure_factors"} - set(settings)):
+    if missing := sorted(_KEYS - {"short", "evaluated", "measure_factors", "stability"} - set(settings)):
         raise ExperimentError(f"{path}: missing key(s) {missing}")
     arms = {name: tuple(_arm_runs(path, name, arm or {}, settings)) for name, arm in settings["arms"].items()}
     return Study(path.stem, settings["question"], arms, int(settings["parallel"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas
@@ -10,7 +10,18 @@ import pandas
 from experiments.collect import chosen_rates
 from experiments.statistics import Interval, data_ratio, mean_interval, paired_difference
 
-__all__ = ["accuracy_by_data", "at_chosen_rates", "data_needed", "factor_table", "lost_runs", "markdown", "summary"]
+__all__ = [
+    "accuracy_by_data",
+    "accuracy_by_rate",
+    "at_chosen_rates",
+    "data_needed",
+    "factor_table",
+    "gradients",
+    "lost_runs",
+    "markdown",
+    "spikes",
+    "summary",
+]
 
 LOST = 0.1
 """A run is lost when its loss is not finite, or its validation accuracy less than this above chance."""
@@ -41,35 +52,61 @@ def _show(interval: Interval | None, *, sign: bool = False) -> str:
     return number if np.isnan(interval.half) else f"{number} ± {interval.half:.2f}"
 
 
-def summary(table: pandas.DataFrame, reference: str) -> str:
-    """Each arm at its chosen rate on all of its data: test accuracy in percent, and its difference to the reference."""
-    best = at_chosen_rates(table[table.fraction == table.fraction.max()])
-    base = _by_seed(best[best.arm == reference])
+def summary(table: pandas.DataFrame, references: Sequence[str]) -> str:
+    """Each arm at its chosen rate on all of its data: test accuracy in percent, and its difference to each reference.
+
+    A rate at the end of the arm's grid has a star: a better one may lie beyond.
+    """
+    whole = table[table.fraction == table.fraction.max()]
+    best = at_chosen_rates(whole)
+    bases = {reference: _by_seed(best[best.arm == reference]) for reference in references}
     rows = []
     for arm in table.arm.drop_duplicates():
         own = best[best.arm == arm]
         if own.empty:
             continue
         values = _by_seed(own)
-        difference = None if arm == reference else paired_difference(values, base)
+        differences = [None if arm == name else paired_difference(values, base) for name, base in bases.items()]
+        rate, grid = own.rate.iloc[0], whole[whole.arm == arm].rate
+        star = "*" if rate in (grid.min(), grid.max()) and grid.nunique() > 1 else ""
         rows.append([
-            arm, str(own["rank"].iloc[0]), f"{own.parameters.iloc[0]:,}", f"{own.rate.iloc[0]:g}", str(len(own)),
-            _show(mean_interval(list(values.values()))), _show(difference, sign=True),
+            arm, str(own["rank"].iloc[0]), f"{own.parameters.iloc[0]:,}", f"{rate:g}{star}", str(len(own)),
+            _show(mean_interval(list(values.values()))), *(_show(difference, sign=True) for difference in differences),
         ])  # fmt: skip
-    header = ["arm", "rank", "parameters", "rate", "seeds", "test accuracy, %", f"minus {reference}, points"]
-    return markdown(header, rows)
+    header = ["arm", "rank", "parameters", "rate", "seeds", "test accuracy, %"]
+    return markdown([*header, *(f"minus {name}, points" for name in references)], rows)
 
 
 def lost_runs(table: pandas.DataFrame) -> str:
     """How many runs of each arm and rate were lost."""
     whole = table[table.fraction == table.fraction.max()]
     lost = whole.last_loss.isna() | (whole.validation_accuracy < whole.model.map(_CHANCE) + LOST)
-    counts = whole.assign(lost=lost).groupby(["arm", "rate"]).lost.agg(["sum", "size"])
-    rates = sorted(whole.rate.unique())
-    rows = []
-    for arm in table.arm.drop_duplicates():
-        cells = [counts.loc[(arm, rate)] if (arm, rate) in counts.index else None for rate in rates]
-        rows.append([arm, *("" if cell is None else f"{cell['sum']}/{cell['size']}" for cell in cells)])
+    return _by_rate(whole.assign(lost=lost), lambda runs: f"{runs.lost.sum()}/{len(runs)}")
+
+
+def accuracy_by_rate(table: pandas.DataFrame) -> str:
+    """Mean test accuracy in percent of each arm and rate on all of the data."""
+    whole = table[table.fraction == table.fraction.max()]
+    return _by_rate(whole, lambda runs: f"{100 * runs.test_accuracy.mean():.2f}")
+
+
+def spikes(table: pandas.DataFrame) -> str:
+    """Loss spikes per run of each arm and rate."""
+    return _by_rate(table[table.fraction == table.fraction.max()], lambda runs: f"{runs.spikes.mean():.1f}")
+
+
+def gradients(table: pandas.DataFrame) -> str:
+    """Largest over median gradient norm of each arm and rate, the median over the runs."""
+    whole = table[table.fraction == table.fraction.max()]
+    ratio = whole.largest_gradient / whole.median_gradient
+    return _by_rate(whole.assign(ratio=ratio), lambda runs: f"{runs.ratio.median():.1f}")
+
+
+def _by_rate(table: pandas.DataFrame, cell: Callable[[pandas.DataFrame], str]) -> str:
+    """A row per arm, a column per rate."""
+    cells = {key: cell(runs) for key, runs in table.groupby(["arm", "rate"])}
+    rates = sorted(table.rate.unique())
+    rows = [[arm, *(cells.get((arm, rate), "") for rate in rates)] for arm in table.arm.drop_duplicates()]
     return markdown(["arm", *(f"{rate:g}" for rate in rates)], rows)
 
 

@@ -136,11 +136,12 @@ def mixture(x: Tensor, experts: Experts, frozen: tuple[Tensor, Tensor]) -> Tenso
 
 def _shapes(setting: Setting, family: Family, experts: int) -> dict[str, tuple[int, ...]]:
     d, h = setting.dimension, setting.hidden
-    bias = {"bias": (experts,)}
+    bias: dict[str, tuple[int, ...]] = {"bias": (experts,)}
     if family == "separate":
         return dict.fromkeys(("A_Q", "B_Q", "A_V", "B_V"), (experts, d)) | bias
     features: dict[str, tuple[int, ...]] = {"h_A": (experts, h), "h_B": (experts, h)}
-    return features | {f"W_{name}": (d, h) for name in ("A_Q", "B_Q", "A_V", "B_V")} | bias
+    last: dict[str, tuple[int, ...]] = {f"W_{name}": (d, h) for name in ("A_Q", "B_Q", "A_V", "B_V")}
+    return features | last | bias
 
 
 def _factors(parts: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
@@ -152,7 +153,8 @@ def _factors(parts: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
 
 def _experts(vector: Tensor, shapes: Mapping[str, tuple[int, ...]], family: Family) -> Experts:
     sizes = [math.prod(shape) for shape in shapes.values()]
-    parts = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), vector.split(sizes), strict=True)}
+    pieces = torch.split(vector, sizes)
+    parts = {name: piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
     factors = _factors(parts, family)
     query = torch.einsum("li,lj->lij", factors["B_Q"], factors["A_Q"])
     value = torch.einsum("li,lj->lij", factors["B_V"], factors["A_V"])

@@ -238,8 +238,10 @@ def train_runs(
 def _norms(gradients: Sequence[Tensor], count: int) -> Tensor:
     """Norm of each run's gradient ``[K]``, or of the only run's where tensors leave K out."""
     if count == 1:
-        return torch.stack([g.norm() for g in gradients]).norm()[None]
-    return torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+        whole: Tensor = torch.stack([g.norm() for g in gradients]).norm()
+        return whole[None]
+    each: Tensor = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    return each
 
 
 @torch.no_grad()
@@ -292,7 +294,8 @@ def _factor_measures(trained: StackedAdapters) -> tuple[np.ndarray, list[dict[st
     projections: dict[str, list[int]] = {}
     for index, name in enumerate(trained.layers):
         projections.setdefault(name.rpartition(".")[2], []).append(index)
-    spectra, rows = [], []
+    spectra: list[list[np.ndarray]] = []
+    rows: list[dict[str, float]] = []
     for k in range(len(pairs[0][0])):
         own = [(A[k], B[k]) for A, B in pairs]
         if not all(bool(A.isfinite().all() and B.isfinite().all()) for A, B in own):

@@ -25,11 +25,12 @@ IDENTIFIER = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages of the experiments, as many as there are, into the section of the results."""
+    """Put the pages of the experiments, a study each, into the section of the results."""
     assert config.nav is not None
     (results,) = (section["Results"] for section in config.nav if "Results" in section)
-    found = sorted(Path(config.docs_dir, "results").glob("experiments*.md"))
-    results[1:1] = [f"results/{file.name}" for file in found]
+    studies = sorted(Path(config.docs_dir, "results", "experiments").glob("*.md"))
+    pages = ["results/experiments.md", *(f"results/experiments/{file.name}" for file in studies)]
+    results.insert(1, {"Do the paper's claims hold?": pages})
     return config
 
 

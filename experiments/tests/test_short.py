@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 
 from experiments.__main__ import STUDIES, main
 from experiments.collect import KEYS
-from experiments.digits import pretrained_vit
 from experiments.store import Store
 
 TRAINED = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.stem != "theory")
@@ -26,10 +27,10 @@ MEASURES = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory, letters: Path) -> Path:
     """All studies in their short form, in one results folder."""
     folder = tmp_path_factory.mktemp("results")
-    pretrained_vit(folder / "models", steps=300)
+    shutil.copytree(letters, folder / "models")
     assert main(["run", *TRAINED, "--short", "--out", str(folder), "--device", "cpu"]) == 0
     return folder
 
@@ -68,6 +69,21 @@ def test_each_study_has_its_tidy_table_and_report(results: Path, tmp_path: Path,
     for arm in table.arm.unique():
         assert f"| {arm} |" in page
     assert (tmp_path / "page" / f"{study}-rates.svg").stat().st_size > 1000
+    assert ("## Spikes of the loss per run" in page) == (study in ("tau", "tau_init"))
+    assert (f"({study}-spectra.svg)" in page) == (study == "sharing")
+
+
+def test_the_spectra_are_those_of_the_factors(results: Path, tmp_path: Path) -> None:
+    main(["collect", "sharing", "--short", "--results", str(results), "--into", str(tmp_path)])
+    spectra = pandas.read_parquet(tmp_path / "sharing.spectra.parquet")
+    table = pandas.read_csv(tmp_path / "sharing.csv")
+    ranks = []
+    for _, values in spectra.groupby("layer").value:
+        share = (values / values.sum()).to_numpy(dtype=float)
+        ranks.append(float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum())))
+        assert (values.diff().dropna() <= 0).all()
+    assert len(ranks) == 12
+    assert np.mean(ranks) == pytest.approx(table.effective_rank[0], rel=0.02)
 
 
 def test_what_was_trained_has_learned(results: Path, tmp_path: Path) -> None:

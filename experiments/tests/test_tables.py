@@ -1,0 +1,41 @@
+"""Tables against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pandas
+import pytest
+
+from experiments import tables
+
+
+@pytest.fixture
+def runs() -> pandas.DataFrame:
+    """Two arms, three rates, two seeds; the second arm is best at its highest rate."""
+    rows = []
+    for arm, accuracies in {"lora": [0.80, 0.84, 0.60], "doran": [0.70, 0.80, 0.82]}.items():
+        for rate, accuracy in zip([1e-3, 2e-3, 4e-3], accuracies, strict=True):
+            for seed in range(2):
+                lost = arm == "lora" and rate == 4e-3 and seed == 1
+                rows.append({
+                    "arm": arm, "model": "minilm", "rate": rate, "seed": seed, "fraction": 1.0, "rank": 8,
+                    "parameters": 1000, "validation_accuracy": 0.5 if lost else accuracy,
+                    "test_accuracy": accuracy + 0.01 * seed, "last_loss": 0.4, "spikes": 2 * seed,
+                    "largest_gradient": 6.0 * (1 + seed), "median_gradient": 2.0,
+                })  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+def test_the_summary_stars_a_rate_at_the_end_of_its_grid_and_pairs_by_seed(runs: pandas.DataFrame) -> None:
+    lines = tables.summary(runs, ["lora", "doran"]).splitlines()
+    assert lines[0].endswith("| minus lora, points | minus doran, points |")
+    assert lines[2].startswith("| lora | 8 | 1,000 | 0.002 | 2 | 84.50 ± 6.35 |  | +2.00 ± 0.00 |")
+    assert lines[3].startswith("| doran | 8 | 1,000 | 0.004* | 2 | 82.50 ± 6.35 | -2.00 ± 0.00 |  |")
+
+
+def test_cells_by_rate(runs: pandas.DataFrame) -> None:
+    assert "| lora | 80.50 | 84.50 | 60.50 |" in tables.accuracy_by_rate(runs)
+    assert "| lora | 0/2 | 0/2 | 1/2 |" in tables.lost_runs(runs)
+    assert "| doran | 1.0 | 1.0 | 1.0 |" in tables.spikes(runs)
+    assert "| doran | 4.5 | 4.5 | 4.5 |" in tables.gradients(runs)  # the median of 3 and 6
+    fewer = runs[~((runs.arm == "doran") & (runs.rate == 1e-3))]
+    assert "| doran |  | 80.50 | 82.50 |" in tables.accuracy_by_rate(fewer)
