@@ -135,6 +135,7 @@ def export_two_adapters_of_one_name() -> None:
 
 
 def serve_a_broken_adapter() -> None:
+    shutil.rmtree("base")
     prepare("docs/howto/vllm.md", Path())
     Path("adapters/critic/adapter_model.safetensors").unlink()
     plan("base", Path("adapters"), "mixed", [])
