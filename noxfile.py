@@ -173,7 +173,7 @@ def docs(session: nox.Session) -> None:
     # Material for MkDocs ends in May 2027, and says so at each build. Until then its 9.x is kept up and builds this
     # site without a warning; what comes after it is another program.
     session.env["NO_MKDOCS_2_WARNING"] = "1"
-    session.run("mkdocs", "build", "--quiet")
+    session.run("mkdocs", "build", "--strict")  # with --quiet it would not count its warnings
     test(session, "docs/tools")
 
 

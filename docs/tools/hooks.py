@@ -28,8 +28,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the pages of the experiments, as many as there are, into the section of the results."""
     assert config.nav is not None
     (results,) = (section["Results"] for section in config.nav if "Results" in section)
-    found = sorted(Path(config.docs_dir, "results").glob("experiments*.md"))
-    results[1:1] = [f"results/{file.name}" for file in found]
+    folder = Path(config.docs_dir)
+    found = [path for pattern in ("experiments*.md", "experiments/*.md") for path in folder.glob(f"results/{pattern}")]
+    results[1:1] = [{"Experiments": [path.relative_to(folder).as_posix() for path in sorted(found)]}]
     return config
 
 
