@@ -12,17 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from places import REPOSITORY
 from safetensors.torch import load_file, save_file
 from setups import prepare
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from doran_core import DoranConfig, adapt, load
+from doran_core.cli.main import main
 from doran_core.convert import compile_adapter
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import DoranError
 from doran_core.factors import FactorTrunk, GeneratedFactors, LayerSpec
 from doran_core.merge import merge_checkpoint
+from doran_export import export
+from doran_hf import DoranConfig as DoranPeftConfig
+from doran_hf import restore_start
+from doran_serve.launch import plan
 
 
 def mlp() -> nn.Sequential:
@@ -99,6 +106,41 @@ def mix_ranks() -> None:
     GeneratedFactors(spec, config(), FactorTrunk(8, config()), owns_trunk=True)
 
 
+def load_on_another_base_with_peft() -> None:
+    weights = load_file("base/model.safetensors")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), DoranPeftConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained("of-this-base")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, "base/model.safetensors", {"format": "pt"})
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "of-this-base")
+
+
+def put_back_the_start_of_a_trained_adapter() -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), DoranPeftConfig(task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    restore_start(model)
+
+
+def export_over_something() -> None:
+    Path("onnx").mkdir()
+    Path("onnx", "file").touch()
+    export("base", "onnx")
+
+
+def export_two_adapters_of_one_name() -> None:
+    given = [word for _ in range(2) for word in ("--adapter", "one=adapter")]
+    main(["export", "--base", "base", "--multi-adapter", *given, "--out", "onnx", "--debug"])
+
+
+def serve_a_broken_adapter() -> None:
+    shutil.rmtree("base")
+    prepare("docs/howto/vllm.md", Path())
+    Path("adapters/critic/adapter_model.safetensors").unlink()
+    plan("base", Path("adapters"), "mixed", [])
+
+
 MESSAGES: dict[Callable[[], object], tuple[str, ...]] = {
     adapt_twice: ("howto/custom-loop.md",),
     use_a_removed_handle: ("howto/custom-loop.md",),
@@ -113,6 +155,12 @@ MESSAGES: dict[Callable[[], object], tuple[str, ...]] = {
     mix_ranks: ("concepts/generators.md",),
     lambda: adapt(mlp(), config(target_modules=["q_proj"])): ("howto/custom-loop.md",),
     lambda: config(tau_init=-0.1): ("concepts/tau.md",),
+    load_on_another_base_with_peft: ("howto/trainer.md",),
+    lambda: DoranPeftConfig.from_lora(LoraConfig(init_lora_weights="pissa")): ("howto/trainer.md",),
+    put_back_the_start_of_a_trained_adapter: ("howto/quantized.md",),
+    export_over_something: ("howto/onnx.md",),
+    export_two_adapters_of_one_name: ("howto/onnx-adapters.md",),
+    serve_a_broken_adapter: ("howto/vllm.md",),
 }
 
 

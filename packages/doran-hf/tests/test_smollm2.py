@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMOLLM2_GGUF, disturb
+from conftest import disturb
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2 import FILE, load_model, package_folder
+from transformers import AutoTokenizer
 
 from doran_hf import DoranConfig
 from doran_hf.train.config import DataConfig
@@ -17,14 +18,14 @@ from doran_hf.train.text import IGNORED, TextEncoder
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2_files: Path) -> Any:
-    return AutoTokenizer.from_pretrained(smollm2_files, gguf_file=SMOLLM2_GGUF)
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(package_folder(), gguf_file=FILE)
 
 
 @torch.no_grad()
-def test_starts_at_the_base_and_comes_back(smollm2_files: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_starts_at_the_base_and_comes_back(tokenizer: Any, tmp_path: Path) -> None:
     ids = tokenizer("Review: a film to remember\nSentiment:", return_tensors="pt").input_ids
-    model = AutoModelForCausalLM.from_pretrained(smollm2_files, gguf_file=SMOLLM2_GGUF, dtype=torch.bfloat16).eval()
+    model = load_model(torch.bfloat16)
     expected = model(ids).logits
     model = get_peft_model(model, DoranConfig(rank=16, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
     assert torch.equal(model(ids).logits, expected)

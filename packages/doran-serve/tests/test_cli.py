@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from doran_core.cli.main import main
 from doran_core.errors import CheckpointError, DoranError
 from doran_serve import fit, flags
+from doran_serve.launch import CACHE_VARIABLE
 
 
 @pytest.fixture
@@ -143,6 +144,38 @@ def test_many_adapters_are_found_by_name(
     assert os.environ["DORAN_ADAPTERS_DIR"] == str(folder / "adapters")
     assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert "36 adapters: found by name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("gib", "size"), [(7, "1"), (24, "3"), (512, "4")])
+def test_a_cpu_gets_a_cache_of_a_size_that_it_has(
+    gib: int, size: str, called: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "")  # so that it is put back
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setattr("doran_serve.fit.device_memory", lambda: fit.Memory(gib * 2**30, "this machine"))
+    run("org/model")
+    assert os.environ.pop(CACHE_VARIABLE) == size
+    assert f"{size} GiB for the cache of keys and values" in capsys.readouterr().out
+    run("org/model", "--gpu-memory-utilization=0.5")
+    run("org/model", "--kv-cache-memory-bytes", "1000")
+    monkeypatch.setattr("doran_serve.fit.device_memory", lambda: fit.Memory(gib * 2**30, "NVIDIA H100"))
+    run("org/model")
+    assert CACHE_VARIABLE not in os.environ
+
+
+def test_an_engine_that_does_not_start_is_no_bug_of_ours(monkeypatch: pytest.MonkeyPatch, called: list[Any]) -> None:
+    def fail(message: str) -> None:
+        def run_vllm(arguments: list[str]) -> None:
+            raise RuntimeError(message)
+
+        monkeypatch.setattr("doran_serve.compat.run_vllm", run_vllm)
+
+    fail("Engine core initialization failed. See root cause above.")
+    with pytest.raises(DoranError, match="did not start; its first line with ERROR says why"):
+        run("org/model")
+    fail("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        run("org/model")
 
 
 def test_memory_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,8 @@ _MARK = ".doran_adapter."
 class DoranModel(BaseTuner):
     """Creates and manages DoRAN adapters in a model. ``get_peft_model`` and its like make it; users rarely do.
 
-    Args:
-        model: the model to adapt.
-        config: a :class:`DoranConfig`, or one per adapter name.
-        adapter_name: name of the adapter.
+    It is made, as every tuner of PEFT, of the model to adapt, a :class:`DoranConfig` or one per adapter name, and the
+    adapter's name.
 
     Raises:
         TargetError: target modules that are not there, or of a kind that cannot be adapted.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import SMOLLM2_GGUF
 from killing import train_and_kill
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2 import save_base
 
 from doran_hf.train import load_config, train
 
@@ -22,19 +20,9 @@ PARTS = {
 }
 
 
-def make_base(files: Path, folder: Path) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(files, gguf_file=SMOLLM2_GGUF, dtype=torch.float32)
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(files, gguf_file=SMOLLM2_GGUF).save_pretrained(folder)
-
-
-def test_killed_and_run_again_the_example_ends_the_same(
-    smollm2_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_run_again_the_example_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    make_base(smollm2_files, Path("base"))
+    save_base(Path("base"))
     rows = [
         {"text": f"{first} {second} .", "sentiment": label}
         for label, (begins, ends) in PARTS.items()

@@ -183,14 +183,17 @@ def test_killed_and_run_again_it_ends_as_if_it_had_not_been(capsys: pytest.Captu
     assert read_states("run/layers.parquet") == read_states("whole/layers.parquet")
 
 
-def test_killed_after_its_last_step_it_does_not_train_on() -> None:
+def test_killed_after_its_last_step_it_does_not_train_on(capsys: pytest.CaptureFixture[str]) -> None:
     """As if by a kill during the last evaluation: the last checkpoint is there, the adapter and the metrics are not."""
     changes: dict[str, Any] = {"trainer__max_steps": 4, "trainer__save_steps": 4, "keep_checkpoints": True}
     whole = run(**changes)
     expected = load_file("run/adapter/adapter_model.safetensors")
     Path("run/metrics.json").unlink()
     shutil.rmtree("run/adapter")
+    printed = capsys.readouterr().out.rpartition("wrote run/adapter")[2]
     again = run(**changes)
+    assert printed
+    assert capsys.readouterr().out.endswith(printed)
     assert again["training"]["resumed_from"] == "checkpoint-4"
     assert (again["training"]["steps"], again["adapter"], again["tau"]) == (4, whole["adapter"], whole["tau"])
     found = load_file("run/adapter/adapter_model.safetensors")

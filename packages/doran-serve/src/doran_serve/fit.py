@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from doran_core.checkpoint import Checkpoint
 from doran_core.errors import DoranError
 
-__all__ = ["Memory", "adaptable", "base_row_bytes", "device_memory", "fitting_slots", "slot_bytes"]
+__all__ = ["Memory", "adaptable", "base_row_bytes", "cpu_cache_gib", "device_memory", "fitting_slots", "slot_bytes"]
 
 _USABLE = 0.9
 """Of the device's memory vLLM takes this much unless told otherwise (--gpu-memory-utilization)."""
 _CACHE = 0.2
 """Of that, what has to be left for the cache of keys and values."""
+_MACHINE = "this machine"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,15 @@ def device_memory(ranks: int = 1) -> Memory:
         size, _, name = answer.strip().partition(", ")
         return Memory(int(size) * 2**20 * ranks, name if ranks == 1 else f"{ranks} x {name}")
     except (OSError, subprocess.SubprocessError, ValueError):
-        return Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine")
+        return Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _MACHINE)
+
+
+def cpu_cache_gib(memory: Memory) -> int | None:
+    """GiB for the cache of keys and values where vLLM runs on the CPU: an eighth of the memory, from 1 to 4.
+
+    None on a GPU. On a CPU, too, vLLM would take 92% of the memory, which no machine with anything else on it has.
+    """
+    return max(1, min(4, memory.total // 2**33)) if memory.name == _MACHINE else None
 
 
 def adaptable(checkpoint: Checkpoint, targets: Collection[str]) -> list[tuple[int, int]]:

@@ -74,7 +74,8 @@ def current_request(vllm_config: Any, lora_request: Any) -> Any:
         same directory under another name and number.
 
     Raises:
-        as `check_request`.
+        AdapterRefusedError: as `check_request` does.
+        LoRAAdapterNotFoundError: as `check_request` does.
     """
     path, version = now = check_request(vllm_config, lora_request)
     if _first.setdefault((lora_request.lora_name, lora_request.lora_int_id), now) == now:

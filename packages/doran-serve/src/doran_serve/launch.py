@@ -18,7 +18,10 @@ from doran_serve.resolver import VARIABLE
 from doran_serve.served import AdapterInfo
 from doran_serve.store import AdapterStore
 
-__all__ = ["Checked", "Plan", "check_adapters", "find_adapters", "plan", "start"]
+__all__ = ["CACHE_VARIABLE", "Checked", "Plan", "check_adapters", "find_adapters", "plan", "start"]
+
+CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+"""vLLM's own: GiB for the cache of keys and values on a CPU."""
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:
@@ -116,13 +119,13 @@ def plan(base: str, adapters: Path | None, mode: str, given: Sequence[str]) -> P
     if adapters is None:
         if mode == "merged":
             raise DoranError("--mode merged needs --adapters")
-        return Plan(base, None, list(given), {})
+        return Plan(base, None, list(given), _cache_size(given))
     store = AdapterStore(directory)
     checked = check_adapters(store, adapters)
     arguments = _flags(mode, store, checked, given)
-    variables: dict[str, str] = {}
+    variables = _cache_size(given)
     if len(checked.paths) > flags.LISTED:
-        variables = {VARIABLE: str(adapters.resolve()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        variables |= {VARIABLE: str(adapters.resolve()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         print(
             f"{len(checked.paths)} adapters: found by name when a request asks for one. This takes "
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, so every client may also use /v1/load_lora_adapter.",
@@ -148,6 +151,16 @@ def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str
     return flags.mixed_flags(checked.paths, checked.rank, slots, checked.targets, given)
 
 
+def _cache_size(given: Sequence[str]) -> dict[str, str]:
+    """The variable for the size of the cache on a CPU, and a line on it, unless the user has set a size."""
+    size = fit.cpu_cache_gib(fit.device_memory())
+    named = [flags.given_value(given, flag) for flag in ("--gpu-memory-utilization", "--kv-cache-memory-bytes")]
+    if size is None or CACHE_VARIABLE in os.environ or any(value is not None for value in named):
+        return {}
+    print(f"{size} GiB for the cache of keys and values; {CACHE_VARIABLE} sets another size", flush=True)
+    return {CACHE_VARIABLE: str(size)}
+
+
 def _base_sizes(store: AdapterStore, targets: frozenset[str]) -> tuple[list[tuple[int, int]], int, int]:
     """Shapes of the base's adapted weights, bytes of a number, and bytes of the base; nothing if it is not at hand."""
     checkpoint = store.base.checkpoint
@@ -170,7 +183,8 @@ def start(plan: Plan) -> None:
     """Run vLLM's own server in this process, until it ends.
 
     Raises:
-        DoranError: vLLM is not installed or not one that this package knows, or is told not to load the plugin.
+        DoranError: vLLM is not installed or not one that this package knows, is told not to load the plugin, or its
+            engine does not start.
     """
     from doran_serve import compat, versions
 
@@ -179,4 +193,9 @@ def start(plan: Plan) -> None:
     if allowed is not None and "doran" not in allowed.split(","):
         raise DoranError(f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading this plugin; add 'doran' to it or unset it")
     os.environ.update(plan.variables)
-    compat.run_vllm(["serve", plan.base, *plan.arguments])
+    try:
+        compat.run_vllm(["serve", plan.base, *plan.arguments])
+    except RuntimeError as error:
+        if "initialization failed" not in str(error):
+            raise
+        raise DoranError(f"vLLM's engine did not start; its first line with ERROR says why ({error})") from error

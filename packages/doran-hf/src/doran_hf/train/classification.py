@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
 )
+
+# The name at the top of transformers asks for torchvision up to 5.17; the class itself takes Pillow's processors.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from doran_core.errors import ConfigError
 from doran_hf.train.config import TrainConfig

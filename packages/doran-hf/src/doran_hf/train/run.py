@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from doran_core.errors import ConfigError
 from doran_core.files.atomic import new_directory
+from doran_hf.layer_table import read_states
 from doran_hf.method import LayerMetricsCallback, tau_by_layer
 from doran_hf.train.card import model_card
 from doran_hf.train.config import OWN_TRAINER_FIELDS, TrainConfig
@@ -63,7 +64,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
     if run is None:
         return {}
     run.begin()
-    callback = LayerMetricsCallback(run.layers).attach(trainer)
+    LayerMetricsCallback(run.layers).attach(trainer)
     if (
         config.evaluate_base
         and config.task == "causal-lm"
@@ -92,7 +93,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
         "peft": peft.__version__,
     }
     if trainer.is_world_process_zero():
-        _save(run, config, recipe, model, metrics, callback)
+        _save(run, config, recipe, model, metrics)
     return metrics
 
 
@@ -193,7 +194,6 @@ def _save(
     recipe: TaskRecipe,
     model: Any,
     metrics: dict[str, Any],
-    callback: LayerMetricsCallback,
 ) -> None:
     names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "labels.json")
     with new_directory(run.adapter, overwrite=True, owned=names) as folder:
@@ -206,4 +206,5 @@ def _save(
     run.write("metrics.json", metrics)
     if not config.keep_checkpoints:
         run.remove_checkpoints()
-    print(f"\nwrote {run.adapter}, {run.path / 'metrics.json'} and {run.layers} ({len(callback.states)} rows)")
+    rows = len(read_states(run.layers))  # those of a run that only had to be finished, too
+    print(f"\nwrote {run.adapter}, {run.path / 'metrics.json'} and {run.layers} ({rows} rows)")
