@@ -255,7 +255,8 @@ class GeneratedFactors(nn.Module):
         """The dictionaries of hooks that would see a call of the networks."""
         trunk = self._trunk[0]
         parts = (self, trunk, trunk.A, trunk.B)
-        return [hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return [getattr(part, kind) for part in parts for kind in kinds]
 
     def place(self) -> Place | None:
         """Where the parameters of :class:`~doran_core.kernels.networks.Networks` are, if W2 is this layer's own."""

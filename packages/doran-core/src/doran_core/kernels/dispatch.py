@@ -138,12 +138,10 @@ def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dro
         dropout: probability of dropping an element of the branch's input.
     """
     weight = view.weight()
-    if (
-        weight is None
-        or weight.dtype not in PREPARED_DTYPES
-        or not torch.is_grad_enabled()
-        or not makes_product(view, x)
-    ):
+    if not torch.is_grad_enabled():
+        fleet.release()
+        return None
+    if weight is None or weight.dtype not in PREPARED_DTYPES or not makes_product(view, x):
         return None
     given = fleet.ask(member, view)
     if given is None:

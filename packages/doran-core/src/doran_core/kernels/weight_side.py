@@ -40,9 +40,9 @@ _ROWS_PER_PART = 4096
 """Rows of W0 that one program of ``M^T W0`` goes through."""
 _INTERPRETING = interpreting()
 
-_REPEATED = {False: 1 / 16, True: 1 / 6}
+_REPEATED = 1 / 16
 """Share of the adapted layers' products with W0, forward and backward, that may be done once more so that some outputs
-need not be kept: usually, and where activations are checkpointed."""
+need not be kept."""
 
 
 def _repeated(sizes: Sequence[Sequence[int]], share: float) -> list[bool]:
@@ -174,6 +174,14 @@ def _parts(d_out: int) -> int:
     return max(8, min(64, 1024 // cdiv(d_out, 128)))
 
 
+def _is_distributed() -> bool:
+    """Whether gradients are exchanged with other processes: then layers that were not used send zeros, and no None.
+
+    A wrapper such as DistributedDataParallel takes all parameters of a family for used where one is.
+    """
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _address_table(rows: Iterable[tuple[Tensor, ...]], device: torch.device) -> Tensor:
     return _upload([[tensor.data_ptr() for tensor in row] for row in rows], device)
 
@@ -237,7 +245,8 @@ class Family:
         inner = [tensor for pair in self._networks for tensor in pair]
         self.parameters = inner + [t for row in rows for t in (row.w2_A, row.w2_B, row.magnitude, row.raw_tau)]
         sizes = [row.weight.shape for row in rows]
-        self._repeated = {frugal: _repeated(sizes, share) for frugal, share in _REPEATED.items()}
+        self._repeated = _repeated(sizes, _REPEATED)
+        self._addresses = self.addresses()
 
     def _collect_networks(self, device: torch.device) -> None:
         """The distinct networks, and which blocks of the gradient of the features are theirs."""
@@ -264,8 +273,16 @@ class Family:
         self._ranges = _upload(ends, device)
         self._members = _upload([block for key in networks for block in blocks[key]], device)
 
-    def forward(self, *, frugal: bool) -> tuple[list[Side], list[_Kept]]:
-        """What each layer gets, and what the backward needs, shape by shape: nothing if ``frugal``, to make it anew."""
+    def addresses(self) -> list[int]:
+        """Where all tensors of all layers are now."""
+        return [tensor.data_ptr() for row in self.rows for tensor in row.tensors]
+
+    def up_to_date(self) -> Family:
+        """Itself, or one made anew if tensors were moved (``tensor.data = ...``) since its tables were made."""
+        return self if self.addresses() == self._addresses else Family(self.rows)
+
+    def forward(self) -> tuple[list[Side], list[_Kept]]:
+        """What each layer gets, and what the backward needs, shape by shape."""
         sides: list[Side | None] = [None] * len(self.rows)
         kept = []
         for shape in self._shapes:
@@ -273,9 +290,9 @@ class Family:
             small = _Smallness(least, shape.thresholds)
             layers = zip(shape.members, values.A.unbind(), scaled_B.unbind(), values.scale.unbind(), strict=True)
             for index, (member, A, B, scale) in enumerate(layers):
-                sides[member] = Side(A, B, scale, small, index, repeats=self._repeated[frugal][member])
+                sides[member] = Side(A, B, scale, small, index, repeats=self._repeated[member])
             kept.append(values)
-        return sides, [] if frugal else kept  # type: ignore[return-value]
+        return sides, kept  # type: ignore[return-value]
 
     def _tau(self, shape: _Shape) -> Tensor:
         """``[layers, 1]`` or ``[layers, d_out]``."""
@@ -316,10 +333,9 @@ class Family:
         features = torch.empty(self._blocks, self._padded["R"], self._padded["H"], dtype=torch.float32, device=device)
         own: list[tuple[Tensor | None, ...]] = [(None,) * 4] * len(self.rows)
         for index, shape in enumerate(self._shapes):
-            values = kept[index] if kept else self._values(shape)[0]
-            found = self._backward_shape(shape, values, sides, received, features)
+            found = self._backward_shape(shape, kept[index], sides, received, features)
             for member, *gradients in zip(shape.members, *(tensor.unbind() for tensor in found), strict=True):
-                if received[member] is not None:
+                if received[member] is not None or _is_distributed():
                     own[member] = tuple(gradients)
         count = len(self._networks)
         grad_embedding = features.new_empty(count, self.rank, self._width)
@@ -332,7 +348,7 @@ class Family:
         )  # fmt: skip
         inner: list[Tensor | None] = []
         for users, *pair in zip(self._users, grad_embedding.unbind(), grad_w1.unbind(), strict=True):
-            used = any(received[member] is not None for member in users)
+            used = _is_distributed() or any(received[member] is not None for member in users)
             inner += pair if used else (None, None)
         return [*inner, *(gradient for gradients in own for gradient in gradients)]
 
@@ -392,7 +408,7 @@ class Family:
 
 
 class WeightSide(torch.autograd.Function):
-    """:class:`Family` for autograd: ``apply(family, sides, spent, frugal, *family.parameters)`` gives the tickets.
+    """:class:`Family` for autograd: ``apply(family, sides, spent, *family.parameters)`` gives the tickets.
 
     ``sides`` is filled, and ``spent[0]`` set by the first backward pass.
 
@@ -400,10 +416,8 @@ class WeightSide(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, family: Family, sides: list[Side], spent: list[bool], frugal: bool, *parameters: Tensor
-    ) -> Any:
-        found, kept = family.forward(frugal=frugal)
+    def forward(ctx: Any, family: Family, sides: list[Side], spent: list[bool], *parameters: Tensor) -> Any:
+        found, kept = family.forward()
         sides.extend(found)
         ctx.family, ctx.sides, ctx.kept, ctx.spent = family, found, kept, spent
         ctx.parameters = parameters
@@ -421,8 +435,8 @@ class WeightSide(torch.autograd.Function):
             )
         ctx.spent[0] = True
         if all(gradient is None for gradient in received):
-            return (None,) * (4 + len(ctx.parameters))
-        return None, None, None, None, *ctx.family.backward(ctx.sides, ctx.kept, received)
+            return (None,) * (3 + len(ctx.parameters))
+        return None, None, None, *ctx.family.up_to_date().backward(ctx.sides, ctx.kept, received)
 
 
 def make_tickets(sides: Iterable[Side]) -> list[Tensor]:

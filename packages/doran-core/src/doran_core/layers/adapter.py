@@ -80,7 +80,7 @@ class DoranAdapter(nn.Module):
         """Take ``||W0||^2`` anew. Done by itself when the weight has changed, but for a hidden one."""
         self.base_squared_norm = view.squared_norm().to(self.magnitude.device)
         self._base_version = view.weight_version()
-        if isinstance(self.factors, GeneratedFactors):
+        if isinstance(self.factors, GeneratedFactors) and not self._in_replica():
             self.factors.fleet.enlist(self, view)
 
     def _check_start(self, A: Tensor, B: Tensor) -> None:
@@ -122,13 +122,13 @@ class DoranAdapter(nn.Module):
 
     def squared_norm_of_base(self, view: BaseView) -> Tensor:
         """``||W0||^2``, ``[d_out]``: the one at hand, or a new one if the weight has changed."""
-        if self._is_stale(view):
+        if self.is_stale(view):
             self.reset_base(view)
         squared_norm = self.base_squared_norm
         assert squared_norm is not None
         return squared_norm
 
-    def _is_stale(self, view: BaseView) -> bool:
+    def is_stale(self, view: BaseView) -> bool:
         """Whether ``||W0||^2`` is missing or that of another weight; a compiled graph takes it as it is."""
         if self.base_squared_norm is None or self.base_squared_norm.is_meta:
             return True
@@ -174,7 +174,8 @@ class DoranAdapter(nn.Module):
         if implementation == "reference":
             return self._reference_forward(view, x, view.layer(x) if base_output is None else base_output)
         dropout = self.config.dropout if self.training else 0.0
-        if implementation == "triton" and base_output is None and isinstance(self.factors, GeneratedFactors):
+        together = implementation == "triton" and base_output is None and not self._in_replica()
+        if together and isinstance(self.factors, GeneratedFactors):
             y = dispatch.run_prepared(self.factors.fleet, self, view, x, dropout=dropout)
             if y is not None:
                 return y
@@ -209,7 +210,7 @@ class DoranAdapter(nn.Module):
         """
         weight, factors = view.weight(), self.factors
         place = factors.place() if isinstance(factors, GeneratedFactors) and self.experts is None else None
-        if place is None or weight is None or not self.tau.is_softplus or vars(self).get("_is_replica", False):
+        if place is None or weight is None or not self.tau.is_softplus or self._in_replica():
             return None
         if view.kind != "linear" or not _is_small(self.spec.rank, self.config):
             return None
@@ -219,6 +220,10 @@ class DoranAdapter(nn.Module):
             (view.layer._parameters, "weight"),
         ]  # fmt: skip
         return Place([*place.slots, *slots], place.hooks)
+
+    def _in_replica(self) -> bool:
+        """Whether nn.DataParallel made this module, for one call in a thread of its own."""
+        return "_is_replica" in vars(self)
 
     def row(self, tensors: Sequence[Tensor], view: BaseView) -> Row:
         """The row with the tensors at :meth:`place`."""
