@@ -197,11 +197,8 @@ def inner_gradient_fleet_kernel(
 ):  # fmt: skip
     """Gradients of embedding and W1 of each network of each trunk.
 
-    Args:
-        trunks: addresses of embedding and W1, ``[networks, 2]``.
-        ranges: where a network's blocks start in ``members``, ``[networks + 1]``.
-        members: indices into ``grad_features [blocks, R, H]``.
-        most: blocks of the network that has most.
+    ``trunks [networks, 2]`` has the addresses of embedding and W1; ``ranges [networks + 1]`` where a network's blocks
+    start in ``members``, which are indices into ``grad_features [blocks, R, H]``; ``most`` is the largest number of them.
     """
     network = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, R)[:, None] * H + tl.arange(0, H)[None, :]
