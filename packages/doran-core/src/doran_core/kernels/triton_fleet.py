@@ -198,7 +198,7 @@ def inner_gradient_fleet_kernel(
     """Gradients of embedding and W1 of each network of each trunk.
 
     ``trunks [networks, 2]`` has the addresses of embedding and W1; ``ranges [networks + 1]`` where a network's blocks
-    start in ``members``, which are indices into ``grad_features [blocks, R, H]``; ``most`` is the largest number of them.
+    start in ``members``, indices into ``grad_features [blocks, R, H]``; ``most`` is the largest number of them.
     """
     network = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, R)[:, None] * H + tl.arange(0, H)[None, :]
