@@ -23,6 +23,7 @@ from doran_core.kernels.launch import launch
 from doran_core.kernels.layer import SECOND_DERIVATIVE
 from doran_core.kernels.passes import small_scale
 from doran_core.kernels.triton_fleet import (
+    COLUMNS,
     assemble_fleet_kernel,
     finish_fleet_kernel,
     generate_fleet_kernel,
@@ -83,12 +84,12 @@ class Row(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those that kernels find through a table."""
-        return self[:10]
+        return self[: len(COLUMNS)]  # type: ignore[return-value]
 
     @property
     def options(self) -> tuple[Any, ...]:
         """What is no tensor."""
-        return self[10:]
+        return self[len(COLUMNS) :]
 
     @property
     def family(self) -> tuple[Any, ...]:
@@ -99,6 +100,9 @@ class Row(NamedTuple):
     def shape(self) -> tuple[Any, ...]:
         """What the layers of one launch have in common besides."""
         return *self.weight.shape, self.scaling, self.raw_tau.numel(), self.detach_norm, self.repair
+
+
+assert Row._fields[: len(COLUMNS)] == COLUMNS
 
 
 class _Kept(NamedTuple):
