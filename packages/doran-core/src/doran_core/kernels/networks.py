@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MOST_RANK", "MOST_WIDTH", "SLOPES", "Networks", "are_uniform", "gradients", "values"]
+__all__ = ["MOST_RANK", "SLOPES", "Networks", "are_uniform", "fit_kernels", "gradients", "values"]
 
 SLOPES = {"leaky_relu": 0.01, "relu": 0.0, "identity": 1.0}
 """Slope left of 0 of the piecewise linear activations."""
@@ -43,6 +43,11 @@ class Networks(NamedTuple):
     embedding_B: Tensor
     w1_B: Tensor
     w2_B: Tensor
+
+
+def fit_kernels(rank: int, hidden: int, width: int) -> bool:
+    """Whether networks of rank r, hidden layers h and embeddings e fit into one block of the kernels."""
+    return max(rank, hidden) <= MOST_RANK and width <= MOST_WIDTH
 
 
 def are_uniform(networks: Networks) -> bool:

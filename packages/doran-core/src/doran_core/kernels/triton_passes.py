@@ -10,7 +10,7 @@ from doran_core.kernels import triton_kernels as kernels
 from doran_core.kernels import triton_networks as network_kernels
 from doran_core.kernels.backend import interpreting
 from doran_core.kernels.launch import launch
-from doran_core.kernels.networks import MOST_RANK, MOST_WIDTH, Networks
+from doran_core.kernels.networks import MOST_RANK, Networks, fit_kernels
 from doran_core.kernels.passes import Assembled, Finished, Source, TorchPasses
 
 __all__ = ["TritonPasses", "cdiv", "dot_precision", "padded"]
@@ -253,7 +253,7 @@ def _network_sizes(parameters: Networks) -> tuple[int, int, int, int, int, dict[
     """``(d_in, d_out, rank, e, h)`` and the kernels' padded sizes; None if the networks are too large for them."""
     rank, width = parameters.embedding_A.shape
     hidden = parameters.w1_A.shape[0]
-    if rank > MOST_RANK or hidden > MOST_RANK or width > MOST_WIDTH or parameters.w2_A.dtype != torch.float32:
+    if not fit_kernels(rank, hidden, width) or parameters.w2_A.dtype != torch.float32:
         return None
     blocks = {"R": padded(rank), "E": padded(width), "H": padded(hidden)}
     return parameters.w2_A.shape[0], parameters.w2_B.shape[0], rank, width, hidden, blocks

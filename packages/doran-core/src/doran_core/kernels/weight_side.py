@@ -33,7 +33,7 @@ from doran_core.kernels.triton_fleet import (
 )
 from doran_core.kernels.triton_passes import cdiv, dot_precision, padded
 
-__all__ = ["Family", "Row", "Side", "WeightSide", "make_tickets"]
+__all__ = ["Family", "Row", "Side", "WeightSide"]
 
 _BLOCK = 128
 """Columns of A or rows of B that a program of the networks' kernels has."""
@@ -335,11 +335,12 @@ class Family:
         """The gradients of :attr:`parameters` from those of the tickets; None where no layer sent one."""
         device = self.rows[0].weight.device
         features = torch.empty(self._blocks, self._padded["R"], self._padded["H"], dtype=torch.float32, device=device)
+        used = [_is_distributed() or gradient is not None for gradient in received]
         own: list[tuple[Tensor | None, ...]] = [(None,) * 4] * len(self.rows)
         for index, shape in enumerate(self._shapes):
             found = self._backward_shape(shape, kept[index], sides, received, features)
             for member, *gradients in zip(shape.members, *(tensor.unbind() for tensor in found), strict=True):
-                if received[member] is not None or _is_distributed():
+                if used[member]:
                     own[member] = tuple(gradients)
         count = len(self._networks)
         grad_embedding = features.new_empty(count, self.rank, self._width)
@@ -352,8 +353,7 @@ class Family:
         )  # fmt: skip
         inner: list[Tensor | None] = []
         for users, *pair in zip(self._users, grad_embedding.unbind(), grad_w1.unbind(), strict=True):
-            used = _is_distributed() or any(received[member] is not None for member in users)
-            inner += pair if used else (None, None)
+            inner += pair if any(used[member] for member in users) else (None, None)
         return [*inner, *(gradient for gradients in own for gradient in gradients)]
 
     def _backward_shape(
@@ -427,7 +427,7 @@ class WeightSide(torch.autograd.Function):
         ctx.parameters = parameters
         ctx.versions = [parameter._version for parameter in parameters]
         ctx.set_materialize_grads(False)
-        return tuple(make_tickets(found))
+        return tuple(_make_tickets(found))
 
     @staticmethod
     def backward(ctx: Any, *received: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -443,13 +443,8 @@ class WeightSide(torch.autograd.Function):
         return None, None, None, *ctx.family.up_to_date().backward(ctx.sides, ctx.kept, received)
 
 
-def make_tickets(sides: Iterable[Side]) -> list[Tensor]:
-    """A tensor for each, with its ticket's size and one element's memory."""
-    storages: dict[torch.device, torch.UntypedStorage] = {}
-    tickets = []
-    for side in sides:
-        device = side.scale.device
-        if device not in storages:
-            storages[device] = side.scale.new_zeros(1).untyped_storage()
-        tickets.append(side.scale.new_empty(0).set_(storages[device], 0, (side.ticket_size,), (0,)))
-    return tickets
+def _make_tickets(sides: Sequence[Side]) -> list[Tensor]:
+    """A tensor for each, with its ticket's size; all have the memory of one element."""
+    scale = sides[0].scale
+    storage = scale.new_zeros(1).untyped_storage()
+    return [scale.new_empty(0).set_(storage, 0, (side.ticket_size,), (0,)) for side in sides]

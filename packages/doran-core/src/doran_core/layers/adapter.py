@@ -17,7 +17,7 @@ from doran_core.factors import GeneratedFactors, LayerSpec, factor_penalty
 from doran_core.kernels import dispatch
 from doran_core.kernels.fleet import Place, Slot
 from doran_core.kernels.layer import without_autocast
-from doran_core.kernels.networks import MOST_RANK, MOST_WIDTH, Networks
+from doran_core.kernels.networks import Networks, fit_kernels
 from doran_core.layers.base import BaseView
 from doran_core.tau import Tau
 
@@ -208,11 +208,11 @@ class DoranAdapter(nn.Module):
 
         Used by :class:`~doran_core.kernels.fleet.Fleet`, with which kernels serve many layers at once.
         """
-        weight, factors = view.weight(), self.factors
+        weight, factors, config, rank = view.weight(), self.factors, self.config, self.spec.rank
         place = factors.place() if isinstance(factors, GeneratedFactors) and self.experts is None else None
         if place is None or weight is None or not self.tau.is_softplus or self._in_replica():
             return None
-        if view.kind != "linear" or not _is_small(self.spec.rank, self.config):
+        if view.kind != "linear" or not fit_kernels(rank, config.hidden_dim or rank, config.embedding_dim):
             return None
         tau = self.tau._parameters if "raw" in self.tau._parameters else self.tau._buffers
         slots: list[Slot] = [
@@ -267,11 +267,6 @@ class DoranAdapter(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"d_in={spec.d_in}, d_out={spec.d_out}, rank={spec.rank}, scaling={spec.scaling:g}"
-
-
-def _is_small(rank: int, config: DoranConfig) -> bool:
-    """Whether the networks fit into one block of the kernels."""
-    return max(rank, config.hidden_dim or rank) <= MOST_RANK and config.embedding_dim <= MOST_WIDTH
 
 
 def _is_double(weight: Tensor | None) -> bool:
