@@ -1,11 +1,15 @@
-"""What the readers of benchmarks give: rows of images, and what the files lack."""
+"""What the readers of benchmarks share: rows of images, what the files lack, and JSON files."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["ImageRows", "Lack"]
+from experiments.errors import ExperimentError
+
+__all__ = ["ImageRows", "Lack", "read_json"]
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,21 @@ class ImageRows:
     train: list[tuple[Path, int]]
     score: list[tuple[Path, int]]
     classes: int
+
+
+def read_json(file: Path, wanted: str) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        file: to read.
+        wanted: what is expected in it, for the message.
+
+    Raises:
+        ExperimentError: the file is not there, or not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExperimentError(f"{file} is not there: {wanted}") from error
+    except ValueError as error:
+        raise ExperimentError(f"{file}: not JSON ({error}): {wanted}") from error

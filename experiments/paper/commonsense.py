@@ -8,7 +8,6 @@ A model is scored by the first of these words in what it writes after the prompt
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from experiments.errors import ExperimentError
-from experiments.paper.benchmark import Lack
+from experiments.paper.benchmark import Lack, read_json
 
 __all__ = ["TRAINING_FILE", "Commonsense", "find_answer", "write_answers"]
 
@@ -87,12 +86,7 @@ def _part_lacks(name: str, read: Callable[[], list[dict[str, str]]], size: int) 
 
 def _read(file: Path) -> list[dict[str, str]]:
     wanted = f"expected a list of objects with {', '.join(_FIELDS)}"
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ExperimentError(f"{file} is not there: {wanted}") from error
-    except ValueError as error:
-        raise ExperimentError(f"{file}: not JSON ({error}): {wanted}") from error
+    rows = read_json(file, wanted)
     if not isinstance(rows, list) or not rows:
         raise ExperimentError(f"{file}: {wanted}, got {type(rows).__name__} of {len(rows)} entries")
     for number, row in enumerate(rows):

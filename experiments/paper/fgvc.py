@@ -5,12 +5,11 @@ DIR/CUB_200_2011/{train,val,test}.json     paths are below the folder of the ima
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.errors import ExperimentError
-from experiments.paper.benchmark import ImageRows, Lack
+from experiments.paper.benchmark import ImageRows, Lack, read_json
 from experiments.paper.images import image_lacks
 
 __all__ = ["FGVC"]
@@ -58,12 +57,7 @@ class FGVC:
 
 def _read(file: Path) -> dict[str, int]:
     wanted = "expected an object from an image's path to the number of its class"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ExperimentError(f"{file} is not there: {wanted}") from error
-    except ValueError as error:
-        raise ExperimentError(f"{file}: not JSON ({error}): {wanted}") from error
+    content = read_json(file, wanted)
     if not isinstance(content, dict) or not content:
         raise ExperimentError(f"{file}: {wanted}, got {type(content).__name__} of {len(content)} entries")
     try:
