@@ -262,11 +262,18 @@ class GeneratedFactors(nn.Module):
         """Where the parameters of :class:`~doran_core.kernels.networks.Networks` are, if W2 is this layer's own."""
         if self.slope is None or self.share_output or self._block_embedding[0] is not None:
             return None
-        trunk = self._trunk[0]
+        trunk, own = self._trunk[0], vars(self)
         slots: list[Slot] = []
-        for part, w2 in ((trunk.A, "w2_A"), (trunk.B, "w2_B")):
-            slots += [(part._parameters, "embedding"), (part.weights._parameters, "0"), (self._parameters, w2)]
-        return Place(slots, self._hooks())
+        others: list[Slot] = [(own, name) for name in ("_trunk", "_block_embedding", "share_output", "activation")]
+        for name in ("A", "B"):
+            part = getattr(trunk, name)
+            slots += [
+                (part._parameters, "embedding"),
+                (part.weights._parameters, "0"),
+                (self._parameters, f"w2_{name}"),
+            ]
+            others += [(trunk._modules, name), (part._modules, "weights")]
+        return Place(slots, others, self._hooks())
 
 
 class BlockEmbedding(nn.Module):

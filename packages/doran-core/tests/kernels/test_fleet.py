@@ -144,13 +144,110 @@ def test_half_precision_is_no_worse_than_the_plain_path(dtype):
         assert cases.error(ours[name], right) <= slack * bound, name
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant, served):
+def test_reentrant_checkpointing_goes_layer_by_layer(served):
     model, x = make(), make_x()
     expected = gradients(model, x, "reference")
-    model.reentrant = reentrant
+    model.reentrant = True
     assert_close(gradients(model, x), expected)
-    assert served["together"] == 0  # the repetition has to find what the pass found
+    assert served["together"] == 0
+
+
+def test_checkpointing(served):
+    model, x = make(), make_x()
+    expected = gradients(model, x, "reference")
+    model.reentrant = False
+    for step in (1, 2):
+        assert_close(gradients(model, x), expected)
+        assert served == {"together": 18 * step, "alone": 0, "made": step}  # each layer is called twice
+
+
+def test_two_checkpointed_passes_before_their_backward_passes():
+    model, x = make(), make_x()
+    model.reentrant = False
+    found = []
+    for backend in ("reference", "triton"):
+        model.zero_grad()
+        with use_backend(backend):
+            losses = [model(x * factor).square().sum() for factor in (1.0, 0.5)]
+            losses[1].backward()
+            with torch.no_grad():
+                model(x)
+            losses[0].backward()
+        found.append({name: parameter.grad for name, parameter in trained(model).items()})
+    assert_close(found[1], found[0])
+
+
+def test_a_checkpointed_layer_that_is_called_more_often_than_the_others(served):
+    model, x = make(), make_x()
+    first = model.blocks[0]
+    model.forward = lambda x: [x := checkpoint(first, x, use_reentrant=False) for _ in range(4)][-1]
+    with torch.no_grad():
+        first.v.doran_adapter.magnitude[::3] *= 1e-4
+    assert_close(gradients(model, x), gradients(model, x, "reference"))
+    assert served == {"together": 24, "alone": 0, "made": 1}
+
+
+def test_one_layer_called_twice_of_whose_outputs_one_is_written_to(served):
+    model, x = make(), make_x()
+    layer, written = model.blocks[0].q, []
+
+    def forward(x):
+        y = checkpoint(layer, x, use_reentrant=False)
+        y = torch.cat([y, checkpoint(layer, x * 0.5, use_reentrant=False).mul_(2.0)])
+        written.append(1)
+        return y
+
+    model.forward = forward
+    assert_close(gradients(model, x), gradients(model, x, "reference"))
+    assert written
+    assert served["alone"] == 0
+
+
+def test_offloaded_activations(served):
+    model, x = make(), make_x()
+    expected = gradients(model, x, "reference")
+    with torch.autograd.graph.save_on_cpu():
+        assert_close(gradients(model, x), expected)
+    assert served == {"together": 9, "alone": 0, "made": 1}
+
+
+def test_the_first_checkpointed_pass_of_a_copy():
+    model, x = make(), make_x()
+    model.reentrant = False
+    expected = gradients(model, x, "reference")
+    other = copy.deepcopy(model)
+    for _ in range(2):  # in the first its layers enlist themselves
+        assert_close(gradients(other, x), expected)
+
+
+def test_a_new_base_weight_in_a_checkpointed_pass():
+    model, x = make(), make_x()
+    model.reentrant = False
+    gradients(model, x)
+    with torch.no_grad():
+        model.blocks[1].q.base_layer.weight.mul_(0.7)
+    for _ in range(2):
+        assert_close(gradients(model, x), gradients(model, x, "reference"))
+
+
+def test_a_backward_pass_that_failed_leaves_nothing_behind():
+    model, x = make(), make_x()
+    expected = gradients(model, x, "reference")
+    with use_backend("triton"):
+        model.zero_grad()
+        leaf = x.detach().requires_grad_()
+        y = model(leaf)
+        handle = model.blocks[0].o.doran_adapter.register_forward_hook(lambda *args: None)
+        handle.remove()
+        hidden = y.square().sum()
+        stop = leaf.register_hook(lambda grad: (_ for _ in ()).throw(RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            hidden.backward(retain_graph=True)
+        stop.remove()
+        model.zero_grad()
+        leaf.grad = None
+        hidden.backward()
+    assert_close({name: p.grad for name, p in trained(model).items()}, {n: expected[n] for n in trained(model)})
 
 
 def test_checkpointing_after_a_pass_without_it():

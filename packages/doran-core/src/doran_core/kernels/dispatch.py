@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from doran_core.kernels.backend import Implementation, choose
+from doran_core.kernels.backend import Implementation, choose, triton_can_run
 from doran_core.kernels.compiled import adapted_linear_op
 from doran_core.kernels.fleet import Fleet, Member
 from doran_core.kernels.layer import AdaptedLinear, Facts, Inputs, forward, without_autocast
@@ -130,18 +130,33 @@ def makes_product(view: BaseView, x: Tensor) -> bool:
 def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dropout: float) -> Tensor | None:
     """The adapted output of a layer whose weight side is computed together with others; None if it is not.
 
+    What does not change from call to call was looked at when the layer's part was made, see
+    :class:`~doran_core.kernels.fleet.Place`.
+
     Args:
         fleet: the layers that are computed together.
         member: this layer's adapter.
-        view: of a linear base layer.
+        view: of the base layer.
         x: its input, ``[..., d_in]``.
         dropout: probability of dropping an element of the branch's input.
     """
-    weight = view.weight()
+    if view.kind != "linear" or torch.compiler.is_compiling():
+        return None
     if not torch.is_grad_enabled():
         fleet.release()
         return None
-    if weight is None or weight.dtype not in PREPARED_DTYPES or not makes_product(view, x):
+    own = view.layer._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if (
+        weight is None
+        or x.dtype not in PREPARED_DTYPES
+        or not _same_precision(x, weight)
+        or x.numel() == 0
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or not triton_can_run(x.device, x.dtype)
+        or torch._C._are_functorch_transforms_active()
+    ):
         return None
     given = fleet.ask(member, view)
     if given is None:
@@ -149,7 +164,7 @@ def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dro
     from doran_core.kernels.prepared import PreparedLinear  # which imports Triton
 
     low_rank_input = F.dropout(x, dropout) if dropout > 0.0 else None
-    return PreparedLinear.apply(*given, x, low_rank_input, weight, view.bias)  # type: ignore[no-any-return, no-untyped-call]
+    return PreparedLinear.apply(given, given.ticket, x, low_rank_input, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _same_precision(x: Tensor, weight: Tensor) -> bool:

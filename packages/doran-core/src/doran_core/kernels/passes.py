@@ -82,8 +82,8 @@ class Passes(Protocol):
         """The gradients of the parameters from those of A, in parts ``[k, r, d_in]``, and of B ``[d_out, r]``."""
         ...
 
-    def product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-        """``left @ right``, accumulated and returned in acc; with ``out`` written there."""
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """``left @ right``, accumulated and returned in acc."""
         ...
 
     def assemble(
@@ -126,15 +126,13 @@ class Passes(Protocol):
         *,
         inplace: bool,
     ) -> Tensor:
-        """``y = c z + (1 - c) bias + h B'^T`` for ``z [T, d_out]`` and ``h = x A^T [T, r]``."""
+        """``y = c z + (1 - c) bias + h B'^T`` for ``z [..., d_out]`` of T tokens and ``h = x A^T [T, r]``."""
         ...
 
-    def scale_gradient(
-        self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None, sums: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def scale_gradient(self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(c * grad, sum over tokens of grad * (kept - bias))``, ``[T, d_out]`` and ``[k, d_out]`` acc.
 
-        The sums may come in k parts, which are still to be added; with ``sums`` they are written there.
+        The sums may come in k parts, which are still to be added.
         """
         ...
 
@@ -223,13 +221,10 @@ class TorchPasses:
     def generate_gradients(self, parameters: Networks, slope: float, grad_A: Tensor, grad_B: Tensor) -> Networks:
         return networks.gradients(parameters, slope, added(grad_A), grad_B)
 
-    def product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
         if _narrow_on_cuda(left):
-            return torch.mm(left, right, out_dtype=torch.float32, out=out)
-        if left.dtype == right.dtype and left.dtype.itemsize >= 4:
-            return torch.mm(left, right, out=out)
-        product = functional.wide_product(left, right)
-        return product if out is None else out.copy_(product)
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return functional.wide_product(left, right)
 
     def assemble(
         self,
@@ -278,19 +273,13 @@ class TorchPasses:
             y.add_((1.0 - scale) * bias)
         return y.addmm_(hidden, scaled_B.T)
 
-    def scale_gradient(
-        self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None, sums: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def scale_gradient(self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         wide = grad.to(scale.dtype)
         work = wide * kept
         total = work.sum(0)
         if bias is not None:
             total -= bias * wide.sum(0)
-        scaled = torch.mul(wide, scale, out=work).to(grad.dtype)
-        if sums is None:
-            return scaled, total[None]
-        sums.zero_()[0] = total
-        return scaled, sums
+        return torch.mul(wide, scale, out=work).to(grad.dtype), total[None]
 
     def finish(
         self,

@@ -91,24 +91,23 @@ def assemble_fleet_kernel(
 @triton.jit
 def finish_fleet_kernel(
     table, received, B, aligned, norm, scale, tau, grad_B, grad_product, grad_magnitude, grad_tau,
-    d_out, d_in, rank, parts, rows_per_raw, scaling,
+    d_out, rank, parts, rows_per_raw, scaling,
     TAU_PER_ROW: tl.constexpr, DETACH: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The gradients per row, from what the layers sent.
 
-    ``received [layers, 2]``: the address of ``[r d_in | d_out r | parts d_out]``, the branch's gradient of A, P and the
-    sums of :meth:`Passes.scale_gradient`, and whether these are of the layer's output (else of its base's).
+    ``received [layers, 4]``: the addresses of the branch's gradient of A, of P and of the sums of
+    :meth:`Passes.scale_gradient`, and whether these are of the layer's output (else of its base's).
     """
     layer = tl.program_id(1).to(tl.int64)
-    factor_grad = _received(received, layer, rank * d_in)
-    sums = factor_grad + d_out * rank
+    factor_grad, sums = _received(received, layer, 1), _received(received, layer, 2)
     B, aligned = B + layer * d_out * rank, aligned + layer * d_out * rank
     rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     valid = rows < d_out
     total = sum_over_parts(sums, parts, rows, valid, d_out, PARTS)
     c = tl.load(scale + layer * d_out + rows, valid, 1.0)
-    if tl.load(received + layer * 2 + 1) != 0:
+    if tl.load(received + layer * 4 + 3) != 0:
         grad_scale = total / c
     else:
         grad_scale = total + scaling * row_products(factor_grad, B, rows, valid, rank, BLOCK_D, BLOCK_R)
@@ -121,9 +120,8 @@ def finish_fleet_kernel(
 
 
 @triton.jit
-def _received(received, layer, offset):
-    address = tl.multiple_of(tl.load(received + layer * 2).to(tl.pointer_type(tl.float32)), 16)
-    return address + offset
+def _received(received, layer, COLUMN: tl.constexpr):
+    return tl.multiple_of(tl.load(received + layer * 4 + COLUMN).to(tl.pointer_type(tl.float32)), 16)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from doran_core.kernels.launch import launch
 from doran_core.kernels.networks import MOST_RANK, Networks, fit_kernels
 from doran_core.kernels.passes import Assembled, Finished, Source, TorchPasses
 
-__all__ = ["TritonPasses", "cdiv", "dot_precision", "padded"]
+__all__ = ["TritonPasses", "cdiv", "dot_precision", "padded", "parts_of_sums"]
 
 _BLOCK = 64
 """Columns of A or rows of B in a block."""
@@ -23,8 +23,8 @@ _HALF = (torch.bfloat16, torch.float16)
 _PROGRAMS = 264
 """Programs that a pass over W0 is cut into, at least: two for each multiprocessor of a large GPU."""
 
-_PARTS = 64
-"""Parts into which the tokens are cut for the sums over them: enough programs for narrow layers."""
+MOST_PARTS = 64
+"""Of the sums over tokens."""
 
 
 def dot_precision(tensor: Tensor) -> str:
@@ -40,6 +40,11 @@ def cdiv(size: int, block: int) -> int:
 def padded(size: int) -> int:
     """The next power of 2, and at least what a matrix unit takes."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def parts_of_sums(d_out: int) -> int:
+    """Parts that the sums over tokens of a layer are cut into: enough programs for a GPU, and little to keep."""
+    return max(8, min(MOST_PARTS, 1024 // cdiv(d_out, 128)))
 
 
 def _rank_block(rank: int, most: int) -> int:
@@ -145,7 +150,7 @@ class TritonPasses(TorchPasses):
     ) -> Tensor:
         if not inplace:
             base_output = base_output.contiguous()
-        (tokens, d_out), rank = base_output.shape, scaled_B.shape[1]
+        tokens, (d_out, rank) = hidden.shape[0], scaled_B.shape
         y = base_output if inplace else torch.empty_like(base_output)
         block_t, block_d = 64, 128
         launch(
@@ -156,20 +161,15 @@ class TritonPasses(TorchPasses):
         )  # fmt: skip
         return y
 
-    def scale_gradient(
-        self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None, sums: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def scale_gradient(self, grad: Tensor, kept: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         tokens, d_out = grad.shape
-        if sums is None:
-            sums = torch.empty(_parts(tokens), d_out, dtype=scale.dtype, device=grad.device)
-        parts = sums.shape[0]
-        rows = cdiv(tokens, parts)
-        scaled = torch.empty_like(grad)
-        block_t, block_d = 64, 128
+        parts = parts_of_sums(d_out)
+        sums, scaled = scale.new_empty(parts, d_out), torch.empty_like(grad)
+        block_t, block_d = 64, 64
         launch(
             kernels.scale_gradient_kernel, (cdiv(d_out, block_d), parts),
-            (grad, kept.contiguous(), scale, scale if bias is None else bias, scaled, sums), (tokens, d_out, rows),
-            HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_D=block_d,
+            (grad, kept.contiguous(), scale, scale if bias is None else bias, scaled, sums),
+            (tokens, d_out, cdiv(tokens, parts)), HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_D=block_d,
         )  # fmt: skip
         return scaled, sums
 
@@ -205,7 +205,7 @@ class TritonPasses(TorchPasses):
              scaling, 0.0 if source is None else source.threshold, *x.stride(), *weight.stride()),
             TAU_PER_ROW=tau.numel() > 1, RAW_TAU=raw_tau is not None, OF_OUTPUT=source is not None, DETACH=detach_norm,
             PRECISION=dot_precision(x), WIDEN=_INTERPRETING,
-            PARTS=_PARTS, BLOCK_D=block_d, BLOCK_R=_rank_block(rank, 64), BLOCK_T=64, BLOCK_K=64,
+            PARTS=MOST_PARTS, BLOCK_D=block_d, BLOCK_R=_rank_block(rank, 64), BLOCK_T=64, BLOCK_K=64,
         )  # fmt: skip
         return Finished(grad_B, grad_product, grad_magnitude, grad_tau)
 
@@ -242,11 +242,6 @@ class TritonPasses(TorchPasses):
 def _one_block(weight: Tensor | None, A: Tensor) -> bool:
     """Whether the kernels that read W0 themselves take these: half precision, and a rank that is one block."""
     return weight is not None and weight.dtype in _HALF and A.dtype == weight.dtype and A.shape[0] <= MOST_RANK
-
-
-def _parts(tokens: int) -> int:
-    """How many parts the tokens are cut into."""
-    return cdiv(tokens, cdiv(tokens, _PARTS))
 
 
 def _network_sizes(parameters: Networks) -> tuple[int, int, int, int, int, dict[str, int]] | None:

@@ -1,9 +1,9 @@
 """The weight side of many layers as one step: from all their parameters to A, B' and c of each, and back.
 
 A layer's forward and backward (prepared.py) then launch what those of a plain low-rank adapter launch. What they learn
-of the gradients travels in one tensor a layer, the gradient of a *ticket*: ``[r d_in | d_out r | parts d_out]``, the
-branch's gradient of A, ``P = G^T x A^T``, and the sums of :meth:`Passes.scale_gradient` in parts. A ticket has that
-many elements and the memory of one. See layer.py for the formulas.
+of the gradients they leave with their :class:`Side`, as a :class:`Sent`. Autograd knows of it by a *ticket*, one
+element that all layers of a family take as an input and that none has a gradient for: the weight side's backward is
+called when all of theirs were. See layer.py for the formulas.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from doran_core.kernels.triton_fleet import (
     outer_gradient_fleet_kernel,
     weight_product_fleet_kernel,
 )
-from doran_core.kernels.triton_passes import cdiv, dot_precision, padded
+from doran_core.kernels.triton_passes import cdiv, dot_precision, padded, parts_of_sums
 
-__all__ = ["Family", "Row", "Side", "WeightSide"]
+__all__ = ["Family", "Row", "Sent", "Side", "WeightSide"]
 
 _BLOCK = 128
 """Columns of A or rows of B that a program of the networks' kernels has."""
@@ -42,8 +42,10 @@ _ROWS_PER_PART = 4096
 _INTERPRETING = interpreting()
 
 _REPEATED = 1 / 16
+_REPEATED_UNDER_HOOKS = 1 / 6
 """Share of the adapted layers' products with W0, forward and backward, that may be done once more so that some outputs
-need not be kept."""
+need not be kept; and under hooks on saved tensors, as of checkpointing, which are there to spare memory: what a block
+keeps is then all of the memory, and a sixth is what the projections of attention cost."""
 
 
 def _repeated(sizes: Sequence[Sequence[int]], share: float) -> list[bool]:
@@ -140,6 +142,24 @@ class _Smallness:
         return self._small[layer]
 
 
+class Sent(NamedTuple):
+    """What a layer's backward tells of one of its calls.
+
+    Attributes:
+        graph_task: of the backward pass, by PyTorch's number.
+        for_A: the branch's gradient of A, ``[r, d_in]`` float32.
+        for_B: ``P = G^T x A^T``, ``[d_out, r]`` float32.
+        sums: of :meth:`Passes.scale_gradient`, ``[parts, d_out]`` float32.
+        of_output: these are of the layer's output, not of its base's.
+    """
+
+    graph_task: int
+    for_A: Tensor
+    for_B: Tensor
+    sums: Tensor
+    of_output: bool
+
+
 class Side:
     """What one layer gets.
 
@@ -147,35 +167,44 @@ class Side:
         A: ``[r, d_in]`` in the layer's dtype.
         scaled_B: ``B'``, ``[d_out, r]``, likewise.
         scale: ``c``, ``[d_out]`` float32.
-        parts: in which the layer is to send its sums.
-        repeats: the layer is not to keep its output, but to compute its base's output again.
-        of_output: set by the layer's backward: the sums are of its output, not of its base's.
+            repeats: the layer is not to keep its output, but to compute its base's output again.
+        repeats_under_hooks: likewise, for a call under hooks on saved tensors.
+        sent: what its backward told, of calls that the weight side's backward has not taken yet.
     """
 
-    __slots__ = ("A", "_index", "_smallness", "of_output", "parts", "repeats", "scale", "scaled_B")
+    __slots__ = ("A", "_index", "_smallness", "repeats", "repeats_under_hooks", "scale", "scaled_B", "sent")
 
-    def __init__(
-        self, A: Tensor, scaled_B: Tensor, scale: Tensor, small: _Smallness, index: int, *, repeats: bool
-    ) -> None:
-        self.A, self.scaled_B, self.scale, self.repeats = A, scaled_B, scale, repeats
-        self.parts = _parts(scale.shape[0])
+    def __init__(self, A: Tensor, scaled_B: Tensor, scale: Tensor, small: _Smallness, index: int) -> None:
+        self.A, self.scaled_B, self.scale = A, scaled_B, scale
+        self.repeats = self.repeats_under_hooks = False
+        self.sent: list[Sent] = []
         self._smallness, self._index = small, index
-        self.of_output = False
 
     def is_small(self) -> bool:
         """Whether some ``|c|`` is too near 0 for the output to tell the base's output."""
         return self._smallness[self._index]
 
-    @property
-    def ticket_size(self) -> int:
-        """Elements of the gradient that the layer sends."""
-        (rank, d_in), d_out = self.A.shape, self.scale.shape[0]
-        return rank * d_in + d_out * rank + self.parts * d_out
+    def take(self, graph_task: int) -> list[Sent]:
+        """What was sent in this backward pass."""
+        taken = [sent for sent in self.sent if sent.graph_task == graph_task]
+        self.sent = [sent for sent in self.sent if sent.graph_task != graph_task]
+        return taken
 
 
-def _parts(d_out: int) -> int:
-    """Parts that a layer's sums over tokens are cut into: enough programs for a GPU, and little to keep."""
-    return max(8, min(64, 1024 // cdiv(d_out, 128)))
+def _together(sent: Sequence[Sent], B: Tensor, scale: Tensor, scaling: float) -> Sent | None:
+    """The sum over a layer's calls; None if there were none."""
+    if len(sent) < 2:
+        return sent[0] if sent else None
+    every = all(each.of_output for each in sent)
+    sums = []
+    for each in sent:
+        total = each.sums
+        if each.of_output and not every:  # y - bias = c z + g B h, summed with G
+            total = torch.zeros_like(total)
+            total[0] = each.sums.sum(0) / scale - scaling * (each.for_B * B).sum(1)
+        sums.append(total)
+    for_A, for_B = (torch.stack(factors).sum(0) for factors in ([e.for_A for e in sent], [e.for_B for e in sent]))
+    return Sent(sent[0].graph_task, for_A, for_B, torch.stack(sums).sum(0), every)
 
 
 def _is_distributed() -> bool:
@@ -249,7 +278,9 @@ class Family:
         inner = [tensor for pair in self._networks for tensor in pair]
         self.parameters = inner + [t for row in rows for t in (row.w2_A, row.w2_B, row.magnitude, row.raw_tau)]
         sizes = [row.weight.shape for row in rows]
-        self._repeated = _repeated(sizes, _REPEATED)
+        self._repeated, self._repeated_under_hooks = (
+            _repeated(sizes, share) for share in (_REPEATED, _REPEATED_UNDER_HOOKS)
+        )
         self._addresses = self.addresses()
 
     def _collect_networks(self, device: torch.device) -> None:
@@ -285,17 +316,19 @@ class Family:
         """Itself, or one made anew if tensors were moved (``tensor.data = ...``) since its tables were made."""
         return self if self.addresses() == self._addresses else Family(self.rows)
 
-    def forward(self) -> tuple[list[Side], list[_Kept]]:
-        """What each layer gets, and what the backward needs, shape by shape."""
+    def forward(self, *, lean: bool) -> tuple[list[Side], list[_Kept | None]]:
+        """What each layer gets, and what the backward needs, shape by shape; None to make it again then, if lean."""
         sides: list[Side | None] = [None] * len(self.rows)
-        kept = []
+        kept: list[_Kept | None] = []
         for shape in self._shapes:
             values, scaled_B, least = self._values(shape)
             small = _Smallness(least, shape.thresholds)
             layers = zip(shape.members, values.A.unbind(), scaled_B.unbind(), values.scale.unbind(), strict=True)
             for index, (member, A, B, scale) in enumerate(layers):
-                sides[member] = Side(A, B, scale, small, index, repeats=self._repeated[member])
-            kept.append(values)
+                sides[member] = side = Side(A, B, scale, small, index)
+                side.repeats = self._repeated[member]
+                side.repeats_under_hooks = self._repeated_under_hooks[member]
+            kept.append(None if lean else values)
         return sides, kept  # type: ignore[return-value]
 
     def _tau(self, shape: _Shape) -> Tensor:
@@ -331,14 +364,19 @@ class Family:
         )  # fmt: skip
         return _Kept(A, B, aligned, norm, scale, tau), scaled_B, least
 
-    def backward(self, sides: list[Side], kept: list[_Kept], received: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of :attr:`parameters` from those of the tickets; None where no layer sent one."""
+    def backward(self, sides: list[Side], kept: list[_Kept | None], graph_task: int) -> list[Tensor | None]:
+        """The gradients of :attr:`parameters` from what the layers sent; None for those of layers that sent nothing."""
         device = self.rows[0].weight.device
         features = torch.empty(self._blocks, self._padded["R"], self._padded["H"], dtype=torch.float32, device=device)
-        used = [_is_distributed() or gradient is not None for gradient in received]
+        taken = [side.take(graph_task) for side in sides]
+        if not any(taken):
+            return [None] * len(self.parameters)
+        used = [_is_distributed() or bool(sent) for sent in taken]
         own: list[tuple[Tensor | None, ...]] = [(None,) * 4] * len(self.rows)
         for index, shape in enumerate(self._shapes):
-            found = self._backward_shape(shape, kept[index], sides, received, features)
+            values = kept[index] or self._values(shape)[0]
+            found = self._backward_shape(shape, values, taken, features)
+            del values
             for member, *gradients in zip(shape.members, *(tensor.unbind() for tensor in found), strict=True):
                 if used[member]:
                     own[member] = tuple(gradients)
@@ -357,33 +395,33 @@ class Family:
         return [*inner, *(gradient for gradients in own for gradient in gradients)]
 
     def _backward_shape(
-        self,
-        shape: _Shape,
-        kept: _Kept,
-        sides: list[Side],
-        received: Sequence[Tensor | None],
-        features: Tensor,
+        self, shape: _Shape, kept: _Kept, taken: Sequence[Sequence[Sent]], features: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of W2_A, W2_B, magnitude and raw tau, ``[layers, ...]``."""
         row, (d_out, d_in, rank), (A, B, aligned, norm, scale, tau) = shape.row, shape.sizes, kept
         count = len(shape.members)
-        sent = [received[member] for member in shape.members]
+        parts = parts_of_sums(d_out)
+        found = [
+            _together(taken[member], B[index], scale[index], row.scaling) for index, member in enumerate(shape.members)
+        ]
         nothing = None
-        if any(gradient is None for gradient in sent):  # a layer that was not used sends zeros
-            nothing = B.new_zeros(sides[shape.members[0]].ticket_size)
-        sent = [nothing if gradient is None else gradient for gradient in sent]
-        flags = [int(sides[member].of_output and received[member] is not None) for member in shape.members]
-        addresses = _upload([[g.data_ptr(), f] for g, f in zip(sent, flags, strict=True)], B.device)  # type: ignore[union-attr]
-        parts_of_sums = _parts(d_out)
+        if None in found:  # a layer that was not used counts as one that sent zeros
+            zeros = (B.new_zeros(size) for size in ((rank, d_in), (d_out, rank), (parts, d_out)))
+            nothing = Sent(-1, *zeros, of_output=False)
+        sent = [nothing if each is None else each for each in found]
+        addresses = _upload(
+            [[s.for_A.data_ptr(), s.for_B.data_ptr(), s.sums.data_ptr(), s.of_output] for s in sent],
+            B.device,  # type: ignore[union-attr]
+        )
         groups = row.raw_tau.numel()
         grad_B, grad_magnitude, grad_tau = torch.empty_like(B), torch.empty_like(norm), torch.empty_like(norm)
         grad_product = B if row.detach_norm else torch.empty_like(B, dtype=A.dtype)
         launch(
             finish_fleet_kernel, (cdiv(d_out, 32), count),
             (shape.table, addresses, B, aligned, norm, scale, tau, grad_B, grad_product, grad_magnitude, grad_tau),
-            (d_out, d_in, rank, parts_of_sums, d_out // groups, row.scaling),
+            (d_out, rank, parts, d_out // groups, row.scaling),
             TAU_PER_ROW=tau.shape[1] > 1, DETACH=row.detach_norm,
-            PARTS=padded(parts_of_sums), BLOCK_D=32, BLOCK_R=padded(rank),
+            PARTS=padded(parts), BLOCK_D=32, BLOCK_R=padded(rank),
         )  # fmt: skip
         parts = 1
         through_norm = mixed = B  # pointers that are not followed may be any
@@ -412,25 +450,26 @@ class Family:
 
 
 class WeightSide(torch.autograd.Function):
-    """:class:`Family` for autograd: ``apply(family, sides, spent, *family.parameters)`` gives the tickets.
+    """:class:`Family` for autograd: ``apply(family, sides, spent, lean, *family.parameters)`` gives the ticket.
 
-    ``sides`` is filled, and ``spent[0]`` set by the first backward pass.
-
-    What the backward needs is kept past it: several backward passes may go through one forward of the weight side.
+    ``sides`` is filled, and ``spent[0]`` set by the first backward pass. What the backward needs is kept past it, for
+    several backward passes may go through one forward of the weight side; or it is made again by each, if ``lean``.
     """
 
     @staticmethod
-    def forward(ctx: Any, family: Family, sides: list[Side], spent: list[bool], *parameters: Tensor) -> Any:
-        found, kept = family.forward()
+    def forward(
+        ctx: Any, family: Family, sides: list[Side], spent: list[bool], lean: bool, *parameters: Tensor
+    ) -> Tensor:
+        found, kept = family.forward(lean=lean)
         sides.extend(found)
         ctx.family, ctx.sides, ctx.kept, ctx.spent = family, found, kept, spent
         ctx.parameters = parameters
         ctx.versions = [parameter._version for parameter in parameters]
         ctx.set_materialize_grads(False)
-        return tuple(_make_tickets(found))
+        return found[0].scale.new_empty(1)
 
     @staticmethod
-    def backward(ctx: Any, *received: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, nothing: None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackendError(SECOND_DERIVATIVE)
         if [parameter._version for parameter in ctx.parameters] != ctx.versions:
@@ -438,13 +477,5 @@ class WeightSide(torch.autograd.Function):
                 "a parameter of an adapter was changed in place between a forward pass and its backward pass"
             )
         ctx.spent[0] = True
-        if all(gradient is None for gradient in received):
-            return (None,) * (3 + len(ctx.parameters))
-        return None, None, None, *ctx.family.up_to_date().backward(ctx.sides, ctx.kept, received)
-
-
-def _make_tickets(sides: Sequence[Side]) -> list[Tensor]:
-    """A tensor for each, with its ticket's size; all have the memory of one element."""
-    scale = sides[0].scale
-    storage = scale.new_zeros(1).untyped_storage()
-    return [scale.new_empty(0).set_(storage, 0, (side.ticket_size,), (0,)) for side in sides]
+        task = torch._C._current_graph_task_id()
+        return None, None, None, None, *ctx.family.up_to_date().backward(ctx.sides, ctx.kept, task)

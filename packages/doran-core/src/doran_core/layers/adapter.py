@@ -170,24 +170,24 @@ class DoranAdapter(nn.Module):
         Raises:
             BackendError: an implementation was asked for by name (doran_core.kernels) and cannot run here.
         """
+        dropout = self.config.dropout if self.training else 0.0
+        factors = self.factors
+        if base_output is None and isinstance(factors, GeneratedFactors) and not self._in_replica():
+            y = dispatch.run_prepared(factors.fleet, self, view, x, dropout=dropout)
+            if y is not None:
+                return y
         implementation = dispatch.choose_for(view, x, self.magnitude, norm_method=self.config.norm_method)
         if implementation == "reference":
             return self._reference_forward(view, x, view.layer(x) if base_output is None else base_output)
-        dropout = self.config.dropout if self.training else 0.0
-        together = implementation == "triton" and base_output is None and not self._in_replica()
-        if together and isinstance(self.factors, GeneratedFactors):
-            y = dispatch.run_prepared(self.factors.fleet, self, view, x, dropout=dropout)
-            if y is not None:
-                return y
         by_hand = self._networks(view)
         tau: Tensor | float | None = self.tau.raw if by_hand is not None and self.tau.is_softplus else None
         with without_autocast(self.magnitude):
-            factors, slope = (self.factor_pair(), None) if by_hand is None else by_hand
+            parameters, slope = (self.factor_pair(), None) if by_hand is None else by_hand
             raw = tau is not None
             if tau is None:
                 tau = self.tau()
         return dispatch.run(
-            implementation, view, x, base_output, factors, self.magnitude, tau, self.squared_norm_of_base(view),
+            implementation, view, x, base_output, parameters, self.magnitude, tau, self.squared_norm_of_base(view),
             scaling=self.scaling,
             detach_norm=self.config.norm_grad == "detached",
             repair=self.config.norm_method == "auto",
@@ -212,14 +212,21 @@ class DoranAdapter(nn.Module):
         place = factors.place() if isinstance(factors, GeneratedFactors) and self.experts is None else None
         if place is None or weight is None or not self.tau.is_softplus or self._in_replica():
             return None
-        if view.kind != "linear" or not fit_kernels(rank, config.hidden_dim or rank, config.embedding_dim):
+        if view.kind != "linear" or config.norm_method == "direct" or type(weight) not in (Tensor, nn.Parameter):
+            return None
+        if not view.is_plain or not fit_kernels(rank, config.hidden_dim or rank, config.embedding_dim):
             return None
         tau = self.tau._parameters if "raw" in self.tau._parameters else self.tau._buffers
         slots: list[Slot] = [
             (self._parameters, "magnitude"), (tau, "raw"), (self._buffers, "base_squared_norm"),
             (view.layer._parameters, "weight"),
         ]  # fmt: skip
-        return Place([*place.slots, *slots], place.hooks)
+        own, modules = vars(self), self._modules
+        others: list[Slot] = [
+            (modules, "factors"), (modules, "tau"), (modules, "experts"), (own, "experts"), (own, "config"),
+            (own, "scaling"), (vars(self.tau), "kind"), (view.layer._parameters, "bias"), (vars(view.layer), "forward"),
+        ]  # fmt: skip
+        return Place([*place.slots, *slots], [*place.others, *others], [*place.hooks, *view.hooks()])
 
     def _in_replica(self) -> bool:
         """Whether nn.DataParallel made this module, for one call in a thread of its own."""

@@ -6,7 +6,8 @@ A view holds a reference and no state, so it can be made at any time and never g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,13 @@ class BaseView(ABC):
             raise TargetError(f"{type(self.layer).__name__} gives no access to its weight")
         return weight
 
+    def hooks(self) -> list[Mapping[Any, Any]]:
+        """The dictionaries of hooks that see the layer's calls."""
+        return [
+            *(getattr(self.layer, name) for name in _HOOKS),
+            *(getattr(torch.nn.modules.module, name) for name in _GLOBAL_HOOKS),
+        ]
+
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
@@ -113,12 +121,7 @@ class _LinearView(BaseView):
     @property
     def is_plain(self) -> bool:
         layer = self.layer
-        return (
-            type(layer).forward is nn.Linear.forward
-            and "forward" not in vars(layer)
-            and not any(getattr(layer, hooks) for hooks in _HOOKS)
-            and not any(getattr(torch.nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS)
-        )
+        return type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) and not any(self.hooks())
 
     def weight(self) -> Tensor:
         return cast(Tensor, self.layer.weight)

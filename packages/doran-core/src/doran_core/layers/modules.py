@@ -81,10 +81,12 @@ class DoranLayer(nn.Module):
     @property
     def view(self) -> BaseView:
         """The base layer as a matrix. Checked anew when the layer is another one, not at each call."""
+        layer = self._modules["base_layer"]
+        assert layer is not None
         if torch.compiler.is_compiling():
-            return base_view(self.base_layer, self.doran_adapter.spec.name)
-        if self._view.layer is not self.base_layer or self._view.layer_type is not type(self.base_layer):
-            self._view = base_view(self.base_layer, self.doran_adapter.spec.name)
+            return base_view(layer, self.doran_adapter.spec.name)
+        if self._view.layer is not layer or self._view.layer_type is not type(layer):
+            self._view = base_view(layer, self.doran_adapter.spec.name)
         return self._view
 
     @property
