@@ -67,7 +67,8 @@ def _settings(name: str) -> dict[str, Any]:
 def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     arms = table.arm.drop_duplicates().tolist()
     reference = next((arm for arm in arms if arm.startswith("lora")), arms[0])
-    references = list(dict.fromkeys([reference, arms[0]]))
+    own = next((arm for arm in arms if arm.startswith("doran")), arms[0])
+    references = list(dict.fromkeys([reference, own]))
     model, steps, batch = table.model.iloc[0], table.steps.iloc[0], table.batch.iloc[0]
     devices = ", ".join(sorted(table.device.unique()))
     note = (
