@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from doran_core.config import DoranConfig
 from doran_core.errors import ConfigError
-from doran_core.kernels.fleet import Fleet, Place, Slot
+from doran_core.kernels.entries import Place, Slot
+from doran_core.kernels.fleet import Fleet
 from doran_core.kernels.networks import SLOPES, Networks, are_uniform
 
 __all__ = [

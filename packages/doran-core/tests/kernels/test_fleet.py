@@ -46,7 +46,8 @@ class Model(nn.Module):
 def make(dtype=torch.float32, **options):
     torch.manual_seed(0)
     model = Model().to(cases.DEVICE, dtype)
-    adapt(model, DoranConfig(rank=8, alpha=12, target_modules="all-linear", **options))
+    options = {"rank": 8, "alpha": 12} | options
+    adapt(model, DoranConfig(target_modules="all-linear", **options))
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.add_(torch.randn_like(parameter) * 0.05 * parameter.std(correction=0).clamp_min(0.2))
@@ -117,6 +118,8 @@ def served(monkeypatch):
         {"tau_kind": "fixed", "norm_grad": "detached"},
         {"sharing": "none", "activation": "relu"},
         {"rank_pattern": {"q": 5}, "embedding_dim": 33},
+        {"rank": 70},
+        {"rank": 9, "hidden_dim": 80, "sharing": "none", "tau_granularity": "row"},
     ],
     ids=str,
 )
@@ -130,11 +133,12 @@ def test_output_and_gradients_against_float64(options, served):
     assert served == {"together": 9 * steps, "alone": 0, "made": steps * families}
 
 
+@pytest.mark.parametrize("rank", [8, 130])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_no_worse_than_the_plain_path(dtype):
+def test_half_precision_is_no_worse_than_the_plain_path(dtype, rank):
     if cases.INTERPRETED and dtype == torch.float16:
         pytest.skip("the interpreter is slow: of the half precisions it gets bfloat16 alone")
-    model, x = make(dtype), make_x(dtype)
+    model, x = make(dtype, rank=rank), make_x(dtype)
     exact = gradients(copy.deepcopy(model).double(), x.double(), "reference")
     plain, ours = gradients(model, x, "reference"), gradients(model, x)
     slack = 4 if cases.INTERPRETED else 1  # the interpreter cuts bits off instead of rounding
@@ -201,6 +205,22 @@ def test_one_layer_called_twice_of_whose_outputs_one_is_written_to(served):
     assert_close(gradients(model, x), gradients(model, x, "reference"))
     assert written
     assert served["alone"] == 0
+
+
+def test_outputs_that_others_keep_are_not_computed_again():
+    model, x = make(), make_x()
+    model.blocks[0].q.register_forward_hook(lambda module, args, y: y.sin())  # the sine keeps its input
+    names = {id(m.doran_adapter): name for name, m in model.named_modules() if hasattr(m, "doran_adapter")}
+    fleet = model.blocks[0].q.doran_adapter.factors.fleet
+    chosen = []
+    for _ in range(3):
+        with use_backend("triton"):
+            y = model(x.detach().requires_grad_())
+        ((members, _, family),) = fleet._families[x.device]
+        chosen.append({names[member] for member, again in zip(members, family._repeated, strict=True) if again})
+        y.sum().backward()
+    assert chosen == [{"blocks.0.q"}, {"blocks.1.q"}, {"blocks.1.q"}]  # a product keeps what the v make
+    assert_close(gradients(model, x), gradients(model, x, "reference"))
 
 
 def test_offloaded_activations(served):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from doran_core.kernels.backend import Implementation, choose, triton_can_run
 from doran_core.kernels.compiled import adapted_linear_op
-from doran_core.kernels.fleet import Fleet, Member
+from doran_core.kernels.entries import Member
+from doran_core.kernels.fleet import Fleet
 from doran_core.kernels.layer import AdaptedLinear, Facts, Inputs, forward, without_autocast
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dro
     """The adapted output of a layer whose weight side is computed together with others; None if it is not.
 
     What does not change from call to call was looked at when the layer's part was made, see
-    :class:`~doran_core.kernels.fleet.Place`.
+    :class:`~doran_core.kernels.entries.Place`.
 
     Args:
         fleet: the layers that are computed together.

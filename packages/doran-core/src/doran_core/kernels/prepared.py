@@ -20,8 +20,8 @@ from doran_core.kernels.layer import (
     flat,
     without_autocast,
 )
+from doran_core.kernels.sides import Sent, Side
 from doran_core.kernels.triton_passes import TritonPasses
-from doran_core.kernels.weight_side import Sent, Side
 
 __all__ = ["PreparedLinear"]
 
@@ -51,6 +51,8 @@ class PreparedLinear(torch.autograd.Function):
         hidden = F.linear(rows if low is None else low, side.A)
         y = base_product(x, weight, bias)
         _PASSES.expand(y, hidden, side.scaled_B, side.scale, bias, inplace=True)
+        if side.keepers is not None:
+            side.keepers.note(side.layer, y, is_kept=not repeats)
         ctx.side, ctx.writes, ctx.shape = side, None if repeats else WriteCounter(y), x.shape
         ctx.save_for_backward(None if repeats else y.data, hidden, rows, low, weight, bias)
         return y
@@ -61,6 +63,8 @@ class PreparedLinear(torch.autograd.Function):
             raise BackendError(SECOND_DERIVATIVE)
         y, hidden, rows, low, weight, bias = ctx.saved_tensors
         side: Side = ctx.side
+        if side.keepers is not None:
+            side.keepers.look()
         _, need_ticket, need_x, need_low, *_ = ctx.needs_input_grad
         with without_autocast(grad):
             grad = flat(grad).contiguous()

@@ -24,11 +24,13 @@ from doran_core.kernels.triton_networks import (
 
 __all__ = [
     "COLUMNS",
+    "WIDTH",
     "assemble_fleet_kernel",
     "finish_fleet_kernel",
     "generate_fleet_kernel",
     "inner_gradient_fleet_kernel",
     "outer_gradient_fleet_kernel",
+    "parameter",
     "weight_product_fleet_kernel",
 ]
 
@@ -37,13 +39,14 @@ COLUMNS = (
 )  # fmt: skip
 """What the columns of a table hold."""
 
-_WIDTH = tl.constexpr(len(COLUMNS))
+WIDTH = tl.constexpr(len(COLUMNS))
+"""How many they are."""
 
 
 @triton.jit
-def _parameter(table, layer, COLUMN: tl.constexpr):
+def parameter(table, layer, COLUMN: tl.constexpr):
     """A float32 tensor of a layer. Addresses in a table are multiples of 16."""
-    return tl.multiple_of(tl.load(table + layer * _WIDTH + COLUMN).to(tl.pointer_type(tl.float32)), 16)
+    return tl.multiple_of(tl.load(table + layer * WIDTH + COLUMN).to(tl.pointer_type(tl.float32)), 16)
 
 
 @triton.jit
@@ -55,12 +58,12 @@ def generate_fleet_kernel(
     block, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if block < blocks_A:
         network_outputs(
-            _parameter(table, layer, 0), _parameter(table, layer, 1), _parameter(table, layer, 2),
+            parameter(table, layer, 0), parameter(table, layer, 1), parameter(table, layer, 2),
             A + layer * rank * d_in, block, d_in, d_in, 1, rank, embedding_dim, hidden_dim, slope, R, E, H, BLOCK,
         )  # fmt: skip
     else:
         network_outputs(
-            _parameter(table, layer, 3), _parameter(table, layer, 4), _parameter(table, layer, 5),
+            parameter(table, layer, 3), parameter(table, layer, 4), parameter(table, layer, 5),
             B + layer * d_out * rank, block - blocks_A, d_out, 1, rank, rank, embedding_dim, hidden_dim, slope,
             R, E, H, BLOCK,
         )  # fmt: skip
@@ -75,10 +78,10 @@ def assemble_fleet_kernel(
 ):  # fmt: skip
     """K, n, c and B' of the layers, and ``least [layers, blocks]``, the least ``|c|`` of a block of rows."""
     layer = tl.program_id(1).to(tl.int64)
-    weight = tl.multiple_of(tl.load(table + layer * _WIDTH + 9).to(tl.pointer_type(A.dtype.element_ty)), 16)
+    weight = tl.multiple_of(tl.load(table + layer * WIDTH + 9).to(tl.pointer_type(A.dtype.element_ty)), 16)
     c = assemble_whole(
         weight, A + layer * rank * d_in, B + layer * d_out * rank,
-        _parameter(table, layer, 8), _parameter(table, layer, 6), tau + (layer * d_out if TAU_PER_ROW else layer),
+        parameter(table, layer, 8), parameter(table, layer, 6), tau + (layer * d_out if TAU_PER_ROW else layer),
         aligned + layer * d_out * rank, norm + layer * d_out, scale + layer * d_out, scaled_B + layer * d_out * rank,
         d_out, rank, d_in, d_in, 1, scaling, threshold,
         TAU_PER_ROW, REPAIR, PRECISION, WIDEN, BLOCK_D, BLOCK_R, BLOCK_K,
@@ -113,7 +116,7 @@ def finish_fleet_kernel(
         grad_scale = total + scaling * row_products(factor_grad, B, rows, valid, rank, BLOCK_D, BLOCK_R)
     through_scale(
         grad_scale, c, factor_grad, aligned, B, norm + layer * d_out, tau + (layer * d_out if TAU_PER_ROW else layer),
-        _parameter(table, layer, 7), grad_B + layer * d_out * rank, grad_product + layer * d_out * rank,
+        parameter(table, layer, 7), grad_B + layer * d_out * rank, grad_product + layer * d_out * rank,
         grad_magnitude + layer * d_out, grad_tau + layer * d_out, rows, valid, rank, rows_per_raw, scaling,
         TAU_PER_ROW, True, DETACH, BLOCK_D, BLOCK_R,
     )  # fmt: skip
@@ -134,7 +137,7 @@ def weight_product_fleet_kernel(
     part, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
     ranks, columns = tl.arange(0, BLOCK_R), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     rank_ok, column_ok = ranks < rank, columns < d_in
-    weight = tl.multiple_of(tl.load(table + layer * _WIDTH + 9).to(tl.pointer_type(grad_product.dtype.element_ty)), 16)
+    weight = tl.multiple_of(tl.load(table + layer * WIDTH + 9).to(tl.pointer_type(grad_product.dtype.element_ty)), 16)
     grad_product += layer * d_out * rank
     total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     end = tl.minimum((part + 1) * rows_per_part, d_out)
@@ -175,14 +178,14 @@ def outer_gradient_fleet_kernel(
             a = sum_of_parts(A + layer * rank * d_in, 1, columns, d_in, rank, R, BLOCK)
             g += scaling * tl.dot(mixture.to(tl.float32), a, input_precision="ieee")
         outer_gradient(
-            g, _parameter(table, layer, 0), _parameter(table, layer, 1), _parameter(table, layer, 2),
+            g, parameter(table, layer, 0), parameter(table, layer, 1), parameter(table, layer, 2),
             grad_w2_A + layer * d_in * hidden_dim, part, columns, d_in, rank, embedding_dim, hidden_dim, slope, R, E, H,
         )  # fmt: skip
     else:
         rows = (block - blocks_A) * BLOCK + tl.arange(0, BLOCK)
         outer_gradient(
             transposed_block(grad_B + layer * d_out * rank, rows, d_out, rank, R),
-            _parameter(table, layer, 3), _parameter(table, layer, 4), _parameter(table, layer, 5),
+            parameter(table, layer, 3), parameter(table, layer, 4), parameter(table, layer, 5),
             grad_w2_B + layer * d_out * hidden_dim, part, rows, d_out, rank, embedding_dim, hidden_dim, slope, R, E, H,
         )  # fmt: skip
 

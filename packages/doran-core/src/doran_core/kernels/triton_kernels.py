@@ -15,6 +15,7 @@ import triton.language as tl
 
 __all__ = [
     "assemble_kernel",
+    "assemble_over_product",
     "assemble_whole_kernel",
     "expand_kernel",
     "finish_kernel",
@@ -98,13 +99,13 @@ def _norm_and_scale(
 
 
 @triton.jit
-def assemble_kernel(
+def assemble_over_product(
     product, gram, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B,
     d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
     TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """K over U, then n, c and B'; ``gram`` is ``B (A A^T)``."""
+    """K over U, then n, c and B' of a block of rows; ``gram`` is ``B (A A^T)``. Returns the c."""
     rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     valid = rows < d_out
     inner = tl.zeros([BLOCK_D], tl.float32)
@@ -117,9 +118,24 @@ def assemble_kernel(
         k = u + scaling * tl.load(gram + at, mask, 0.0)
         inner += tl.sum(b * (u + k), 1)
         tl.store(product + at, k, mask)
-    _norm_and_scale(
+    return _norm_and_scale(
         product, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B, rows, valid, inner,
         rank, d_in, stride_row, stride_column, scaling, threshold,
+        TAU_PER_ROW, REPAIR, BLOCK_D, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def assemble_kernel(
+    product, gram, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B,
+    d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
+    TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """K over U, n, c and B' of a layer."""
+    assemble_over_product(
+        product, gram, B, squared_norm, magnitude, tau, weight, A, norm, scale, scaled_B,
+        d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
         TAU_PER_ROW, REPAIR, BLOCK_D, BLOCK_R, BLOCK_K,
     )  # fmt: skip
 

@@ -15,14 +15,14 @@ from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.experts import RankOneExperts
 from doran_core.factors import GeneratedFactors, LayerSpec, factor_penalty
 from doran_core.kernels import dispatch
-from doran_core.kernels.fleet import Place, Slot
+from doran_core.kernels.entries import Place, Slot
 from doran_core.kernels.layer import without_autocast
-from doran_core.kernels.networks import Networks, fit_kernels
+from doran_core.kernels.networks import Networks
 from doran_core.layers.base import BaseView
 from doran_core.tau import Tau
 
 if TYPE_CHECKING:
-    from doran_core.kernels.weight_side import Row  # which imports Triton
+    from doran_core.kernels.family import Row  # which imports Triton
 
 __all__ = ["DoranAdapter"]
 
@@ -204,17 +204,17 @@ class DoranAdapter(nn.Module):
         return factors.networks() if isinstance(factors, GeneratedFactors) else None
 
     def place(self, view: BaseView) -> Place | None:
-        """Where the tensors of a :class:`~doran_core.kernels.weight_side.Row` are; None if this layer has no such row.
+        """Where the tensors of a :class:`~doran_core.kernels.family.Row` are; None if this layer has no such row.
 
         Used by :class:`~doran_core.kernels.fleet.Fleet`, with which kernels serve many layers at once.
         """
-        weight, factors, config, rank = view.weight(), self.factors, self.config, self.spec.rank
+        weight, factors, config = view.weight(), self.factors, self.config
         place = factors.place() if isinstance(factors, GeneratedFactors) and self.experts is None else None
         if place is None or weight is None or not self.tau.is_softplus or self._in_replica():
             return None
         if view.kind != "linear" or config.norm_method == "direct" or type(weight) not in (Tensor, nn.Parameter):
             return None
-        if not view.is_plain or not fit_kernels(rank, config.hidden_dim or rank, config.embedding_dim):
+        if not view.is_plain:
             return None
         tau = self.tau._parameters if "raw" in self.tau._parameters else self.tau._buffers
         slots: list[Slot] = [
@@ -234,7 +234,7 @@ class DoranAdapter(nn.Module):
 
     def row(self, tensors: Sequence[Tensor], view: BaseView) -> Row:
         """The row with the tensors at :meth:`place`."""
-        from doran_core.kernels.weight_side import Row
+        from doran_core.kernels.family import Row
 
         assert isinstance(self.factors, GeneratedFactors)
         assert self.factors.slope is not None
