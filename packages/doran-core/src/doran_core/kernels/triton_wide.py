@@ -34,6 +34,8 @@ def layer_product_kernel(
 ):  # fmt: skip
     """``out = alpha left @ right``, or added to it, of each layer; ``[m, k]`` and ``[k, n]`` by their strides.
 
+    PRECISION is bf16, of both operands, or one of Triton's for float32. With tf32 both are best contiguous along k.
+
     A column, if not negative, is where a table ``[layers, width]`` has the addresses of an operand.
     """
     layer = tl.program_id(1).to(tl.int64)
@@ -49,7 +51,10 @@ def layer_product_kernel(
         inner_ok = inner < k
         a = tl.load(a_rows + inner[None, :] * left_column, row_ok[:, None] & inner_ok[None, :], 0.0)
         b = tl.load(b_columns + inner[:, None] * right_row, inner_ok[:, None] & column_ok[None, :], 0.0)
-        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+        if PRECISION == "bf16":
+            total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+        else:
+            total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     total *= alpha
     at = _operand(out, out_table, layer, out_layer, OUT, OUT_COLUMNS) + rows[:, None] * out_row
     at += columns[None, :] * out_column

@@ -1,6 +1,7 @@
 """Weight sides of larger ranks: the library's products with W0, and Triton's for factors that lie here and there.
 
-Products of float32 factors are taken in tf32, if the layers are in half precision: A and B' are rounded to less.
+For layers in bfloat16 the networks' products are taken in tf32, and those of their gradients in bfloat16, as a LoRA's
+are; float16 has tf32's precision itself, and there tf32 is taken three times, for float32's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from doran_core import functional
+from doran_core.kernels.backend import interpreting
 from doran_core.kernels.family import Arrived, Family, Kept, Row, Shape
 from doran_core.kernels.launch import launch
 from doran_core.kernels.triton_fleet import COLUMNS
@@ -58,7 +60,7 @@ def _product(
     """``out = alpha left @ right`` for each layer, or added to it."""
     layers, m, k = left.tensor.shape
     n = right.tensor.shape[2]
-    block = 128 if precision == "tf32" else 64
+    block = 128 if precision in ("tf32", "bf16") else 64
     launch(
         layer_product_kernel, (cdiv(m, block) * cdiv(n, block), layers),
         (left.tensor, left.followed, right.tensor, right.followed, out.tensor, out.followed),
@@ -79,8 +81,7 @@ class WideFamily(Family):
             [torch.tensor([of_user[2 * m + factor] for m in shape.members], device=self.device) for factor in (0, 1)]
             for shape in self.shapes
         ]
-        half = rows[0].weight.dtype.itemsize < 4
-        self._precision = "tf32" if half else dot_precision(rows[0].weight)
+        self._precision, self._gradient_precision = _precisions(rows[0].weight)
 
     def _features(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of all networks: ``F [networks, r, h]``, the embeddings and the W1."""
@@ -111,7 +112,7 @@ class WideFamily(Family):
         aligned, along = torch.empty_like(B), torch.empty_like(B)
         for index, member in enumerate(shape.members):
             _multiply(self.rows[member].weight, A[index].T, aligned[index])
-        _product(_Operand(B), _Operand(_gram(A)), _Operand(along), self._precision)
+        _product(_Operand(B), _Operand(_gram(A)).T, _Operand(along), self._precision)  # which is symmetric
         tau = self.tau(shape)
         scaled_B = torch.empty_like(B, dtype=A.dtype)
         norm, scale = B.new_empty(count, d_out), B.new_empty(count, d_out)
@@ -138,15 +139,17 @@ class WideFamily(Family):
                 if sent.graph_task >= 0:
                     _multiply(M.T, self.rows[member].weight, sent.for_A, add=True)
             mixed = torch.bmm(arrived.grad_product.mT, kept.B.to(kept.A.dtype))
-            _product(_Operand(mixed), _Operand(kept.A), grad_A, self._precision, alpha=shape.row.scaling, add=True)
+            _product(
+                _Operand(mixed), _Operand(kept.A), grad_A, self._gradient_precision, alpha=shape.row.scaling, add=True
+            )
         grad_w2_A = arrived.grad_B.new_empty(count, d_in, self.hidden)
         grad_w2_B = arrived.grad_B.new_empty(count, d_out, self.hidden)
-        _product(grad_A.T, features_A, _Operand(grad_w2_A), self._precision)
-        _product(grad_B, features_B, _Operand(grad_w2_B), self._precision)
+        _product(grad_A.T, features_A, _Operand(grad_w2_A), self._gradient_precision)
+        _product(grad_B, features_B, _Operand(grad_w2_B), self._gradient_precision)
         parts = arrived.grad_B.new_empty(count, rank, self.hidden)
-        _product(grad_A, _own(shape, "w2_A"), _Operand(parts), self._precision)
+        _product(grad_A, _own(shape, "w2_A"), _Operand(parts), self._gradient_precision)
         self._add(features, shape, 0, parts)
-        _product(grad_B.T, _own(shape, "w2_B"), _Operand(parts), self._precision)
+        _product(grad_B.T, _own(shape, "w2_B"), _Operand(parts), self._gradient_precision)
         self._add(features, shape, 1, parts)
         return grad_w2_A, grad_w2_B
 
@@ -161,6 +164,15 @@ class WideFamily(Family):
         inner = torch.ops.aten.leaky_relu_backward(features.view_as(values), values, self.slope, False)
         inner.mul_(self._feature_scale)
         return torch.bmm(inner, firsts), torch.bmm(inner.mT, embeddings)
+
+
+def _precisions(weight: Tensor) -> tuple[str, str]:
+    """Of the products of the networks, and of those of their gradients."""
+    if weight.dtype == torch.float32:
+        return dot_precision(weight), dot_precision(weight)
+    if weight.dtype == torch.float16 or interpreting():
+        return ("ieee", "ieee") if interpreting() else ("tf32x3", "tf32x3")
+    return "tf32", "bf16"
 
 
 def _own(shape: Shape, name: str) -> _Operand:

@@ -75,8 +75,9 @@ class DoranLayer(nn.Module):
             parameter.requires_grad_(False)
         self.enabled = True
         self._swap = WeightSwap()
-        # PyTorch's fused encoder layers read weights past the modules that hold them, unless one of them has a hook.
-        self.register_forward_pre_hook(_no_operation)
+        # PyTorch's fused encoder layers read weights past the modules that hold them, unless a module in them has a
+        # hook: a seldom called one has it here, for a hook doubles what a call costs.
+        self.doran_adapter.tau.register_forward_pre_hook(_no_operation)
 
     @property
     def view(self) -> BaseView:
