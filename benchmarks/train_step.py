@@ -5,8 +5,10 @@
 
 Models have the shapes of Llama-7B's blocks (8 of them) and of ViT-B/16, with random weights, in bfloat16. For each
 setting every method is built on the same base weights and timed with CUDA events: forward and backward together, and
-the optimizer's step apart, as medians. Peak memory is that of forward and backward, all weights included. Writes
-``train_step.json``, one Markdown table and plots.
+the optimizer's step apart, as medians. The methods take turns, ``--turns`` times each, since a machine's speed drifts;
+the median of a method is taken over all its turns. Peak memory is that of forward and backward, all weights included.
+Writes ``train_step.json``, one Markdown table and plots, after each setting; with ``--seconds`` no setting is begun
+after that time.
 
 PEFT's methods are run as ``get_peft_model`` makes them, with adapters in float32, and once more for LoRA with adapters
 in bfloat16 (``autocast_adapter_dtype=False``), which is the fastest that PEFT has. DoRAN has generated factors, learned
@@ -19,6 +21,7 @@ import argparse
 import gc
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -59,6 +62,7 @@ class Result:
     method: str
     setting: dict[str, Any]
     step_ms: float
+    spread_ms: list[float]
     optimizer_ms: float
     peak_gib: float
     trainable: int
@@ -138,21 +142,35 @@ def events_ms(run: Callable[[], None], rounds: int) -> list[float]:
     return times
 
 
-def measure(model: nn.Module, method: str, setting: Setting, rounds: int) -> Result:
-    """One method in one setting; what it made is gone afterwards."""
+def measure(model: nn.Module, methods: list[str], setting: Setting, rounds: int, turns: int) -> list[Result]:
+    """All methods in one setting, in turns."""
+    taken: dict[str, list[float]] = {method: [] for method in methods}
+    last: dict[str, Result] = {}
+    for turn in range(turns):
+        for method in methods if turn % 2 == 0 else reversed(methods):
+            times, last[method] = measure_once(model, method, setting, rounds)
+            taken[method] += times
+    for method, times in taken.items():
+        last[method].step_ms = statistics.median(times)
+        last[method].spread_ms = statistics.quantiles(times, n=4)
+    return [last[method] for method in methods]
+
+
+def measure_once(model: nn.Module, method: str, setting: Setting, rounds: int) -> tuple[list[float], Result]:
+    """One turn of a method: its steps' milliseconds, and the rest; what it made is gone afterwards."""
     with adapted(model, method, setting) as ready:
         if setting.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        result = time_and_memory(ready, method, setting, rounds)
+        taken = time_and_memory(ready, method, setting, rounds)
         if setting.checkpointing:
             model.gradient_checkpointing_disable()
     del ready
     gc.collect()
     torch.cuda.empty_cache()
-    return result
+    return taken
 
 
-def time_and_memory(model: nn.Module, method: str, setting: Setting, rounds: int) -> Result:
+def time_and_memory(model: nn.Module, method: str, setting: Setting, rounds: int) -> tuple[list[float], Result]:
     inputs = make_input(setting.model, setting.tokens)
     (leaf,) = inputs.values()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -178,7 +196,7 @@ def time_and_memory(model: nn.Module, method: str, setting: Setting, rounds: int
         optimizer.step()
         optimizer_ms = statistics.median(events_ms(optimizer.step, 5))
     trainable = sum(parameter.numel() for parameter in parameters)
-    return Result(method, asdict(setting), statistics.median(times), optimizer_ms, peak, trainable)
+    return times, Result(method, asdict(setting), 0.0, [], optimizer_ms, peak, trainable)
 
 
 def add_ratios(rows: list[Result]) -> None:
@@ -258,7 +276,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON, the table and the plot")
     parser.add_argument("--quick", action="store_true", help="four settings")
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each method (default 15)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps in a turn (default 7)")
+    parser.add_argument("--turns", type=int, default=3, help="of each method (default 3)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no setting after this time")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--part", metavar="K/N", help="only every N-th setting, from the K-th (from 0) on")
     parser.add_argument("--join", action="store_true", help="run nothing: put the parts in the folder together")
@@ -273,13 +293,17 @@ def main() -> None:
         chosen, name = chosen[index::parts], f"train_step-{index}"
     results: list[Result] = []
     models: dict[str, nn.Module] = {}
+    began = time.monotonic()
     for setting in chosen:
+        if time.monotonic() - began > args.seconds:
+            print(f"not run within {args.seconds:.0f} s: {setting}", flush=True)
+            continue
         if setting.model not in models:
             models.clear()
             gc.collect()
             torch.cuda.empty_cache()
             models[setting.model] = make_model(setting.model)
-        rows = [measure(models[setting.model], method, setting, args.rounds) for method in args.methods]
+        rows = measure(models[setting.model], args.methods, setting, args.rounds, args.turns)
         add_ratios(rows)
         results += rows
         print(table(rows), flush=True)

@@ -93,19 +93,21 @@ def in_float32(monkeypatch):
 def served(monkeypatch):
     """How often a layer got its part of a weight side, how often it did not, and how often one was made."""
     counts = {"together": 0, "alone": 0, "made": 0}
-    ask, issue = Fleet.ask, Fleet._issue
+    from doran_core.kernels import weight_side  # which imports Triton
+
+    ask, make = Fleet.ask, weight_side.make_sides
 
     def counted(self, member, view):
         given = ask(self, member, view)
         counts["alone" if given is None else "together"] += 1
         return given
 
-    def issued(*args, **kwargs):
+    def made(*args, **kwargs):
         counts["made"] += 1
-        return issue(*args, **kwargs)
+        return make(*args, **kwargs)
 
     monkeypatch.setattr(Fleet, "ask", counted)
-    monkeypatch.setattr(Fleet, "_issue", staticmethod(issued))
+    monkeypatch.setattr(weight_side, "make_sides", made)
     return counts
 
 
@@ -216,8 +218,9 @@ def test_outputs_that_others_keep_are_not_computed_again():
     for _ in range(3):
         with use_backend("triton"):
             y = model(x.detach().requires_grad_())
-        ((members, _, family),) = fleet._families[x.device]
-        chosen.append({names[member] for member, again in zip(members, family._repeated, strict=True) if again})
+        (group,) = fleet._groups[x.device]
+        again = zip(group.members, group.family._repeated, strict=True)
+        chosen.append({names[member] for member, repeats in again if repeats})
         y.sum().backward()
     assert chosen == [{"blocks.0.q"}, {"blocks.1.q"}, {"blocks.1.q"}]  # a product keeps what the v make
     assert_close(gradients(model, x), gradients(model, x, "reference"))

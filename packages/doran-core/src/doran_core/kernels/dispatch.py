@@ -162,10 +162,10 @@ def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dro
     given = fleet.ask(member, view)
     if given is None:
         return None
-    from doran_core.kernels.prepared import PreparedLinear  # which imports Triton
+    from doran_core.kernels import prepared  # which imports Triton
 
     low_rank_input = F.dropout(x, dropout) if dropout > 0.0 else None
-    return PreparedLinear.apply(given, given.ticket, x, low_rank_input, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return prepared.apply(given, x, low_rank_input, weight, bias)
 
 
 def _same_precision(x: Tensor, weight: Tensor) -> bool:

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from doran_core.kernels.launch import launch
 from doran_core.kernels.passes import small_scale
-from doran_core.kernels.sides import REPEATED, REPEATED_UNDER_HOOKS, Keepers, Sent, Side, Smallness, repeated, together
+from doran_core.kernels.sides import (
+    REPEATED,
+    REPEATED_UNDER_HOOKS,
+    Keepers,
+    Part,
+    Sent,
+    Sides,
+    Smallness,
+    repeated,
+    together,
+)
 from doran_core.kernels.triton_fleet import COLUMNS, finish_fleet_kernel
 from doran_core.kernels.triton_passes import cdiv, padded, parts_of_sums
 
@@ -184,6 +194,8 @@ class Family(ABC):
         self._repeated = repeated(self._sizes, REPEATED, nobody)
         self._repeated_under_hooks = repeated(self._sizes, REPEATED_UNDER_HOOKS, nobody)
         self._knows_keepers = False
+        places = {m: (shape.number, index) for shape in self.shapes for index, m in enumerate(shape.members)}
+        self._places = [places[layer] for layer in range(len(rows))]
         self._addresses = self.addresses()
 
     def _hear(self, kept_anyway: list[bool]) -> None:
@@ -215,20 +227,16 @@ class Family(ABC):
     def inner_gradients(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the networks' embeddings and W1, ``[networks, r, e]`` and ``[networks, h, e]``."""
 
-    def forward(self, *, lean: bool) -> tuple[list[Side], list[Kept | None]]:
+    def forward(self, *, lean: bool) -> tuple[Sides, list[Kept | None]]:
         """What each layer gets, and what the backward needs, shape by shape; None to make it again then, if lean."""
         made = [self.values(shape) for shape in self.shapes]  # all launches first: the GPU waits for them
-        sides: list[Side | None] = [None] * len(self.rows)
+        parts = [
+            Part(values.A, scaled_B, values.scale, Smallness(least, shape.thresholds))
+            for shape, (values, scaled_B, least) in zip(self.shapes, made, strict=True)
+        ]
         keepers = None if lean or self._knows_keepers else Keepers(len(self.rows), self._hear)
-        for shape, (values, scaled_B, least) in zip(self.shapes, made, strict=True):
-            small = Smallness(least, shape.thresholds)
-            layers = zip(shape.members, values.A.unbind(), scaled_B.unbind(), values.scale.unbind(), strict=True)
-            for index, (member, A, B, scale) in enumerate(layers):
-                sides[member] = side = Side(A, B, scale, small, index)
-                side.repeats = self._repeated[member]
-                side.repeats_under_hooks = self._repeated_under_hooks[member]
-                side.keepers, side.layer = keepers, member
-        return sides, [None if lean else values for values, _, _ in made]  # type: ignore[return-value]
+        sides = Sides(parts, self._places, self._repeated, self._repeated_under_hooks, keepers)
+        return sides, [None if lean else values for values, _, _ in made]
 
     def tau(self, shape: Shape) -> Tensor:
         """``[layers, 1]`` or ``[layers, d_out]``."""
@@ -237,9 +245,9 @@ class Family(ABC):
         d_out, groups = shape.sizes[0], tau.shape[1]
         return tau if groups in (1, d_out) else tau.repeat_interleave(d_out // groups, 1)
 
-    def backward(self, sides: list[Side], kept: list[Kept | None], graph_task: int) -> list[Tensor | None]:
+    def backward(self, sides: Sides, kept: list[Kept | None], graph_task: int) -> list[Tensor | None]:
         """The gradients of :attr:`parameters` from what the layers sent; None for those of layers that sent nothing."""
-        taken = [side.take(graph_task) for side in sides]
+        taken = sides.take(graph_task)
         if not any(taken):
             return [None] * len(self.parameters)
         used = [_is_distributed() or bool(sent) for sent in taken]

@@ -15,6 +15,8 @@ All gradients of the adapters come at the end of a backward pass.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,7 +27,7 @@ from doran_core.kernels.entries import Checks, Entry, Member
 
 if TYPE_CHECKING:
     from doran_core.kernels.family import Family, Row
-    from doran_core.kernels.sides import Side
+    from doran_core.kernels.sides import Side, Sides
     from doran_core.layers.base import BaseView  # which imports the package of this module
 
 __all__ = ["Fleet", "Given"]
@@ -46,40 +48,91 @@ class Given(NamedTuple):
 
 
 class _Issued:
-    """A layer's part of a weight side."""
+    """A layer's part of a weight side.
 
-    def __init__(self, entry: Entry, side: Side, ticket: Tensor) -> None:
+    Args:
+        entry: the layer.
+        versions: of its tensors when the weight side was made.
+        side: its part.
+        ticket: of its family.
+    """
+
+    def __init__(self, entry: Entry, versions: list[int], side: Side, ticket: Tensor) -> None:
         self.entry = entry
         self.used = False
         self.plain = Given(side, ticket, side.repeats)
         self.hooked = Given(side, ticket, side.repeats_under_hooks)
-        self._versions = entry.versions()
+        self._versions = versions
 
     def is_valid(self) -> bool:
         """Whether the layer is still what the weight side was made of."""
         return self.entry.unchanged() and self.entry.versions() == self._versions
 
 
-class _Generation:
-    """One weight side of all layers, by the ids of their adapters."""
+@dataclass
+class _Group:
+    """The layers of one family, with the ids of their adapters."""
 
-    def __init__(self, stream: int) -> None:
+    members: list[int]
+    entries: list[Entry]
+    family: Family
+
+
+class _Made(NamedTuple):
+    """The weight side of a group, and whether a backward pass went through it."""
+
+    group: _Group
+    versions: list[list[int]]
+    sides: Sides
+    ticket: Tensor
+    spent: list[bool]
+
+
+class _Generation:
+    """One weight side of all layers. A layer's part is put together when it is asked for: the GPU waits for the first.
+
+    Args:
+        stream: on which it was made.
+        groups: all of its device.
+        lean: keep only what layers use.
+    """
+
+    def __init__(self, stream: int, groups: Sequence[_Group], *, lean: bool) -> None:
+        from doran_core.kernels.weight_side import make_sides
+
         self.stream = stream
-        self.issued: dict[int, _Issued] = {}
-        self.spent: list[list[bool]] = []
         self.uses = 0
+        self._made = [_Made(group, [], *make_sides(group.family, lean=lean)) for group in groups]
+        for made in self._made:
+            made.versions.extend(entry.versions() for entry in made.group.entries)
+        self._where = {member: (made, layer) for made in self._made for layer, member in enumerate(made.group.members)}
+        self._issued: dict[int, _Issued] = {}
+
+    def __len__(self) -> int:
+        return len(self._where)
 
     def find(self, member: Member, view: BaseView) -> _Issued | None:
         """A layer's part, if it still holds."""
-        issued = self.issued.get(id(member))
+        issued = self._issued.get(id(member)) or self._issue(id(member))
         if issued is None or issued.entry.view is not view or self.is_spent() or not issued.is_valid():
             return None
         return issued
 
+    def _issue(self, member: int) -> _Issued | None:
+        place = self._where.get(member)
+        if place is None:
+            return None
+        made, layer = place
+        entry = made.group.entries[layer]
+        trains = any(tensor.requires_grad for tensor in entry.tensors)  # else others may train beside it
+        ticket = made.ticket if trains else made.ticket.detach()
+        self._issued[member] = issued = _Issued(entry, made.versions[layer], made.sides[layer], ticket)
+        return issued
+
     def is_spent(self) -> bool:
         """Whether a backward pass went through it: then parameters may have changed, even past PyTorch's counters."""
-        for flag in self.spent:  # noqa: SIM110 (a generator takes twice as long)
-            if flag[0]:
+        for made in self._made:  # noqa: SIM110 (a generator takes twice as long)
+            if made.spent[0]:
                 return True
         return False
 
@@ -89,7 +142,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self._entries: WeakKeyDictionary[Any, Entry] = WeakKeyDictionary()
-        self._families: dict[torch.device, list[tuple[list[int], list[Entry], Family]]] = {}
+        self._groups: dict[torch.device, list[_Group]] = {}
         self._checks: Checks | None = None
         self._now: _Generation | None = None
 
@@ -101,7 +154,7 @@ class Fleet:
         known = self._entries.get(member)
         if known is None or known.view is not view:
             self._entries[member] = Entry(view)
-            self._families, self._checks, self._now = {}, None, None
+            self._groups, self._checks, self._now = {}, None, None
 
     def release(self) -> None:
         """Give back the memory of a weight side that has served."""
@@ -143,7 +196,7 @@ class Fleet:
         issued, now = None, self._now
         if not _is_composed() and not _is_capturing(stream):
             # if few others were called since, it is this layer that is called often
-            often = now is not None and used is not None and 2 * now.uses < len(now.issued)
+            often = now is not None and used is not None and 2 * now.uses < len(now)
             issued = (used if hooked else None) if often else self._make(member, entry, stream, lean=hooked)
         if not repetition:
             entry.served = issued is not None
@@ -161,12 +214,10 @@ class Fleet:
             return None
         self._now = None  # its memory is free for the next
         device = entry.row.weight.device
-        if device not in self._families:
-            self._gather(device)
-        self._now = generation = _Generation(stream)
-        for members, entries, family in self._families[device]:
-            self._issue(generation, members, entries, family, lean=lean)
-        return generation.issued[id(member)]
+        if device not in self._groups:
+            self._groups[device] = self._gather(device)
+        self._now = _Generation(stream, self._groups[device], lean=lean)
+        return self._now.find(member, entry.view)
 
     def _look(self) -> None:
         """Notice what has changed in the layers since the last time."""
@@ -178,10 +229,10 @@ class Fleet:
         else:
             changed = [entry.look(member) for member, entry in self._entries.items()]
         if any(changed) or known is None:
-            self._families = {}
+            self._groups = {}
         self._checks = Checks(self._entries.items())
 
-    def _gather(self, device: torch.device) -> None:
+    def _gather(self, device: torch.device) -> list[_Group]:
         """The layers on a device, by what their kernels have in common."""
         from doran_core.kernels.weight_side import make_family
 
@@ -192,22 +243,7 @@ class Fleet:
                 members.append(id(member))
                 entries.append(entry)
                 rows.append(entry.row)
-        self._families[device] = [(members, entries, make_family(rows)) for members, entries, rows in grouped.values()]
-
-    @staticmethod
-    def _issue(
-        generation: _Generation, members: list[int], entries: list[Entry], family: Family, *, lean: bool
-    ) -> None:
-        from doran_core.kernels.weight_side import WeightSide
-
-        sides: list[Side] = []
-        spent = [False]
-        ticket = WeightSide.apply(family, sides, spent, lean, *family.parameters)  # type: ignore[no-untyped-call]
-        frozen_ticket = ticket.detach()
-        generation.spent.append(spent)
-        for member, entry, side in zip(members, entries, sides, strict=True):
-            trains = any(tensor.requires_grad for tensor in entry.tensors)  # else others may train beside it
-            generation.issued[member] = _Issued(entry, side, ticket if trains else frozen_ticket)
+        return [_Group(members, entries, make_family(rows)) for members, entries, rows in grouped.values()]
 
 
 def _is_capturing(stream: int) -> bool:

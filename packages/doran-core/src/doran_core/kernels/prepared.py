@@ -23,13 +23,13 @@ from doran_core.kernels.layer import (
 from doran_core.kernels.sides import Sent, Side
 from doran_core.kernels.triton_passes import TritonPasses
 
-__all__ = ["PreparedLinear"]
+__all__ = ["apply"]
 
 _PASSES = TritonPasses()
 
 
 class PreparedLinear(torch.autograd.Function):
-    """``apply(given, ticket, x, low_rank_input, weight, bias)`` gives y ``[..., d_out]``.
+    """:func:`apply` for autograd.
 
     ``low_rank_input`` is the branch's input where that is not x. y is kept, and noticed if written to in place, as in
     :class:`~doran_core.kernels.layer.AdaptedLinear`, unless ``given.repeats``.
@@ -54,15 +54,16 @@ class PreparedLinear(torch.autograd.Function):
         if side.keepers is not None:
             side.keepers.note(side.layer, y, is_kept=not repeats)
         ctx.side, ctx.writes, ctx.shape = side, None if repeats else WriteCounter(y), x.shape
-        ctx.save_for_backward(None if repeats else y.data, hidden, rows, low, weight, bias)
+        kept = rows if x.is_contiguous() else x  # not a copy beside what others keep
+        ctx.save_for_backward(None if repeats else y.data, hidden, kept, low, weight, bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackendError(SECOND_DERIVATIVE)
-        y, hidden, rows, low, weight, bias = ctx.saved_tensors
-        side: Side = ctx.side
+        y, hidden, x, low, weight, bias = ctx.saved_tensors
+        side, rows = ctx.side, flat(x)
         if side.keepers is not None:
             side.keepers.look()
         _, need_ticket, need_x, need_low, *_ = ctx.needs_input_grad
@@ -86,3 +87,17 @@ class PreparedLinear(torch.autograd.Function):
             if need_low:
                 grad_low = torch.mm(grad_hidden, side.A).view(ctx.shape)
         return None, None, grad_x, grad_low, None, None
+
+
+def apply(given: Given, x: Tensor, low_rank_input: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The adapted output, ``[..., d_out]``. Call this where no function transform is active.
+
+    Args:
+        given: the layer's part of a weight side.
+        x: the base layer's input, ``[..., d_in]``.
+        low_rank_input: the branch's, where that is not x.
+        weight: W0.
+        bias: ``[d_out]`` or None.
+    """
+    # Past what Function.apply does for function transforms.
+    return super(torch.autograd.Function, PreparedLinear).apply(given, given.ticket, x, low_rank_input, weight, bias)

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["REPEATED", "REPEATED_UNDER_HOOKS", "Keepers", "Sent", "Side", "Smallness", "repeated", "together"]
+__all__ = [
+    "REPEATED",
+    "REPEATED_UNDER_HOOKS",
+    "Keepers",
+    "Part",
+    "Sent",
+    "Side",
+    "Sides",
+    "Smallness",
+    "repeated",
+    "together",
+]
 
 REPEATED = 1 / 16
 REPEATED_UNDER_HOOKS = 1 / 6
@@ -90,6 +101,22 @@ class Smallness:
         return self._small[layer]
 
 
+class Part(NamedTuple):
+    """What the layers of one shape get; the first dimension is the layer.
+
+    Attributes:
+        A: ``[layers, r, d_in]`` in their dtype.
+        scaled_B: ``[layers, d_out, r]``, likewise.
+        scale: ``[layers, d_out]`` float32.
+        smallness: of it.
+    """
+
+    A: Tensor
+    scaled_B: Tensor
+    scale: Tensor
+    smallness: Smallness
+
+
 class Sent(NamedTuple):
     """What a layer's backward tells of one of its calls.
 
@@ -115,7 +142,7 @@ class Side:
         A: ``[r, d_in]`` in the layer's dtype.
         scaled_B: ``B'``, ``[d_out, r]``, likewise.
         scale: ``c``, ``[d_out]`` float32.
-            repeats: the layer is not to keep its output, but to compute its base's output again.
+        repeats: the layer is not to keep its output, but to compute its base's output again.
         repeats_under_hooks: likewise, for a call under hooks on saved tensors.
         keepers: to be told of its output, and of the beginning of a backward pass; None if they know enough.
         layer: its number there.
@@ -126,13 +153,21 @@ class Side:
         "A", "_index", "_smallness", "keepers", "layer", "repeats", "repeats_under_hooks", "scale", "scaled_B", "sent",
     )  # fmt: skip
 
-    def __init__(self, A: Tensor, scaled_B: Tensor, scale: Tensor, small: Smallness, index: int) -> None:
-        self.A, self.scaled_B, self.scale = A, scaled_B, scale
-        self.repeats = self.repeats_under_hooks = False
-        self.keepers: Keepers | None = None
-        self.layer = 0
+    def __init__(
+        self,
+        part: Part,
+        index: int,
+        layer: int,
+        keepers: Keepers | None,
+        *,
+        repeats: bool,
+        repeats_under_hooks: bool,
+    ) -> None:
+        self.A, self.scaled_B, self.scale = part.A[index], part.scaled_B[index], part.scale[index]
+        self.repeats, self.repeats_under_hooks = repeats, repeats_under_hooks
+        self.keepers, self.layer = keepers, layer
         self.sent: list[Sent] = []
-        self._smallness, self._index = small, index
+        self._smallness, self._index = part.smallness, index
 
     def is_small(self) -> bool:
         """Whether some ``|c|`` is too near 0 for the output to tell the base's output."""
@@ -143,6 +178,44 @@ class Side:
         taken = [sent for sent in self.sent if sent.graph_task == graph_task]
         self.sent = [sent for sent in self.sent if sent.graph_task != graph_task]
         return taken
+
+
+class Sides:
+    """What each layer gets, put together when it is asked for.
+
+    Args:
+        parts: shape by shape.
+        places: of each layer, the number of its shape and its own there.
+        repeats: see :class:`Side`, of each layer.
+        repeats_under_hooks: likewise.
+        keepers: likewise, of all.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        places: Sequence[tuple[int, int]],
+        repeats: Sequence[bool],
+        repeats_under_hooks: Sequence[bool],
+        keepers: Keepers | None,
+    ) -> None:
+        self._parts, self._places, self._keepers = parts, places, keepers
+        self._repeats, self._repeats_under_hooks = repeats, repeats_under_hooks
+        self._sides: dict[int, Side] = {}
+
+    def __getitem__(self, layer: int) -> Side:
+        side = self._sides.get(layer)
+        if side is None:
+            shape, index = self._places[layer]
+            again = {"repeats": self._repeats[layer], "repeats_under_hooks": self._repeats_under_hooks[layer]}
+            self._sides[layer] = side = Side(self._parts[shape], index, layer, self._keepers, **again)
+        return side
+
+    def take(self, graph_task: int) -> list[list[Sent]]:
+        """What each layer sent in this backward pass."""
+        return [
+            self._sides[layer].take(graph_task) if layer in self._sides else [] for layer in range(len(self._places))
+        ]
 
 
 def together(sent: Sequence[Sent], B: Tensor, scale: Tensor, scaling: float) -> Sent | None:

@@ -19,10 +19,10 @@ from doran_core.kernels.family import Family, Row
 from doran_core.kernels.layer import SECOND_DERIVATIVE
 from doran_core.kernels.narrow_family import NarrowFamily
 from doran_core.kernels.networks import fit_kernels
-from doran_core.kernels.sides import Side
+from doran_core.kernels.sides import Sides
 from doran_core.kernels.wide_family import WideFamily
 
-__all__ = ["WeightSide", "make_family"]
+__all__ = ["make_family", "make_sides"]
 
 
 def make_family(rows: Sequence[Row]) -> Family:
@@ -31,24 +31,37 @@ def make_family(rows: Sequence[Row]) -> Family:
     return (NarrowFamily if fit_kernels(rank, hidden, width) else WideFamily)(rows)
 
 
-class WeightSide(torch.autograd.Function):
-    """:class:`Family` for autograd: ``apply(family, sides, spent, lean, *family.parameters)`` gives the ticket.
+def make_sides(family: Family, *, lean: bool) -> tuple[Sides, Tensor, list[bool]]:
+    """The layers' parts, the ticket, and a flag that the first backward pass sets.
 
-    ``sides`` is filled, and ``spent[0]`` set by the first backward pass. What the backward needs is kept past it, for
-    several backward passes may go through one forward of the weight side; or it is made again by each, if ``lean``.
+    Call this where no function transform is active.
+    """
+    found: list[Sides] = []
+    spent = [False]
+    # Past what Function.apply does for function transforms with each of the many parameters.
+    ticket = super(torch.autograd.Function, WeightSide).apply(family, found, spent, lean, *family.parameters)
+    return found[0], ticket, spent
+
+
+class WeightSide(torch.autograd.Function):
+    """:class:`Family` for autograd: ``apply(family, found, spent, lean, *family.parameters)`` gives the ticket.
+
+    ``found`` gets the layers' parts, and ``spent[0]`` is set by the first backward pass. What the backward needs is
+    kept past it, for several backward passes may go through one forward of the weight side; or it is made again by
+    each, if ``lean``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, family: Family, sides: list[Side], spent: list[bool], lean: bool, *parameters: Tensor
+        ctx: Any, family: Family, found: list[Sides], spent: list[bool], lean: bool, *parameters: Tensor
     ) -> Tensor:
-        found, kept = family.forward(lean=lean)
-        sides.extend(found)
-        ctx.family, ctx.sides, ctx.kept, ctx.spent = family, found, kept, spent
+        sides, kept = family.forward(lean=lean)
+        found.append(sides)
+        ctx.family, ctx.sides, ctx.kept, ctx.spent = family, sides, kept, spent
         ctx.parameters = parameters
         ctx.versions = [parameter._version for parameter in parameters]
         ctx.set_materialize_grads(False)
-        return found[0].scale.new_empty(1)
+        return torch.empty(1, device=family.device)
 
     @staticmethod
     def backward(ctx: Any, nothing: None) -> tuple[Tensor | None, ...]:
