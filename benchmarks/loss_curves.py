@@ -138,7 +138,7 @@ def main() -> None:
     if any(process.exitcode for process in processes):
         raise SystemExit(f"loss_curves.py: exit codes {[process.exitcode for process in processes]}")
     curves = {(name, seed): json.loads((args.out / f"{name}-{seed}.json").read_text())["losses"] for name, seed in jobs}
-    plot(curves, args.out / "loss_curves.png")
+    plot(curves, args.out / "loss_curves.svg")
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{summary(curves)}")
 
 

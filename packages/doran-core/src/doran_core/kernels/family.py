@@ -296,6 +296,6 @@ class Family(ABC):
         if None not in found:
             return found  # type: ignore[return-value]
         d_out, d_in, rank = shape.sizes
-        sizes = (rank, d_in), (d_out, rank), (parts_of_sums(d_out), d_out)
-        nothing = Sent(-1, *(kept.B.new_zeros(size) for size in sizes), of_output=False)
+        zeros = kept.B.new_zeros
+        nothing = Sent(-1, zeros(rank, d_in), zeros(d_out, rank), zeros(parts_of_sums(d_out), d_out), of_output=False)
         return [nothing if each is None else each for each in found]

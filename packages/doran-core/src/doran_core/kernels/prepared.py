@@ -20,7 +20,7 @@ from doran_core.kernels.layer import (
     flat,
     without_autocast,
 )
-from doran_core.kernels.sides import Sent, Side
+from doran_core.kernels.sides import Sent
 from doran_core.kernels.triton_passes import TritonPasses
 
 __all__ = ["apply"]
@@ -99,5 +99,9 @@ def apply(given: Given, x: Tensor, low_rank_input: Tensor | None, weight: Tensor
         weight: W0.
         bias: ``[d_out]`` or None.
     """
-    # Past what Function.apply does for function transforms.
-    return super(torch.autograd.Function, PreparedLinear).apply(given, given.ticket, x, low_rank_input, weight, bias)
+    y: Tensor = _apply(given, given.ticket, x, low_rank_input, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+_apply = super(torch.autograd.Function, PreparedLinear).apply
+"""Past what Function.apply does for function transforms."""

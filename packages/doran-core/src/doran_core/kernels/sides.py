@@ -62,7 +62,7 @@ class Keepers:
 
     def note(self, layer: int, output: Tensor, *, is_kept: bool) -> None:
         """A layer's output, in the layer's own forward, and whether the layer is going to keep it itself."""
-        memory = StorageWeakRef(output.untyped_storage())
+        memory = StorageWeakRef(output.untyped_storage())  # type: ignore[no-untyped-call]
         self._outputs[layer] = memory, torch._C._storage_Use_Count(memory.cdata) + is_kept
 
     def look(self) -> None:
@@ -72,7 +72,8 @@ class Keepers:
         self._done = True
         kept = [False] * self._count
         for layer, (memory, owners) in self._outputs.items():
-            kept[layer] = not memory.expired() and torch._C._storage_Use_Count(memory.cdata) >= owners
+            gone = memory.expired()  # type: ignore[no-untyped-call]
+            kept[layer] = not gone and torch._C._storage_Use_Count(memory.cdata) >= owners
         self._outputs.clear()
         self._tell(kept)
 

@@ -39,7 +39,8 @@ def make_sides(family: Family, *, lean: bool) -> tuple[Sides, Tensor, list[bool]
     found: list[Sides] = []
     spent = [False]
     # Past what Function.apply does for function transforms with each of the many parameters.
-    ticket = super(torch.autograd.Function, WeightSide).apply(family, found, spent, lean, *family.parameters)
+    apply = super(torch.autograd.Function, WeightSide).apply
+    ticket = apply(family, found, spent, lean, *family.parameters)  # type: ignore[no-untyped-call]
     return found[0], ticket, spent
 
 
