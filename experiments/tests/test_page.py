@@ -9,6 +9,8 @@ import pandas
 import pytest
 
 from experiments.__main__ import RESULTS, STUDIES, main
+from experiments.collect import known_runs
+from experiments.study import load_study
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
 PAGE = (DOCS / "experiments.md").read_text(encoding="utf-8")
@@ -36,6 +38,16 @@ def is_rounded(told: tuple[str, ...], exact: tuple[str, ...]) -> bool:
 
 def test_every_study_is_reported(reports: dict[str, str]) -> None:
     assert sorted(reports) == NAMES
+
+
+def test_every_run_of_every_study_is_stored() -> None:
+    known = known_runs(RESULTS)
+    for name in NAMES:
+        if name == "theory":
+            continue
+        runs = [run for _, run in load_study(STUDIES / f"{name}.yaml").runs()]
+        assert [run for run in runs if run.id not in known] == []
+        assert {run.seed for run in runs} >= set(range(5))
 
 
 @pytest.mark.parametrize("study", NAMES)
