@@ -152,9 +152,16 @@ def _spectra(
 
 
 def known_runs(folder: Path) -> set[str]:
-    """Ids of all runs in the tidy tables of a folder."""
+    """Ids of all runs in the tidy tables of a folder.
+
+    Raises:
+        ExperimentError: there is no table.
+    """
     ids: set[str] = set()
-    for path in sorted(folder.glob("*.csv")):
+    paths = sorted(folder.glob("*.csv"))
+    if not paths:
+        raise ExperimentError(f"{folder} has no table of runs (STUDY.csv)")
+    for path in paths:
         table = pandas.read_csv(path)
         if "id" in table:
             ids |= set(table["id"])
