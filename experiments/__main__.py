@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from doran_core.errors import DoranError
+from experiments.errors import ExperimentError
 from experiments.paper.command import add_arguments, run_command
 
 if TYPE_CHECKING:
@@ -72,11 +73,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def named_study(name: str, *, short: bool) -> Study:
-    """A study by its name or the path of its YAML, with all its arms or those after the colon."""
+    """A study by its name or the path of its YAML, with all its arms or those after the colon.
+
+    Raises:
+        ExperimentError: no such study, or no such arm of it.
+    """
     from experiments.study import load_study
 
     name, _, arms = name.partition(":")
-    study = load_study(Path(name) if Path(name).suffix else STUDIES / f"{name}.yaml", short=short)
+    path = Path(name) if Path(name).suffix else STUDIES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
+        raise ExperimentError(f"there is no study {name}; there are {known}")
+    study = load_study(path, short=short)
     return study.only(arms.split("+")) if arms else study
 
 

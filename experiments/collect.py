@@ -13,11 +13,12 @@ from experiments.errors import ExperimentError
 from experiments.store import Store
 from experiments.study import Study
 
-__all__ = ["CURVE_COLUMNS", "KEYS", "chosen_rates", "collect", "known_runs"]
+__all__ = ["CURVE_COLUMNS", "KEYS", "SPECTRUM_COLUMNS", "chosen_rates", "collect", "known_runs"]
 
 KEYS = ["arm", "model", "method", "options", "fraction", "rate", "seed", "steps", "batch"]
 """First columns of a table; the measures follow."""
 CURVE_COLUMNS = ["arm", "rate", "seed", "layer", "step", "tau", "norm"]
+SPECTRUM_COLUMNS = ["arm", "rate", "seed", "layer", "index", "value"]
 _NOT_TIDY = ("curves",)
 
 
@@ -40,6 +41,7 @@ def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
         ExperimentError: no run of the study is there.
     """
     path, curves_path = into / f"{study.name}.csv", into / f"{study.name}.tau.parquet"
+    spectra_path = into / f"{study.name}.spectra.parquet"
     found: dict[str, tuple[Store, dict[str, Any]]] = {}
     for store in [Store(folder) for folder in reversed(folders)]:
         found.update({id_: (store, row) for id_, row in store.rows().items()})
@@ -60,11 +62,11 @@ def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
     table = pandas.DataFrame(records)
     table = table[[*KEYS, *(name for name in table.columns if name not in KEYS)]]
     curves = _tau_curves(table, found, curves_path)
-    spectra = _spectra(table, found)
+    spectra = _spectra(table, found, spectra_path)
     into.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     if len(spectra):
-        spectra.to_parquet(into / f"{study.name}.spectra.parquet", index=False)
+        spectra.to_parquet(spectra_path, index=False)
     if len(curves):
         curves.to_parquet(curves_path, index=False)
     return path
@@ -120,29 +122,46 @@ def _tau_curves(
     return pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame(columns=CURVE_COLUMNS)
 
 
-def _spectra(table: pandas.DataFrame, found: dict[str, tuple[Store, dict[str, Any]]]) -> pandas.DataFrame:
+def _spectra(
+    table: pandas.DataFrame, found: dict[str, tuple[Store, dict[str, Any]]], earlier: Path
+) -> pandas.DataFrame:
     """Singular values of each layer's update at the chosen rates; ``index`` counts them from the largest."""
+    known = pandas.read_parquet(earlier) if earlier.is_file() else pandas.DataFrame(columns=SPECTRUM_COLUMNS)
     parts = []
     chosen = chosen_rates(table)
     for row in table.itertuples():
+        if row.rate != chosen[row.arm, row.fraction]:
+            continue
         recorded = found[row.id][0].curves_of(found[row.id][1]) if row.id in found else None
-        if recorded is None or "spectrum" not in recorded[0] or row.rate != chosen[row.arm, row.fraction]:
+        if recorded is None:
+            own = known[(known.arm == row.arm) & (known.rate == row.rate) & (known.seed == row.seed)]
+            parts += [own] if len(own) else []
+            continue
+        if "spectrum" not in recorded[0]:
             continue
         values, layers = recorded[0]["spectrum"], recorded[2]
         count = values.shape[1]
         parts.append(
             pandas.DataFrame({
-                "arm": row.arm, "seed": row.seed, "layer": [layer for layer in layers for _ in range(count)],
+                "arm": row.arm, "rate": row.rate, "seed": row.seed,
+                "layer": [layer for layer in layers for _ in range(count)],
                 "index": list(range(count)) * len(layers), "value": values.ravel(),
             })
         )  # fmt: skip
-    return pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame()
+    return pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame(columns=SPECTRUM_COLUMNS)
 
 
 def known_runs(folder: Path) -> set[str]:
-    """Ids of all runs in the tidy tables of a folder."""
+    """Ids of all runs in the tidy tables of a folder.
+
+    Raises:
+        ExperimentError: there is no table.
+    """
     ids: set[str] = set()
-    for path in sorted(folder.glob("*.csv")):
+    paths = sorted(folder.glob("*.csv"))
+    if not paths:
+        raise ExperimentError(f"{folder} has no table of runs (STUDY.csv)")
+    for path in paths:
         table = pandas.read_csv(path)
         if "id" in table:
             ids |= set(table["id"])

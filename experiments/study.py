@@ -139,6 +139,11 @@ def _arm_runs(path: Path, name: str, arm: Mapping[str, Any], settings: Mapping[s
         raise ExperimentError(f"{path}: arms.{name}: unknown method {method!r}; known are {sorted(METHODS)}")
     options = tuple(sorted((key, _hashable(value)) for key, value in arm.items() if key not in _ARM_KEYS))
     chosen = {"match": "parameters", **settings, **{key: arm[key] for key in _ARM_KEYS & set(arm)}}
+    for key in ("budget_rank", "steps", "batch", "seeds"):
+        if type(chosen[key]) is not int or chosen[key] < 1:
+            raise ExperimentError(
+                f"{path}: {key} of arm {name!r}: expected a whole number above 0, got {chosen[key]!r}"
+            )
     for key in ("rates", "fractions", "targets"):
         if not isinstance(chosen[key], list) or not chosen[key]:
             raise ExperimentError(f"{path}: {key} of arm {name!r}: expected a list, got {chosen[key]!r}")

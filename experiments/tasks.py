@@ -13,7 +13,7 @@ from experiments import digits, sources
 from experiments.data import Examples, Split
 from experiments.errors import ExperimentError
 
-__all__ = ["Task", "load_task"]
+__all__ = ["Task", "load_task", "require"]
 
 Features = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """From model, inputs and lengths to features ``[N, d]``."""
@@ -40,14 +40,25 @@ class Task:
     split: Split
 
 
-def load_task(name: str, cache: Path) -> Task:
-    """The task of a model; ``cache`` keeps what has to be pretrained first.
+def require(name: str) -> None:
+    """See that the packages of a model and its data are there, without loading them.
 
     Raises:
         ExperimentError: an unknown name, or a Python package that is not installed.
     """
     if name not in _TASKS:
         raise ExperimentError(f"unknown model {name!r}; known are {sorted(_TASKS)}")
+    for find in _SOURCES[name]:
+        find()
+
+
+def load_task(name: str, cache: Path) -> Task:
+    """The task of a model; ``cache`` keeps what has to be pretrained first.
+
+    Raises:
+        ExperimentError: an unknown name, or a Python package that is not installed.
+    """
+    require(name)
     task = _TASKS[name](cache)
     task.model.requires_grad_(False).eval()
     return task
@@ -133,4 +144,9 @@ def _vit(cache: Path) -> Task:
     return Task(model, features, _random_head(10, model.config.hidden_size), digits.digits_split())
 
 
+_SOURCES: dict[str, tuple[Callable[[], Path], ...]] = {
+    "minilm": (sources.minilm_folder, sources.reviews_file),
+    "smollm2": (sources.smollm2_file, sources.reviews_file),
+    "vit": (),
+}
 _TASKS: dict[str, Callable[[Path], Task]] = {"minilm": _minilm, "smollm2": _smollm2, "vit": _vit}

@@ -42,7 +42,7 @@ STRENGTH = 1.5
 """Size of the true hidden features: large enough for updates that the gates and outputs show."""
 START_NOISE = 0.05
 """Standard deviation of what is added to the truth for the fit's start."""
-ITERATIONS, TOLERANCE = 100, 1e-10
+ITERATIONS, TOLERANCE = 1000, 1e-10
 TEST_SAMPLES = 20_000
 
 
@@ -124,14 +124,29 @@ def load_setting(path: Path, *, short: bool = False) -> list[Setting]:
     ]
 
 
-def mixture(x: Tensor, experts: Experts, frozen: tuple[Tensor, Tensor]) -> Tensor:
-    """f_G ``[n, d]`` of inputs ``[n, d]``."""
+def _gates_and_outputs(x: Tensor, experts: Experts, frozen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """``[n, L + 1]`` and ``[n, L + 1, d]``, the pretrained expert first."""
     query, value, bias = experts
     query, value = (torch.cat([torch.zeros_like(update[:1]), update]) for update in (query, value))
     bias = torch.cat([torch.zeros_like(bias[:1]), bias])
     scores = torch.einsum("ni,lij,nj->nl", x, frozen[0] + query, x) / x.shape[1] + bias
-    outputs = torch.einsum("lij,nj->nli", frozen[1] + value, x)
-    return torch.einsum("nl,nli->ni", scores.softmax(1), outputs)
+    return scores.softmax(1), torch.einsum("lij,nj->nli", frozen[1] + value, x)
+
+
+def mixture(x: Tensor, experts: Experts, frozen: tuple[Tensor, Tensor]) -> Tensor:
+    """f_G ``[n, d]`` of inputs ``[n, d]``."""
+    gates, outputs = _gates_and_outputs(x, experts, frozen)
+    return torch.einsum("nl,nli->ni", gates, outputs)
+
+
+def mixture_jacobian(x: Tensor, experts: Experts, frozen: tuple[Tensor, Tensor]) -> Tensor:
+    """Derivatives of f_G by query updates, value updates and biases, ``[n d, L d d + L d d + L]``."""
+    gates, outputs = _gates_and_outputs(x, experts, frozen)
+    result = torch.einsum("nl,nli->ni", gates, outputs)
+    gates, by_score = gates[:, 1:], gates[:, 1:, None] * (outputs[:, 1:] - result[:, None])
+    by_query = torch.einsum("nli,na,nb->nilab", by_score, x, x) / x.shape[1]
+    by_value = torch.einsum("nl,ij,nk->niljk", gates, torch.eye(x.shape[1], dtype=x.dtype), x)
+    return torch.cat([by_query.flatten(2), by_value.flatten(2), by_score.mT], dim=2).flatten(0, 1)
 
 
 def _shapes(setting: Setting, family: Family, experts: int) -> dict[str, tuple[int, ...]]:
@@ -181,12 +196,13 @@ def _voronoi(fitted: Experts, truth: Experts) -> float:
     return loss
 
 
-def _levenberg_marquardt(residuals: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, bool]:
+def _levenberg_marquardt(
+    residuals: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Tensor], start: Tensor
+) -> tuple[Tensor, bool]:
     """Least squares; the point, and whether the last accepted step gained less than the tolerance."""
     point, damping = start, 1e-2
     value = residuals(point)
     cost = float(value.square().sum())
-    jacobian = jacfwd(residuals)
     for _ in range(ITERATIONS):
         J = jacobian(point)
         gram, slope = J.T @ J, J.T @ value
@@ -235,8 +251,11 @@ def fit(setting: Setting) -> Fit:
     start_parts = _start(true_parts, shapes, setting)
     start = torch.cat([part.flatten() for part in start_parts])
     start = start + START_NOISE * normal(start.numel())
+    parts_of = jacfwd(lambda v: torch.cat([part.flatten() for part in _experts(v, shapes, setting.family)]))
     point, converged = _levenberg_marquardt(
-        lambda v: (mixture(inputs, _experts(v, shapes, setting.family), frozen) - targets).flatten(), start
+        lambda v: (mixture(inputs, _experts(v, shapes, setting.family), frozen) - targets).flatten(),
+        lambda v: mixture_jacobian(inputs, _experts(v, shapes, setting.family), frozen) @ parts_of(v),
+        start,
     )
     found = _experts(point, shapes, setting.family)
     fresh = normal(TEST_SAMPLES, d)

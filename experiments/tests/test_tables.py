@@ -6,6 +6,7 @@ import pandas
 import pytest
 
 from experiments import tables
+from experiments.report import shared_against_separate
 
 
 @pytest.fixture
@@ -39,3 +40,17 @@ def test_cells_by_rate(runs: pandas.DataFrame) -> None:
     assert "| doran | 4.5 | 4.5 | 4.5 |" in tables.gradients(runs)  # the median of 3 and 6
     fewer = runs[~((runs.arm == "doran") & (runs.rate == 1e-3))]
     assert "| doran |  | 80.50 | 82.50 |" in tables.accuracy_by_rate(fewer)
+
+
+def test_shared_and_separate_factors_are_paired_by_seed() -> None:
+    rows = []
+    for family, factor, slope in (("shared", 1.0, -1.0), ("separate", 4.0, -0.5)):
+        for seed in range(3):
+            for samples in (100, 400):
+                error = factor * (1 + seed) * (samples / 200) ** slope  # 200 is the geometric mean of the sizes
+                rows.append({
+                    "family": family, "fitted_experts": 4, "seed": seed, "samples": samples,
+                    "function_error": error, "factor_error": error**2,
+                })  # fmt: skip
+    line = shared_against_separate(pandas.DataFrame(rows)).splitlines()[2]
+    assert line == "| 4 | 3 | 0.25 (0.25 to 0.25) | -0.50 ± 0.00 | 0.06 (0.06 to 0.06) | -1.00 ± 0.00 |"

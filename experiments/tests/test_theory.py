@@ -44,6 +44,15 @@ def test_the_mixture_is_the_sum_over_experts_with_the_pretrained_one_in_front() 
         assert torch.allclose(of_row, expected / sum(gates))
 
 
+def test_the_jacobian_is_that_of_automatic_differentiation() -> None:
+    torch.manual_seed(2)
+    x, M_Q, M_V = (torch.randn(*shape, dtype=torch.float64) for shape in ((6, 3), (3, 3), (3, 3)))
+    experts = tuple(torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, 3), (2, 3, 3), (2,)))
+    by_part = torch.func.jacfwd(lambda *parts: theory.mixture(x, parts, (M_Q, M_V)).flatten(), argnums=(0, 1, 2))
+    expected = torch.cat([part.flatten(1) for part in by_part(*experts)], dim=1)
+    assert torch.allclose(theory.mixture_jacobian(x, experts, (M_Q, M_V)), expected, atol=1e-12)
+
+
 def test_the_voronoi_loss_is_0_at_the_truth_also_with_an_expert_told_twice() -> None:
     torch.manual_seed(0)
     query, value = torch.randn(2, 3, 3), torch.randn(2, 3, 3)

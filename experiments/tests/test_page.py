@@ -1,0 +1,70 @@
+"""The page of results: its tables are made from the stored runs, and its text says what they say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas
+import pytest
+
+from experiments.__main__ import RESULTS, STUDIES, main
+from experiments.collect import known_runs
+from experiments.study import load_study
+
+DOCS = Path(__file__).parents[2] / "docs" / "results"
+PAGE = (DOCS / "experiments.md").read_text(encoding="utf-8")
+NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+NUMBER = r"\d+\.\d+"
+DIFFERENCE = re.compile(rf"({NUMBER}) ± ({NUMBER})")
+RATIO = re.compile(rf"({NUMBER}) \(({NUMBER}) to ({NUMBER})\)")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every study's Markdown, made again."""
+    folder = tmp_path_factory.mktemp("report")
+    assert main(["report", "--into", str(folder)]) == 0
+    return {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+
+
+def is_rounded(told: tuple[str, ...], exact: tuple[str, ...]) -> bool:
+    """Whether numbers are others, to the digits that they are told with."""
+    return all(
+        abs(float(a) - float(b)) <= 0.501 * 10.0 ** -len(a.partition(".")[2]) for a, b in zip(told, exact, strict=True)
+    )
+
+
+def test_every_study_is_reported(reports: dict[str, str]) -> None:
+    assert sorted(reports) == NAMES
+
+
+def test_every_run_of_every_study_is_stored() -> None:
+    known = known_runs(RESULTS)
+    for name in NAMES:
+        if name == "theory":
+            continue
+        runs = [run for _, run in load_study(STUDIES / f"{name}.yaml").runs()]
+        assert [run for run in runs if run.id not in known] == []
+
+
+@pytest.mark.parametrize("study", NAMES)
+def test_the_tables_are_those_of_the_stored_runs(reports: dict[str, str], study: str) -> None:
+    assert (DOCS / "experiments" / f"{study}.md").read_text(encoding="utf-8") == reports[study]
+
+
+@pytest.mark.parametrize("study", NAMES)
+def test_the_page_tells_how_many_runs_there_are(study: str) -> None:
+    (line,) = re.findall(rf"^- \[{study}\]\(.*?(?=^- |^$)", PAGE, re.MULTILINE | re.DOTALL)
+    count = len(pandas.read_csv(RESULTS / f"{study}.csv"))
+    assert re.search(rf"\b{count:,} (runs|fits)", line)
+
+
+@pytest.mark.parametrize("pattern", [DIFFERENCE, RATIO])
+def test_every_interval_of_the_page_is_in_a_table(reports: dict[str, str], pattern: re.Pattern[str]) -> None:
+    exact = [numbers for report in reports.values() for numbers in pattern.findall(report)]
+    told = pattern.findall(PAGE)
+    assert len(told) >= 4
+    # A difference may be told the other way round: the sign is not compared.
+    assert [numbers for numbers in told if not any(is_rounded(numbers, other) for other in exact)] == []
