@@ -1,6 +1,6 @@
 """Measures what the figures of the concept pages show, on real models and real text, and writes measurements.json.
 
-    python docs/figures/measure.py --smollm2 DIR      # about three minutes on two cores
+    python docs/figures/measure.py --smollm2 DIR      # three and a half minutes on two cores
     python docs/figures/draw.py
 
 DIR is SmolLM2-135M-Instruct as a Hugging Face directory; ``python examples/prepare_sentiment.py work`` makes one in

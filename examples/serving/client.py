@@ -1,7 +1,7 @@
-"""Ask a doran server with the OpenAI SDK: the base model and every adapter are models, by name.
+r"""Ask a doran server with the OpenAI SDK: the base model and every adapter are models, by name.
 
 doran serve path/to/base --adapters path/to/adapters --port 8000
-python client.py --url http://127.0.0.1:8000/v1 --prompt "Review: a quiet triumph.\nSentiment:"
+python client.py --url http://127.0.0.1:8000/v1 --prompt $'Review: a quiet triumph.\nSentiment:'
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from adapter_specs import make_adapter
+from safetensors.torch import save_file
 
 from doran_core.adapter import PeftAdapter, read_adapter
 from doran_core.cli.main import main
 from doran_core.errors import DoranError
 from doran_serve.bench.cases import Case, Workload, standard_cases
-from doran_serve.bench.run import measure, summary, table
+from doran_serve.bench.run import measure, reason, summary, table
 from doran_serve.bench.strip import write_lora
+from doran_serve.fit import Memory
+from doran_serve.launch import CACHE_VARIABLE
 from doran_serve.store import AdapterStore
 
 
@@ -77,3 +81,44 @@ def test_an_engine_that_fails_is_said_with_its_reason(tmp_path: Path) -> None:
     case = Case("base", False, str(tmp_path / "nowhere"), {})
     with pytest.raises(DoranError, match=r"base: ended with 1: [\s\S]*nowhere"):
         list(measure(case, Workload()))
+
+
+def test_the_reason_is_the_first_error_and_not_what_follows_from_it() -> None:
+    first = "(Worker pid=7) ERROR 11-29 01:20:19 [multiproc_executor.py:933] "
+    log = "\n".join(
+        (
+            "dispatcher.py:138: FutureWarning: `torch.distributed.reduce_op` is deprecated",
+            f"{first}Traceback (most recent call last):",
+            f'{first}    raise ValueError(f"Available memory on node {{node}} ...")',
+            f"{first}ValueError: Available memory on node 0 (18.0/23.4 GiB) is less than desired",
+            "Exception: WorkerProc initialization failed due to an exception in a background process.",
+            "RuntimeError: Engine core initialization failed. See root cause above.",
+        )
+    )
+    assert reason(log) == "ValueError: Available memory on node 0 (18.0/23.4 GiB) is less than desired"
+    pydantic = "ValidationError: 1 validation error for ModelConfig\n  Value error, no such model"
+    assert reason(f"pydantic_core._pydantic_core.{pydantic}\nINFO done") == f"pydantic_core._pydantic_core.{pydantic}"
+    assert reason("ended by a signal") == "ended by a signal"
+
+
+@pytest.mark.parametrize(("engine", "size"), [({}, "3"), ({"gpu_memory_utilization": 0.5}, None)])
+def test_the_engines_get_a_cache_that_a_cpu_has(
+    engine: dict[str, float], size: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"model.layers.0.mlp.up_proj": torch.randn(24, 16)}
+    (tmp_path / "base").mkdir()
+    save_file({f"{key}.weight": value for key, value in base.items()}, tmp_path / "base" / "model.safetensors")
+    make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "adapters" / "one")
+    monkeypatch.setenv(CACHE_VARIABLE, "")  # so that it is put back
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setattr("doran_serve.fit.device_memory", lambda: Memory(24 * 2**30, "this machine"))
+    seen = []
+
+    def measured(case: Case, workload: Workload) -> list[dict[str, Any]]:
+        seen.append(os.environ.get(CACHE_VARIABLE))
+        return [{"case": case.name, "tokens_per_s": 1.0, "alone_ms_per_token": 1.0}]
+
+    monkeypatch.setattr("doran_serve.bench.run.measure", measured)
+    where = [str(tmp_path / "base"), "--adapters", str(tmp_path / "adapters")]
+    assert main(["bench-serve", *where, "--engine", json.dumps(engine), "--debug"]) == 0
+    assert seen == [size] * 4

@@ -9,7 +9,7 @@ from pathlib import Path
 from doran_core.errors import DoranError
 from doran_serve.merged.mode import merged_options
 
-__all__ = ["LISTED", "MOST_SLOTS", "given_value", "merged_flags", "mixed_flags", "served_rank"]
+__all__ = ["LISTED", "MOST_SLOTS", "given_value", "merged_flags", "mixed_flags", "names_memory", "served_rank"]
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of max_lora_rank that vLLM takes (and 1)."""
@@ -42,6 +42,11 @@ def given_value(flags: Sequence[str], name: str) -> str | None:
                 return value
             return flags[index + 1] if index + 1 < len(flags) else ""
     return None
+
+
+def names_memory(flags: Sequence[str]) -> bool:
+    """Whether the user's flags say how much memory vLLM may take."""
+    return any(given_value(flags, name) is not None for name in ("--gpu-memory-utilization", "--kv-cache-memory-bytes"))
 
 
 def _add(derived: Mapping[str, Sequence[str]], given: Sequence[str]) -> list[str]:

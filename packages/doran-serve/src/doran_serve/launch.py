@@ -18,7 +18,7 @@ from doran_serve.resolver import VARIABLE
 from doran_serve.served import AdapterInfo
 from doran_serve.store import AdapterStore
 
-__all__ = ["CACHE_VARIABLE", "Checked", "Plan", "check_adapters", "find_adapters", "plan", "start"]
+__all__ = ["CACHE_VARIABLE", "Checked", "Plan", "cache_size", "check_adapters", "find_adapters", "plan", "start"]
 
 CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 """vLLM's own: GiB for the cache of keys and values on a CPU."""
@@ -119,11 +119,11 @@ def plan(base: str, adapters: Path | None, mode: str, given: Sequence[str]) -> P
     if adapters is None:
         if mode == "merged":
             raise DoranError("--mode merged needs --adapters")
-        return Plan(base, None, list(given), _cache_size(given))
+        return Plan(base, None, list(given), cache_size(flags.names_memory(given)))
     store = AdapterStore(directory)
     checked = check_adapters(store, adapters)
     arguments = _flags(mode, store, checked, given)
-    variables = _cache_size(given)
+    variables = cache_size(flags.names_memory(given))
     if len(checked.paths) > flags.LISTED:
         variables |= {VARIABLE: str(adapters.resolve()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         print(
@@ -151,11 +151,14 @@ def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str
     return flags.mixed_flags(checked.paths, checked.rank, slots, checked.targets, given)
 
 
-def _cache_size(given: Sequence[str]) -> dict[str, str]:
-    """The variable for the size of the cache on a CPU, and a line on it, unless the user has set a size."""
+def cache_size(named: bool) -> dict[str, str]:
+    """The variable for the size of the cache on a CPU, and a line on it; nothing on a GPU, or where a size is set.
+
+    Args:
+        named: whether the user's arguments for vLLM say how much memory it may take.
+    """
     size = fit.cpu_cache_gib(fit.device_memory())
-    named = [flags.given_value(given, flag) for flag in ("--gpu-memory-utilization", "--kv-cache-memory-bytes")]
-    if size is None or CACHE_VARIABLE in os.environ or any(value is not None for value in named):
+    if size is None or named or CACHE_VARIABLE in os.environ:
         return {}
     print(f"{size} GiB for the cache of keys and values; {CACHE_VARIABLE} sets another size", flush=True)
     return {CACHE_VARIABLE: str(size)}

@@ -47,6 +47,6 @@ COMMAND = Command(
     run=_run,
     examples=(
         "doran convert run/adapter --to compiled --base base --out compiled",
-        "doran convert run/adapter --to peft-dora --base base --out dora    # for PEFT, TensorRT-LLM, MLX",
+        "doran convert run/adapter --to peft-dora --base base --out dora    # for PEFT",
     ),
 )

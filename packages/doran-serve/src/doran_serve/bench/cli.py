@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,13 +41,14 @@ def _run(args: argparse.Namespace) -> Outcome:
     from doran_serve.bench.cases import Workload, standard_cases
     from doran_serve.bench.run import measure, summary, table
     from doran_serve.bench.strip import write_lora
-    from doran_serve.launch import find_adapters
+    from doran_serve.launch import cache_size, find_adapters
     from doran_serve.store import AdapterStore
 
     if not isinstance(args.engine, dict):
         raise DoranError(f"--engine {args.engine!r} is no JSON object")
     store = AdapterStore(local_directory(args.base))
     doran = list(find_adapters(args.adapters).values())[: flags.MOST_SLOTS]
+    os.environ.update(cache_size(bool({"gpu_memory_utilization", "kv_cache_memory_bytes"} & args.engine.keys())))
     workload = Workload(args.requests, args.prompt_tokens, args.output_tokens, args.rounds)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -80,5 +82,6 @@ COMMAND = Command(
     examples=(
         "doran bench-serve base --adapters adapters",
         'doran bench-serve base --adapters adapters --requests 32 --rounds 3 --engine \'{"dtype": "bfloat16"}\'',
+        "doran bench-serve base --adapters adapters --requests 8 --output-tokens 32 --rounds 3   # on a CPU",
     ),
 )

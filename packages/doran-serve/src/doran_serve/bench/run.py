@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -19,9 +20,16 @@ from doran_core.cli.tables import Table
 from doran_core.errors import DoranError
 from doran_serve.bench.cases import Case, Workload
 
-__all__ = ["measure", "summary", "table"]
+__all__ = ["measure", "reason", "summary", "table"]
 
-_QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+_QUIET = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # results come through the other
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+_ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): .+(?:\n  .+){0,3}")
+"""The last line of a traceback, with what pydantic writes below it."""
 
 
 def measure(case: Case, workload: Workload, limit: float | None = None) -> Iterator[dict[str, Any]]:
@@ -33,7 +41,7 @@ def measure(case: Case, workload: Workload, limit: float | None = None) -> Itera
         limit: seconds after which its processes are ended.
 
     Raises:
-        DoranError: it ended without success; what vLLM said last is in the message.
+        DoranError: it ended without success; the first error of vLLM's log is in the message.
     """
     environment = _QUIET | os.environ
     if not case.plugin:
@@ -60,7 +68,13 @@ def measure(case: Case, workload: Workload, limit: float | None = None) -> Itera
                     alarm.cancel()
                 _end(process)
         if code:
-            raise DoranError(f"{case.name}: ended with {code}: {log.read_text(encoding='utf-8')[-3000:]}")
+            raise DoranError(f"{case.name}: ended with {code}: {reason(log.read_text(encoding='utf-8'))}")
+
+
+def reason(log: str) -> str:
+    """Why an engine ended, by its log: the first error, which later ones follow from; its end if it names none."""
+    found = _ERROR.search(log)
+    return found[0] if found else log[-3000:]
 
 
 def _end(process: subprocess.Popen[str]) -> None:
