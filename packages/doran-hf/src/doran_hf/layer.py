@@ -62,6 +62,12 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         self._swap = WeightSwap()
         self._view: tuple[BaseView, torch.dtype | None] | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._view is not None:  # a copy's layers have a fleet of their own
+            for name in self.doran_adapter:
+                self.adapter(name).enlist(self._view[0])
+
     @property
     def view(self) -> BaseView:
         """The base layer as a matrix ``[d_out, d_in]``; checked anew if the layer was exchanged or quantized."""

@@ -27,7 +27,8 @@ def choose_for(view: BaseView, x: Tensor, magnitude: Tensor, *, norm_method: str
     """The implementation for one call of a layer.
 
     The reference computes what the others do not: embeddings and convolutions, a trained bias, a norm that is to be
-    taken directly, tensor subclasses, function transforms, and anything under torch.compile without Triton.
+    taken directly, tensor subclasses, function transforms, modes that see or replace single operations, such as
+    selective checkpointing's, and anything under torch.compile without Triton.
 
     Raises:
         BackendError: triton was asked for by name and cannot run on these tensors.
@@ -41,12 +42,18 @@ def choose_for(view: BaseView, x: Tensor, magnitude: Tensor, *, norm_method: str
         or (bias is not None and bias.requires_grad)
         or not _is_ordinary(view.weight())
         or torch._C._are_functorch_transforms_active()
+        or _is_watched()
     )
     if special:
         return "reference"
     wide = magnitude.dtype == torch.float64
     implementation = choose(x.device, magnitude.dtype if wide else x.dtype)
     return "reference" if implementation == "torch" and torch.compiler.is_compiling() else implementation
+
+
+def _is_watched() -> bool:
+    """Whether a mode sees single operations: it may keep what the others write over."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_ordinary(weight: Tensor | None) -> bool:
@@ -157,6 +164,7 @@ def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dro
         or (bias is not None and bias.requires_grad)
         or not triton_can_run(x.device, x.dtype)
         or torch._C._are_functorch_transforms_active()
+        or _is_watched()
     ):
         return None
     given = fleet.ask(member, view)

@@ -49,8 +49,8 @@ class Member(Protocol):
         """The row with these tensors."""
         ...
 
-    def is_stale(self, view: BaseView) -> bool:
-        """Whether what is kept of the base layer is that of another weight; the layer's own call renews it."""
+    def refresh(self, view: BaseView) -> None:
+        """Take anew what is kept of the base layer, if it is that of another weight."""
         ...
 
 
@@ -62,7 +62,7 @@ class Entry:
         tensors: of its row; none if it cannot have one.
         row: what the kernels need.
         place: where they are, likewise.
-        served: its last forward pass was served, and so its repetition is to be.
+        served: its last call under hooks on saved tensors was served, and so a repetition of it is to be.
     """
 
     def __init__(self, view: BaseView) -> None:
@@ -78,9 +78,10 @@ class Entry:
         """Take what is there now; whether it differs from what was there before, for the kernels."""
         before, addresses = self.row, self._addresses
         place = member.place(self.view)
+        if place is not None and not self.view.weight().is_meta:  # type: ignore[union-attr]
+            member.refresh(self.view)
         tensors = [] if place is None else [names.get(name) for names, name in place.slots]
         usable = place is not None and not any(place.hooks) and all(map(_is_usable, tensors)) and _fit(tensors)
-        usable = usable and not member.is_stale(self.view)
         self.place = place if usable else None
         self.tensors = tensors if usable else []  # type: ignore[assignment]
         self.row = member.row(self.tensors, self.view) if usable else None
@@ -102,8 +103,8 @@ class Entry:
         return True
 
     def versions(self) -> list[int]:
-        """PyTorch's counters of what was written to the tensors."""
-        return [tensor._version for tensor in self.tensors]
+        """PyTorch's counters of what was written to the tensors, and whether they are trained."""
+        return [2 * tensor._version + tensor.requires_grad for tensor in self.tensors]
 
 
 class Checks:

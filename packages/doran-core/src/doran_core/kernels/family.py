@@ -14,14 +14,14 @@ from torch import Tensor
 from doran_core.kernels.launch import launch
 from doran_core.kernels.passes import small_scale
 from doran_core.kernels.sides import (
-    REPEATED,
-    REPEATED_UNDER_HOOKS,
+    RECOMPUTED,
+    RECOMPUTED_UNDER_HOOKS,
     Keepers,
     Part,
     Sent,
     Sides,
     Smallness,
-    repeated,
+    recomputed,
     together,
 )
 from doran_core.kernels.triton_fleet import COLUMNS, finish_fleet_kernel
@@ -136,12 +136,13 @@ class Networks:
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        users: dict[int, list[int]] = {}
+        pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        users: dict[tuple[int, int], list[int]] = {}
         for layer, row in enumerate(rows):
             for factor, pair in enumerate(((row.embedding_A, row.w1_A), (row.embedding_B, row.w1_B))):
-                pairs[id(pair[0])] = pair
-                users.setdefault(id(pair[0]), []).append(2 * layer + factor)
+                key = id(pair[0]), id(pair[1])
+                pairs[key] = pair
+                users.setdefault(key, []).append(2 * layer + factor)
         self.pairs = list(pairs.values())
         self.users = list(users.values())
 
@@ -169,7 +170,7 @@ class Family(ABC):
         rows: the layers; all of one :attr:`Row.family`.
 
     Attributes:
-        parameters: each once: the networks' embeddings and first layers, then what each layer has for itself.
+        parameters: the networks' embeddings and first layers, then W2_A, W2_B, magnitude and raw tau of each layer.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -191,8 +192,8 @@ class Family(ABC):
         self.parameters = inner + [t for row in rows for t in (row.w2_A, row.w2_B, row.magnitude, row.raw_tau)]
         self._sizes = [row.weight.shape for row in rows]
         nobody = [False] * len(rows)
-        self._repeated = repeated(self._sizes, REPEATED, nobody)
-        self._repeated_under_hooks = repeated(self._sizes, REPEATED_UNDER_HOOKS, nobody)
+        self._recomputed = recomputed(self._sizes, RECOMPUTED, nobody)
+        self._recomputed_under_hooks = recomputed(self._sizes, RECOMPUTED_UNDER_HOOKS, nobody)
         self._knows_keepers = False
         places = {m: (shape.number, index) for shape in self.shapes for index, m in enumerate(shape.members)}
         self._places = [places[layer] for layer in range(len(rows))]
@@ -201,7 +202,7 @@ class Family(ABC):
     def _hear(self, kept_anyway: list[bool]) -> None:
         """What :class:`~doran_core.kernels.sides.Keepers` found."""
         self._knows_keepers = True
-        self._repeated = repeated(self._sizes, REPEATED, kept_anyway)
+        self._recomputed = recomputed(self._sizes, RECOMPUTED, kept_anyway)
 
     def addresses(self) -> list[int]:
         """Where all tensors of all layers are now."""
@@ -235,7 +236,7 @@ class Family(ABC):
             for shape, (values, scaled_B, least) in zip(self.shapes, made, strict=True)
         ]
         keepers = None if lean or self._knows_keepers else Keepers(len(self.rows), self._hear)
-        sides = Sides(parts, self._places, self._repeated, self._repeated_under_hooks, keepers)
+        sides = Sides(parts, self._places, self._recomputed, self._recomputed_under_hooks, keepers)
         return sides, [None if lean else values for values, _, _ in made]
 
     def tau(self, shape: Shape) -> Tensor:
@@ -245,11 +246,13 @@ class Family(ABC):
         d_out, groups = shape.sizes[0], tau.shape[1]
         return tau if groups in (1, d_out) else tau.repeat_interleave(d_out // groups, 1)
 
-    def backward(self, sides: Sides, kept: list[Kept | None], graph_task: int) -> list[Tensor | None]:
+    def depends_on(self, layers: Sequence[bool]) -> list[bool]:
+        """Which of :attr:`parameters` the weight sides of these layers are made of."""
+        inner = [any(layers[user // 2] for user in users) for users in self.networks.users]
+        return [needed for needed in inner for _ in range(2)] + [needed for needed in layers for _ in range(4)]
+
+    def backward(self, kept: list[Kept | None], taken: list[list[Sent]]) -> list[Tensor | None]:
         """The gradients of :attr:`parameters` from what the layers sent; None for those of layers that sent nothing."""
-        taken = sides.take(graph_task)
-        if not any(taken):
-            return [None] * len(self.parameters)
         used = [_is_distributed() or bool(sent) for sent in taken]
         own: list[tuple[Tensor | None, ...]] = [(None,) * 4] * len(self.rows)
         features = self.new_features()

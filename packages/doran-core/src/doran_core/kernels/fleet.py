@@ -2,14 +2,16 @@
 
 A weight side is made by the first layer of a forward pass that asks, for all layers that can have one, and serves each
 of them once: a layer that asks again has most likely begun another pass. Whatever does not fit is left to the layer
-alone, see layer.py: a parameter that is sharded or elsewhere, a layer that is called more often than the others, a
-graph being captured, and reentrant checkpointing, each of whose blocks has a backward pass of its own.
+alone, see layer.py: a parameter that is sharded or elsewhere, a layer that is called more often than the others (unless
+under checkpointing), a graph being captured, and reentrant checkpointing, each of whose blocks has a backward pass of
+its own.
 
 Checkpointing of the other kind repeats a block during the backward pass and takes from the repetition the tensors that
 the pass saved. So a layer is served in a repetition if and only if it was served in the pass; which weight side it then
 gets does not matter, since the pass keeps its own.
 
-All gradients of the adapters come at the end of a backward pass.
+All gradients of the adapters come at the end of a backward pass. A layer's part holds while its tensors are the same
+objects, unwritten to as far as PyTorch counts; other changes are noticed when the next pass begins.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ class Given(NamedTuple):
     Attributes:
         side: its part of a weight side.
         ticket: through which autograd knows that its gradients go there.
-        repeats: it is not to keep its output, but to compute its base's output again.
+        recomputes: it is not to keep its output, but to compute its base's output again.
     """
 
     side: Side
     ticket: Tensor
-    repeats: bool
+    recomputes: bool
 
 
 class _Issued:
@@ -60,8 +62,8 @@ class _Issued:
     def __init__(self, entry: Entry, versions: list[int], side: Side, ticket: Tensor) -> None:
         self.entry = entry
         self.used = False
-        self.plain = Given(side, ticket, side.repeats)
-        self.hooked = Given(side, ticket, side.repeats_under_hooks)
+        self.plain = Given(side, ticket, side.recomputes)
+        self.hooked = Given(side, ticket, side.recomputes_under_hooks)
         self._versions = versions
 
     def is_valid(self) -> bool:
@@ -111,12 +113,12 @@ class _Generation:
     def __len__(self) -> int:
         return len(self._where)
 
-    def find(self, member: Member, view: BaseView) -> _Issued | None:
-        """A layer's part, if it still holds."""
+    def find(self, member: Member, view: BaseView, *, repetition: bool) -> _Issued | None:
+        """A layer's part, if it still holds; for a repetition it is that of the pass, whatever has changed."""
         issued = self._issued.get(id(member)) or self._issue(id(member))
-        if issued is None or issued.entry.view is not view or self.is_spent() or not issued.is_valid():
+        if issued is None or issued.entry.view is not view:
             return None
-        return issued
+        return issued if repetition or (not self.is_spent() and issued.is_valid()) else None
 
     def _issue(self, member: int) -> _Issued | None:
         place = self._where.get(member)
@@ -144,7 +146,7 @@ class Fleet:
         self._entries: WeakKeyDictionary[Any, Entry] = WeakKeyDictionary()
         self._groups: dict[torch.device, list[_Group]] = {}
         self._checks: Checks | None = None
-        self._now: _Generation | None = None
+        self._now: dict[torch.device, _Generation] = {}
 
     def __reduce__(self) -> tuple[type[Fleet], tuple[()]]:
         return Fleet, ()  # a copy of the model has other layers, which enlist themselves
@@ -154,12 +156,14 @@ class Fleet:
         known = self._entries.get(member)
         if known is None or known.view is not view:
             self._entries[member] = Entry(view)
-            self._groups, self._checks, self._now = {}, None, None
+            self._groups, self._checks, self._now = {}, None, {}
 
     def release(self) -> None:
-        """Give back the memory of a weight side that has served."""
-        if self._now is not None and self._now.is_spent():
-            self._now = None
+        """Give back the memory of weight sides that have served, and of adapters that are gone."""
+        for device in [device for device, now in self._now.items() if now.is_spent()]:
+            del self._now[device]
+        if self._checks is not None and self._checks.count != len(self._entries):
+            self._groups, self._checks, self._now = {}, None, {}
 
     def ask(self, member: Member, view: BaseView) -> Given | None:
         """The layer's part of a weight side for one call; None if it is to compute it alone.
@@ -170,54 +174,65 @@ class Fleet:
         repetition = torch._C._current_graph_task_id() != -1
         if repetition and not hooked:
             return None
-        stream, now = _stream(view), self._now
-        issued = None
-        if now is not None and now.stream == stream and not _is_composed() and not _is_capturing(stream):
-            issued = now.find(member, view)
-        if issued is None or (issued.used and not repetition):
-            return self._ask_anew(member, view, stream, issued, hooked=hooked, repetition=repetition)
-        if not repetition:
-            issued.used = issued.entry.served = True
-            now.uses += 1  # type: ignore[union-attr]
-        elif not issued.entry.served:
-            return None
-        return issued.hooked if hooked else issued.plain
-
-    def _ask_anew(
-        self, member: Member, view: BaseView, stream: int, used: _Issued | None, *, hooked: bool, repetition: bool
-    ) -> Given | None:
-        """The same where there is no part, or one that has served."""
-        entry = self._entries.get(member)
+        device, stream = _device_and_stream(view)
+        now, part = self._now.get(device), None
+        usable = not (_is_composed() or _is_capturing(stream))
+        if usable and now is not None and now.stream == stream:
+            part = now.find(member, view, repetition=repetition)
+        entry = self._entries.get(member) if part is None else part.entry
         if entry is None or entry.view is not view:
             self.enlist(member, view)
             return None
-        if repetition and not entry.served:
+        if part is None or (part.used and not repetition):
+            if usable and (entry.served or not repetition):
+                now, part = self._give_again(member, entry, now, part, stream, hooked=hooked)
+            else:
+                part = None
+        if repetition:
+            return part.hooked if part is not None and entry.served else None
+        if hooked:
+            entry.served = part is not None
+        if part is None or now is None:
             return None
-        issued, now = None, self._now
-        if not _is_composed() and not _is_capturing(stream):
-            # if few others were called since, it is this layer that is called often
-            often = now is not None and used is not None and 2 * now.uses < len(now)
-            issued = (used if hooked else None) if often else self._make(member, entry, stream, lean=hooked)
-        if not repetition:
-            entry.served = issued is not None
-        if issued is None or self._now is None:
-            return None
-        if not repetition and not issued.used:
-            issued.used = True
-            self._now.uses += 1
-        return issued.hooked if hooked else issued.plain
+        if not part.used:
+            part.used = True
+            now.uses += 1
+        return part.hooked if hooked else part.plain
 
-    def _make(self, member: Member, entry: Entry, stream: int, *, lean: bool) -> _Issued | None:
-        """A new weight side; the asking layer's part of it."""
+    def _give_again(
+        self,
+        member: Member,
+        entry: Entry,
+        now: _Generation | None,
+        previous: _Issued | None,
+        stream: int,
+        *,
+        hooked: bool,
+    ) -> tuple[_Generation | None, _Issued | None]:
+        """A part for a layer whose previous one has served, or does not hold, and the weight side that it is of."""
+        if now is not None and previous is not None and 2 * now.uses < len(now):
+            # few others were called since, so it is this layer that is called often
+            return now, previous if hooked else None
+        if not self._can_be_served(member, entry):
+            return None, None
         self._look()
         if entry.row is None:
-            return None
-        self._now = None  # its memory is free for the next
+            return None, None
         device = entry.row.weight.device
+        self._now.pop(device, None)  # its memory is free for the next
         if device not in self._groups:
             self._groups[device] = self._gather(device)
-        self._now = _Generation(stream, self._groups[device], lean=lean)
-        return self._now.find(member, entry.view)
+        made = _Generation(stream, self._groups[device], lean=hooked)
+        self._now[device] = made
+        return made, made.find(member, entry.view, repetition=False)
+
+    def _can_be_served(self, member: Member, entry: Entry) -> bool:
+        """Whether the layer had a row, or has one now. Most layers without one never have: the others may wait."""
+        if entry.row is not None:
+            return True
+        if entry.look(member):
+            self._groups, self._checks = {}, None
+        return entry.row is not None
 
     def _look(self) -> None:
         """Notice what has changed in the layers since the last time."""
@@ -251,10 +266,10 @@ def _is_capturing(stream: int) -> bool:
     return stream != 0 and torch.cuda.is_current_stream_capturing()
 
 
-def _stream(view: BaseView) -> int:
-    """The device's current stream; 0 on the CPU, where Triton's interpreter runs."""
+def _device_and_stream(view: BaseView) -> tuple[torch.device, int]:
+    """The layer's device and its current stream; 0 on the CPU, where Triton's interpreter runs."""
     device = view.weight().device  # type: ignore[union-attr]
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def _is_composed() -> bool:

@@ -32,7 +32,7 @@ class PreparedLinear(torch.autograd.Function):
     """:func:`apply` for autograd.
 
     ``low_rank_input`` is the branch's input where that is not x. y is kept, and noticed if written to in place, as in
-    :class:`~doran_core.kernels.layer.AdaptedLinear`, unless ``given.repeats``.
+    :class:`~doran_core.kernels.layer.AdaptedLinear`, unless ``given.recomputes``.
     """
 
     @staticmethod
@@ -45,17 +45,17 @@ class PreparedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        side, repeats = given.side, given.repeats
+        side, recomputes = given.side, given.recomputes
         rows = flat(x)
         low = None if low_rank_input is None else flat(low_rank_input)
         hidden = F.linear(rows if low is None else low, side.A)
         y = base_product(x, weight, bias)
         _PASSES.expand(y, hidden, side.scaled_B, side.scale, bias, inplace=True)
         if side.keepers is not None:
-            side.keepers.note(side.layer, y, is_kept=not repeats)
-        ctx.side, ctx.writes, ctx.shape = side, None if repeats else WriteCounter(y), x.shape
+            side.keepers.note(side.layer, y, is_kept=not recomputes)
+        ctx.side, ctx.writes, ctx.shape = side, None if recomputes else WriteCounter(y), x.shape
         kept = rows if x.is_contiguous() else x  # not a copy beside what others keep
-        ctx.save_for_backward(None if repeats else y.data, hidden, kept, low, weight, bias)
+        ctx.save_for_backward(None if recomputes else y.data, hidden, kept, low, weight, bias)
         return y
 
     @staticmethod
@@ -67,6 +67,8 @@ class PreparedLinear(torch.autograd.Function):
         if side.keepers is not None:
             side.keepers.look()
         _, need_ticket, need_x, need_low, *_ = ctx.needs_input_grad
+        # A pass for the gradients of some inputs alone may leave the weight side out.
+        need_ticket = need_ticket and torch._C._will_engine_execute_node(ctx.next_functions[0][0])
         with without_autocast(grad):
             grad = flat(grad).contiguous()
             of_output = not (ctx.writes is None or ctx.writes.moved() or side.is_small())

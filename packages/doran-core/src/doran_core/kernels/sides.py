@@ -10,26 +10,26 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = [
-    "REPEATED",
-    "REPEATED_UNDER_HOOKS",
+    "RECOMPUTED",
+    "RECOMPUTED_UNDER_HOOKS",
     "Keepers",
     "Part",
     "Sent",
     "Side",
     "Sides",
     "Smallness",
-    "repeated",
+    "recomputed",
     "together",
 ]
 
-REPEATED = 1 / 16
-REPEATED_UNDER_HOOKS = 1 / 6
+RECOMPUTED = 1 / 16
+RECOMPUTED_UNDER_HOOKS = 1 / 6
 """Share of the adapted layers' products with W0, forward and backward, that may be done once more so that some outputs
 need not be kept; and under hooks on saved tensors, as of checkpointing, which are there to spare memory: what a block
 keeps is then all of the memory, and a sixth is what the projections of attention cost."""
 
 
-def repeated(sizes: Sequence[Sequence[int]], share: float, kept_anyway: Sequence[bool]) -> list[bool]:
+def recomputed(sizes: Sequence[Sequence[int]], share: float, kept_anyway: Sequence[bool]) -> list[bool]:
     """Which layers, by their ``[d_out, d_in]``, do not keep their output.
 
     A kept output costs d_out numbers a token, and computing it again d_in times as many operations: so those of fewest
@@ -143,15 +143,16 @@ class Side:
         A: ``[r, d_in]`` in the layer's dtype.
         scaled_B: ``B'``, ``[d_out, r]``, likewise.
         scale: ``c``, ``[d_out]`` float32.
-        repeats: the layer is not to keep its output, but to compute its base's output again.
-        repeats_under_hooks: likewise, for a call under hooks on saved tensors.
+        recomputes: the layer is not to keep its output, but to compute its base's output again.
+        recomputes_under_hooks: likewise, for a call under hooks on saved tensors.
         keepers: to be told of its output, and of the beginning of a backward pass; None if they know enough.
         layer: its number there.
         sent: what its backward told, of calls that the weight side's backward has not taken yet.
     """
 
     __slots__ = (
-        "A", "_index", "_smallness", "keepers", "layer", "repeats", "repeats_under_hooks", "scale", "scaled_B", "sent",
+        "A", "_index", "_smallness", "keepers", "layer", "recomputes", "recomputes_under_hooks", "scale", "scaled_B",
+        "sent",
     )  # fmt: skip
 
     def __init__(
@@ -161,11 +162,11 @@ class Side:
         layer: int,
         keepers: Keepers | None,
         *,
-        repeats: bool,
-        repeats_under_hooks: bool,
+        recomputes: bool,
+        recomputes_under_hooks: bool,
     ) -> None:
         self.A, self.scaled_B, self.scale = part.A[index], part.scaled_B[index], part.scale[index]
-        self.repeats, self.repeats_under_hooks = repeats, repeats_under_hooks
+        self.recomputes, self.recomputes_under_hooks = recomputes, recomputes_under_hooks
         self.keepers, self.layer = keepers, layer
         self.sent: list[Sent] = []
         self._smallness, self._index = part.smallness, index
@@ -187,8 +188,8 @@ class Sides:
     Args:
         parts: shape by shape.
         places: of each layer, the number of its shape and its own there.
-        repeats: see :class:`Side`, of each layer.
-        repeats_under_hooks: likewise.
+        recomputes: see :class:`Side`, of each layer.
+        recomputes_under_hooks: likewise.
         keepers: likewise, of all.
     """
 
@@ -196,19 +197,19 @@ class Sides:
         self,
         parts: Sequence[Part],
         places: Sequence[tuple[int, int]],
-        repeats: Sequence[bool],
-        repeats_under_hooks: Sequence[bool],
+        recomputes: Sequence[bool],
+        recomputes_under_hooks: Sequence[bool],
         keepers: Keepers | None,
     ) -> None:
         self._parts, self._places, self._keepers = parts, places, keepers
-        self._repeats, self._repeats_under_hooks = repeats, repeats_under_hooks
+        self._repeats, self._recomputes_under_hooks = recomputes, recomputes_under_hooks
         self._sides: dict[int, Side] = {}
 
     def __getitem__(self, layer: int) -> Side:
         side = self._sides.get(layer)
         if side is None:
             shape, index = self._places[layer]
-            again = {"repeats": self._repeats[layer], "repeats_under_hooks": self._repeats_under_hooks[layer]}
+            again = {"recomputes": self._repeats[layer], "recomputes_under_hooks": self._recomputes_under_hooks[layer]}
             self._sides[layer] = side = Side(self._parts[shape], index, layer, self._keepers, **again)
         return side
 
@@ -227,7 +228,7 @@ def together(sent: Sequence[Sent], B: Tensor, scale: Tensor, scaling: float) -> 
     sums = []
     for each in sent:
         total = each.sums
-        if each.of_output and not every:  # y - bias = c z + g B h, summed with G
+        if each.of_output and not every:  # y - bias = c (z + g B h), summed with G
             total = torch.zeros_like(total)
             total[0] = each.sums.sum(0) / scale - scaling * (each.for_B * B).sum(1)
         sums.append(total)

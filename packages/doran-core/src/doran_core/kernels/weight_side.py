@@ -16,7 +16,7 @@ from torch import Tensor
 
 from doran_core.errors import BackendError
 from doran_core.kernels.family import Family, Row
-from doran_core.kernels.layer import SECOND_DERIVATIVE
+from doran_core.kernels.layer import SECOND_DERIVATIVE, without_autocast
 from doran_core.kernels.narrow_family import NarrowFamily
 from doran_core.kernels.networks import fit_kernels
 from doran_core.kernels.sides import Sides
@@ -40,7 +40,8 @@ def make_sides(family: Family, *, lean: bool) -> tuple[Sides, Tensor, list[bool]
     spent = [False]
     # Past what Function.apply does for function transforms with each of the many parameters.
     apply = super(torch.autograd.Function, WeightSide).apply
-    ticket = apply(family, found, spent, lean, *family.parameters)  # type: ignore[no-untyped-call]
+    with without_autocast(family.rows[0].weight):
+        ticket = apply(family, found, spent, lean, *family.parameters)  # type: ignore[no-untyped-call]
     return found[0], ticket, spent
 
 
@@ -68,10 +69,16 @@ class WeightSide(torch.autograd.Function):
     def backward(ctx: Any, nothing: None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackendError(SECOND_DERIVATIVE)
-        if [parameter._version for parameter in ctx.parameters] != ctx.versions:
+        family: Family = ctx.family
+        taken = ctx.sides.take(torch._C._current_graph_task_id())
+        used = [bool(sent) for sent in taken]
+        now = zip(ctx.parameters, ctx.versions, family.depends_on(used), strict=True)
+        if any(needed and parameter._version != version for parameter, version, needed in now):
             raise RuntimeError(
                 "a parameter of an adapter was changed in place between a forward pass and its backward pass"
             )
         ctx.spent[0] = True
-        task = torch._C._current_graph_task_id()
-        return None, None, None, None, *ctx.family.up_to_date().backward(ctx.sides, ctx.kept, task)
+        if not any(used):
+            return (None,) * (4 + len(ctx.parameters))
+        with without_autocast(family.rows[0].weight):
+            return None, None, None, None, *family.up_to_date().backward(ctx.kept, taken)

@@ -136,7 +136,7 @@ class WideFamily(Family):
         grad_A, grad_B = _Operand(like_A, arrived.addresses, 0), _Operand(arrived.grad_B)
         if not shape.row.detach_norm:
             for member, sent, M in zip(shape.members, arrived.sent, arrived.grad_product.unbind(), strict=True):
-                if sent.graph_task >= 0:
+                if sent.graph_task >= 0:  # what was sent is this backward's own, and may be added to
                     _multiply(M.T, self.rows[member].weight, sent.for_A, add=True)
             mixed = torch.bmm(arrived.grad_product.mT, kept.B.to(kept.A.dtype))
             _product(

@@ -78,8 +78,13 @@ class DoranAdapter(nn.Module):
     @torch.no_grad()
     def reset_base(self, view: BaseView) -> None:
         """Take ``||W0||^2`` anew. Done by itself when the weight has changed, but for a hidden one."""
-        self.base_squared_norm = view.squared_norm().to(self.magnitude.device)
+        with torch.inference_mode(False):  # it is for training, too
+            self.base_squared_norm = view.squared_norm().to(self.magnitude.device)
         self._base_version = view.weight_version()
+        self.enlist(view)
+
+    def enlist(self, view: BaseView) -> None:
+        """Let kernels serve this layer together with others, see :class:`~doran_core.kernels.fleet.Fleet`."""
         if isinstance(self.factors, GeneratedFactors) and not self._in_replica():
             self.factors.fleet.enlist(self, view)
 
@@ -122,17 +127,16 @@ class DoranAdapter(nn.Module):
 
     def squared_norm_of_base(self, view: BaseView) -> Tensor:
         """``||W0||^2``, ``[d_out]``: the one at hand, or a new one if the weight has changed."""
-        if self.is_stale(view):
-            self.reset_base(view)
+        self.refresh(view)
         squared_norm = self.base_squared_norm
         assert squared_norm is not None
         return squared_norm
 
-    def is_stale(self, view: BaseView) -> bool:
-        """Whether ``||W0||^2`` is missing or that of another weight; a compiled graph takes it as it is."""
-        if self.base_squared_norm is None or self.base_squared_norm.is_meta:
-            return True
-        return not torch.compiler.is_compiling() and self._base_version != view.weight_version()
+    def refresh(self, view: BaseView) -> None:
+        """Take ``||W0||^2`` anew if it is missing or that of another weight; a compiled graph takes it as it is."""
+        missing = self.base_squared_norm is None or self.base_squared_norm.is_meta
+        if missing or (not torch.compiler.is_compiling() and self._base_version != view.weight_version()):
+            self.reset_base(view)
 
     def _repair_cancelled(self, norm: Tensor, squared_norm: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The direct norm for the rows in which V nearly cancels."""

@@ -79,6 +79,10 @@ class DoranLayer(nn.Module):
         # hook: a seldom called one has it here, for a hook doubles what a call costs.
         self.doran_adapter.tau.register_forward_pre_hook(_no_operation)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.doran_adapter.enlist(self._view)  # a copy's layers have a fleet of their own
+
     @property
     def view(self) -> BaseView:
         """The base layer as a matrix. Checked anew when the layer is another one, not at each call."""
