@@ -40,7 +40,7 @@ METHODS = ("frozen base", "PEFT LoRA", "PEFT LoRA bf16", "PEFT DoRA", "DoRAN pla
 PEERS = ("PEFT LoRA", "PEFT LoRA bf16", "PEFT DoRA")
 TARGETS = {
     "llama": {"qv": ["q_proj", "v_proj"], "all": "all-linear"},
-    "vit": {"qv": ["query", "value"], "all": "all-linear"},
+    "vit": {"qv": ["q_proj", "v_proj"], "all": "all-linear"},
 }
 
 
@@ -210,19 +210,26 @@ def add_ratios(rows: list[Result]) -> None:
 
 
 def table(results: list[Result]) -> str:
-    titles = "model, targets, r, tokens, ckpt, method, ms, x LoRA, x LoRA bf16, x DoRA, GiB, x LoRA, x LoRA bf16"
-    head = "| " + f"{titles}, optimizer ms".replace(", ", " | ") + " |\n" + "| --- " * 14 + "|\n"
-    lines = []
+    """A line for each setting: milliseconds of each method, then how the fused DoRAN compares."""
+    names = [method for method in METHODS if any(row.method == method for row in results)]
+    titles = ["model", "targets", "r", "tokens", "checkpointing", *(f"{name} ms" for name in names)]
+    titles += [*(f"x {peer}" for peer in PEERS), "GiB", *(f"GiB x {peer}" for peer in PEERS), "optimizer ms"]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    by_setting: dict[Setting, dict[str, Result]] = {}
     for row in results:
-        s, r = row.setting, row.ratios
-        cells = [
-            s["model"], s["targets"], s["rank"], s["tokens"], "yes" if s["checkpointing"] else "no", row.method,
-            f"{row.step_ms:.1f}", *(f"{r.get(f'time x {peer}', 0):.3f}" for peer in PEERS),
-            f"{row.peak_gib:.2f}", *(f"{r.get(f'memory x {peer}', 0):.3f}" for peer in PEERS[:2]),
-            f"{row.optimizer_ms:.2f}",
-        ]  # fmt: skip
+        by_setting.setdefault(Setting(**row.setting), {})[row.method] = row
+    for setting, rows in by_setting.items():
+        fused = rows.get("DoRAN fused")
+        cells = [setting.model, setting.targets, setting.rank, setting.tokens, "yes" if setting.checkpointing else "no"]
+        cells += [f"{rows[name].step_ms:.1f}" if name in rows else "" for name in names]
+        if fused is not None:
+            time_and_memory = [
+                [f"{fused.ratios[key]:.3f}" if (key := f"{kind} x {peer}") in fused.ratios else "" for peer in PEERS]
+                for kind in ("time", "memory")
+            ]
+            cells += [*time_and_memory[0], f"{fused.peak_gib:.2f}", *time_and_memory[1], f"{fused.optimizer_ms:.2f}"]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return head + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def plot(results: list[Result], out: Path) -> None:
@@ -259,9 +266,9 @@ def write(results: list[Result], out: Path, device: str) -> None:
     """The JSON, the table and, if there is something to compare, the plot."""
     text = json.dumps({"device": device, "results": [asdict(row) for row in results]}, indent=1)
     out.with_suffix(".json").write_text(text)
-    out.with_suffix(".md").write_text(f"{device}, torch {torch.__version__}\n\n" + table(results))
+    out.with_suffix(".md").write_text(f"{device}\n\n" + table(results))
     if len({row.setting["rank"] for row in results}) > 2:
-        plot(results, out.with_suffix(".png"))
+        plot(results, out.with_suffix(".svg"))
 
 
 def join(out: Path, order: list[Setting]) -> None:
@@ -307,7 +314,7 @@ def main() -> None:
         add_ratios(rows)
         results += rows
         print(table(rows), flush=True)
-        write(results, args.out / name, torch.cuda.get_device_name())
+        write(results, args.out / name, f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
