@@ -6,7 +6,7 @@ import pytest
 pytestmark = cases.needs_triton
 
 POINTERS = {"product", "gram", "B", "squared_norm", "magnitude", "tau", "norm", "scale", "grad_B", "aligned"} | {
-    "factor_grad", "sums", "grad_magnitude", "grad_tau", "raw_tau", "least", "through_norm", "out",
+    "factor_grad", "sums", "grad_magnitude", "grad_tau", "raw_tau", "least", "through_norm", "out", "left", "right",
 }  # fmt: skip
 HALF_POINTERS = {"weight", "A", "scaled_B", "base_output", "hidden", "bias", "y", "grad", "kept", "scaled", "x"} | {
     "grad_product",
@@ -14,9 +14,20 @@ HALF_POINTERS = {"weight", "A", "scaled_B", "base_output", "hidden", "bias", "y"
     "grad_hidden",
     "mixed",
 }
-ADDRESSES = {"table", "received", "trunks", "ranges", "members"}
-FLOATS = {"scaling", "threshold", "slope"}
-BLOCKS = {"BLOCK_D": 32, "BLOCK_R": 32, "BLOCK_K": 64, "BLOCK_T": 64, "BLOCK": 64, "R": 16, "E": 64, "H": 32}
+ADDRESSES = {"table", "received", "trunks", "ranges", "members", "left_table", "right_table", "out_table"}
+FLOATS = {"scaling", "threshold", "slope", "alpha"}
+BLOCKS = {
+    "BLOCK_M": 64,
+    "BLOCK_N": 64,
+    "BLOCK_D": 32,
+    "BLOCK_R": 32,
+    "BLOCK_K": 64,
+    "BLOCK_T": 64,
+    "BLOCK": 64,
+    "R": 16,
+    "E": 64,
+    "H": 32,
+}
 FLAGS = {
     "TAU_PER_ROW": False,
     "REPAIR": True,
@@ -27,6 +38,13 @@ FLAGS = {
     "RAW_TAU": True,
     "PARTS": 64,
     "AT_ONCE": 2,
+    "LEFT": -1,
+    "LEFT_WIDTH": 0,
+    "RIGHT": 2,
+    "RIGHT_WIDTH": 10,
+    "OUT": 0,
+    "OUT_WIDTH": 4,
+    "ADD": True,
 }
 
 PROGRAM = """
@@ -54,9 +72,9 @@ def compile_all(half, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from doran_core.kernels import triton_fleet, triton_kernels, triton_networks
+    from doran_core.kernels import triton_fleet, triton_kernels, triton_networks, triton_wide
 
-    known = vars(triton_kernels) | vars(triton_networks) | vars(triton_fleet)
+    known = vars(triton_kernels) | vars(triton_networks) | vars(triton_fleet) | vars(triton_wide)
     for kernel_name in [n for n in known if n.endswith("_kernel")]:
         kernel = known[kernel_name]
         constants = {n: v for n, v in (BLOCKS | FLAGS | {"PRECISION": "ieee"}).items() if n in kernel.arg_names}
@@ -81,4 +99,4 @@ def test_every_kernel_compiles(half, capability, tmp_path):
     program = PROGRAM.format(folder=folder, half=half, capability=capability)
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 15, run.stdout
+    assert run.stdout.count("compiled") == 17, run.stdout

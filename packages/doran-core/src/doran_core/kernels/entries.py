@@ -59,9 +59,9 @@ class Entry:
 
     Attributes:
         view: of its base layer.
-        tensors: of its row; none if it cannot have one.
+        place: where its tensors are; None if it cannot have a row.
+        tensors: there.
         row: what the kernels need.
-        place: where they are, likewise.
         served: its last call under hooks on saved tensors was served, and so a repetition of it is to be.
     """
 

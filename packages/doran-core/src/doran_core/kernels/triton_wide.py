@@ -15,12 +15,12 @@ __all__ = ["assemble_wide_kernel", "layer_product_kernel"]
 
 
 @triton.jit
-def _operand(tensor, table, layer, stride, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
+def _operand(tensor, table, layer, stride, COLUMN: tl.constexpr, TABLE_WIDTH: tl.constexpr):
     """A layer's matrix: ``tensor[layer]``, or what a column of a table has the address of, float32."""
     if COLUMN < 0:
         address = tensor + layer * stride
     else:
-        address = tl.multiple_of(tl.load(table + layer * COLUMNS + COLUMN).to(tl.pointer_type(tl.float32)), 16)
+        address = tl.multiple_of(tl.load(table + layer * TABLE_WIDTH + COLUMN).to(tl.pointer_type(tl.float32)), 16)
     return address
 
 
@@ -28,8 +28,8 @@ def _operand(tensor, table, layer, stride, COLUMN: tl.constexpr, COLUMNS: tl.con
 def layer_product_kernel(
     left, left_table, right, right_table, out, out_table, m, n, k, alpha,
     left_layer, left_row, left_column, right_layer, right_row, right_column, out_layer, out_row, out_column,
-    LEFT: tl.constexpr, LEFT_COLUMNS: tl.constexpr, RIGHT: tl.constexpr, RIGHT_COLUMNS: tl.constexpr,
-    OUT: tl.constexpr, OUT_COLUMNS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, LEFT_WIDTH: tl.constexpr, RIGHT: tl.constexpr, RIGHT_WIDTH: tl.constexpr,
+    OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out = alpha left @ right``, or added to it, of each layer; ``[m, k]`` and ``[k, n]`` by their strides.
@@ -43,8 +43,8 @@ def layer_product_kernel(
     rows = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, column_ok = rows < m, columns < n
-    a_rows = _operand(left, left_table, layer, left_layer, LEFT, LEFT_COLUMNS) + rows[:, None] * left_row
-    b_columns = _operand(right, right_table, layer, right_layer, RIGHT, RIGHT_COLUMNS) + columns[None, :] * right_column
+    a_rows = _operand(left, left_table, layer, left_layer, LEFT, LEFT_WIDTH) + rows[:, None] * left_row
+    b_columns = _operand(right, right_table, layer, right_layer, RIGHT, RIGHT_WIDTH) + columns[None, :] * right_column
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, k, BLOCK_K):
         inner = first + tl.arange(0, BLOCK_K)
@@ -56,7 +56,7 @@ def layer_product_kernel(
         else:
             total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     total *= alpha
-    at = _operand(out, out_table, layer, out_layer, OUT, OUT_COLUMNS) + rows[:, None] * out_row
+    at = _operand(out, out_table, layer, out_layer, OUT, OUT_WIDTH) + rows[:, None] * out_row
     at += columns[None, :] * out_column
     mask = row_ok[:, None] & column_ok[None, :]
     if ADD:

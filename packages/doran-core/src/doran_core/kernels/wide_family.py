@@ -44,8 +44,8 @@ class _Operand(NamedTuple):
         return self.tensor if self.table is None else self.table
 
     @property
-    def columns(self) -> int:
-        """Of the table."""
+    def width(self) -> int:
+        """Columns of the table."""
         return 0 if self.table is None else self.table.shape[1]
 
     @property
@@ -65,8 +65,8 @@ def _product(
         layer_product_kernel, (cdiv(m, block) * cdiv(n, block), layers),
         (left.tensor, left.followed, right.tensor, right.followed, out.tensor, out.followed),
         (m, n, k, alpha, *left.tensor.stride(), *right.tensor.stride(), *out.tensor.stride()),
-        LEFT=left.column, LEFT_COLUMNS=left.columns, RIGHT=right.column, RIGHT_COLUMNS=right.columns,
-        OUT=out.column, OUT_COLUMNS=out.columns, ADD=add, PRECISION=precision,
+        LEFT=left.column, LEFT_WIDTH=left.width, RIGHT=right.column, RIGHT_WIDTH=right.width,
+        OUT=out.column, OUT_WIDTH=out.width, ADD=add, PRECISION=precision,
         BLOCK_M=block, BLOCK_N=block, BLOCK_K=32, num_warps=8, num_stages=3,
     )  # fmt: skip
 
