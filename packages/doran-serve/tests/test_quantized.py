@@ -17,8 +17,8 @@ from test_mixed import ALL, prompts_of, requests_for
 from doran_core.errors import CheckpointError, DoranError
 
 ENOUGH = 0.25
-"""Of a log-probability: vLLM computes in bfloat16 here, which keeps three digits, over two layers and 512 tokens; how near
-it comes depends on the processor's instructions."""
+"""Of a log-probability: vLLM computes in bfloat16 here, which keeps three digits, over two layers and 512 tokens; how
+near it comes depends on the processor's instructions."""
 
 
 def test_mixed_on_four_bits(engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path) -> None:
