@@ -38,11 +38,8 @@ def choose_for(view: BaseView, x: Tensor, magnitude: Tensor, *, norm_method: str
         view.kind in ("embedding", "conv2d", "conv")
         or norm_method == "direct"
         or not x.is_floating_point()
-        or x.numel() == 0
-        or (bias is not None and bias.requires_grad)
         or not _is_ordinary(view.weight())
-        or torch._C._are_functorch_transforms_active()
-        or _is_watched()
+        or _is_for_autograd(x, bias)
     )
     if special:
         return "reference"
@@ -51,9 +48,17 @@ def choose_for(view: BaseView, x: Tensor, magnitude: Tensor, *, norm_method: str
     return "reference" if implementation == "torch" and torch.compiler.is_compiling() else implementation
 
 
-def _is_watched() -> bool:
-    """Whether a mode sees single operations: it may keep what the others write over."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+def _is_for_autograd(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call needs PyTorch's own operations, whatever the layer.
+
+    A mode that sees single operations may keep what the other implementations write over.
+    """
+    return (
+        x.numel() == 0
+        or (bias is not None and bias.requires_grad)
+        or torch._C._are_functorch_transforms_active()
+        or (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
+    )
 
 
 def _is_ordinary(weight: Tensor | None) -> bool:
@@ -159,12 +164,9 @@ def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dro
         weight is None
         or x.dtype not in PREPARED_DTYPES
         or not _same_precision(x, weight)
-        or x.numel() == 0
         or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
         or not triton_can_run(x.device, x.dtype)
-        or torch._C._are_functorch_transforms_active()
-        or _is_watched()
+        or _is_for_autograd(x, bias)
     ):
         return None
     given = fleet.ask(member, view)

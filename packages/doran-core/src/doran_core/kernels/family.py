@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from doran_core.kernels.launch import launch
+from doran_core.kernels.networks import Networks
 from doran_core.kernels.passes import small_scale
 from doran_core.kernels.sides import (
     RECOMPUTED,
@@ -27,18 +28,13 @@ from doran_core.kernels.sides import (
 from doran_core.kernels.triton_fleet import COLUMNS, finish_fleet_kernel
 from doran_core.kernels.triton_passes import cdiv, padded, parts_of_sums
 
-__all__ = ["Arrived", "Family", "Kept", "Networks", "Row", "Shape", "address_table", "upload"]
+__all__ = ["Arrived", "Family", "InnerNetworks", "Kept", "Row", "Shape", "address_table", "upload"]
 
 
 class Row(NamedTuple):
-    """A layer's tensors, by the columns of a table, and what else its weight side depends on."""
+    """A layer's tensors, in the order of a table's columns, and what else its weight side depends on."""
 
-    embedding_A: Tensor
-    w1_A: Tensor
-    w2_A: Tensor
-    embedding_B: Tensor
-    w1_B: Tensor
-    w2_B: Tensor
+    networks: Networks
     magnitude: Tensor
     raw_tau: Tensor
     squared_norm: Tensor
@@ -49,20 +45,33 @@ class Row(NamedTuple):
     detach_norm: bool
     repair: bool
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], *options: Any) -> Row:
+        """From its :attr:`tensors` and :attr:`options`."""
+        own = len(Networks._fields)
+        return cls._make((Networks._make(tensors[:own]), *tensors[own:], *options))
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those that kernels find through a table."""
-        return self[: len(COLUMNS)]  # type: ignore[return-value]
+        own: tuple[Any, ...] = self[1:_OPTIONS]
+        return *self.networks, *own
 
     @property
     def options(self) -> tuple[Any, ...]:
         """What is no tensor."""
-        return self[len(COLUMNS) :]
+        return self[_OPTIONS:]
 
     @property
     def family(self) -> tuple[Any, ...]:
         """What the layers of one :class:`Family` have in common."""
-        return self.weight.device, self.weight.dtype, self.embedding_A.shape, self.w1_A.shape, self.slope
+        return (
+            self.weight.device,
+            self.weight.dtype,
+            self.networks.embedding_A.shape,
+            self.networks.w1_A.shape,
+            self.slope,
+        )
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -70,7 +79,9 @@ class Row(NamedTuple):
         return *self.weight.shape, self.scaling, self.raw_tau.numel(), self.detach_norm, self.repair
 
 
-assert Row._fields[: len(COLUMNS)] == COLUMNS
+_OPTIONS = Row._fields.index("weight") + 1
+
+assert Networks._fields + Row._fields[1:_OPTIONS] == COLUMNS
 
 
 class Kept(NamedTuple):
@@ -124,10 +135,10 @@ class Shape:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """``(d_out, d_in, r)``."""
-        return *self.row.weight.shape, self.row.embedding_A.shape[0]
+        return *self.row.weight.shape, self.row.networks.embedding_A.shape[0]
 
 
-class Networks:
+class InnerNetworks:
     """The distinct inner networks of a family: an embedding and a W1 each.
 
     Attributes:
@@ -139,7 +150,8 @@ class Networks:
         pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         users: dict[tuple[int, int], list[int]] = {}
         for layer, row in enumerate(rows):
-            for factor, pair in enumerate(((row.embedding_A, row.w1_A), (row.embedding_B, row.w1_B))):
+            of = row.networks
+            for factor, pair in enumerate(((of.embedding_A, of.w1_A), (of.embedding_B, of.w1_B))):
                 key = id(pair[0]), id(pair[1])
                 pairs[key] = pair
                 users.setdefault(key, []).append(2 * layer + factor)
@@ -176,8 +188,8 @@ class Family(ABC):
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         self.device = rows[0].weight.device
-        self.rank, self.width = rows[0].embedding_A.shape
-        self.hidden = rows[0].w1_A.shape[0]
+        self.rank, self.width = rows[0].networks.embedding_A.shape
+        self.hidden = rows[0].networks.w1_A.shape[0]
         self.slope = rows[0].slope
         grouped: dict[tuple[Any, ...], list[int]] = {}
         for index, each in enumerate(rows):
@@ -187,9 +199,11 @@ class Family(ABC):
             bounds = [small_scale(rows[i].weight.dtype, has_bias=rows[i].has_bias) for i in members]
             table = address_table((rows[i].tensors for i in members), self.device)
             self.shapes.append(Shape(len(self.shapes), members, rows[members[0]], table, bounds))
-        self.networks = Networks(rows)
+        self.networks = InnerNetworks(rows)
         inner = [tensor for pair in self.networks.pairs for tensor in pair]
-        self.parameters = inner + [t for row in rows for t in (row.w2_A, row.w2_B, row.magnitude, row.raw_tau)]
+        self.parameters = inner + [
+            tensor for row in rows for tensor in (row.networks.w2_A, row.networks.w2_B, row.magnitude, row.raw_tau)
+        ]
         self._sizes = [row.weight.shape for row in rows]
         nobody = [False] * len(rows)
         self._recomputed = recomputed(self._sizes, RECOMPUTED, nobody)

@@ -104,9 +104,11 @@ class _Generation:
 
         self.stream = stream
         self.uses = 0
-        self._made = [_Made(group, [], *make_sides(group.family, lean=lean)) for group in groups]
-        for made in self._made:
-            made.versions.extend(entry.versions() for entry in made.group.entries)
+        sides = [make_sides(group.family, lean=lean) for group in groups]  # all launches first
+        self._made = [
+            _Made(group, [entry.versions() for entry in group.entries], *made)
+            for group, made in zip(groups, sides, strict=True)
+        ]
         self._where = {member: (made, layer) for made in self._made for layer, member in enumerate(made.group.members)}
         self._issued: dict[int, _Issued] = {}
 

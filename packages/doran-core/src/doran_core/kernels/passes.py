@@ -15,7 +15,7 @@ from doran_core import functional
 from doran_core.kernels import networks
 from doran_core.kernels.networks import Networks
 
-__all__ = ["Assembled", "Finished", "Passes", "Source", "TorchPasses", "added", "small_scale"]
+__all__ = ["Assembled", "Finished", "Passes", "Source", "TorchPasses", "added", "narrow_on_cuda", "small_scale"]
 
 
 class Assembled(NamedTuple):
@@ -206,7 +206,7 @@ def added(parts: Tensor) -> Tensor:
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
-def _narrow_on_cuda(tensor: Tensor) -> bool:
+def narrow_on_cuda(tensor: Tensor) -> bool:
     """Whether the GPU's matrix units accumulate it in float32 by themselves."""
     return tensor.is_cuda and tensor.dtype.itemsize < 4
 
@@ -222,7 +222,7 @@ class TorchPasses:
         return networks.gradients(parameters, slope, added(grad_A), grad_B)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        if _narrow_on_cuda(left):
+        if narrow_on_cuda(left):
             return torch.mm(left, right, out_dtype=torch.float32)
         return functional.wide_product(left, right)
 
@@ -338,7 +338,7 @@ class TorchPasses:
 
     def _add_transposed_product(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """``total + left^T @ right`` in acc, perhaps in place; ``right`` may be as large as W0."""
-        if _narrow_on_cuda(right):
+        if narrow_on_cuda(right):
             return torch.addmm(total, left.T, right, out_dtype=torch.float32)
         if right.dtype == total.dtype:
             return total.addmm_(left.T, right)

@@ -27,7 +27,8 @@ __all__ = ["make_family", "make_sides"]
 
 def make_family(rows: Sequence[Row]) -> Family:
     """The layers' family, computed in the way that their sizes allow."""
-    (rank, width), hidden = rows[0].embedding_A.shape, rows[0].w1_A.shape[0]
+    networks = rows[0].networks
+    (rank, width), hidden = networks.embedding_A.shape, networks.w1_A.shape[0]
     return (NarrowFamily if fit_kernels(rank, hidden, width) else WideFamily)(rows)
 
 

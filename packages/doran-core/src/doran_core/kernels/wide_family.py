@@ -18,6 +18,7 @@ from doran_core import functional
 from doran_core.kernels.backend import interpreting
 from doran_core.kernels.family import Arrived, Family, Kept, Row, Shape
 from doran_core.kernels.launch import launch
+from doran_core.kernels.passes import narrow_on_cuda
 from doran_core.kernels.triton_fleet import COLUMNS
 from doran_core.kernels.triton_passes import cdiv, dot_precision
 from doran_core.kernels.triton_wide import assemble_wide_kernel, layer_product_kernel
@@ -81,6 +82,8 @@ class WideFamily(Family):
             [torch.tensor([of_user[2 * m + factor] for m in shape.members], device=self.device) for factor in (0, 1)]
             for shape in self.shapes
         ]
+        every = torch.arange(len(self.networks.pairs), device=self.device)[:, None]
+        self._chosen = [[(of == every).float() for of in factors] for factors in self._networks_of]
         self._precision, self._gradient_precision = _precisions(rows[0].weight)
 
     def _features(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,9 +158,7 @@ class WideFamily(Family):
 
     def _add(self, features: Tensor, shape: Shape, factor: int, parts: Tensor) -> None:
         """Add the layers' parts to their networks', in one order: an indexed addition has none on a GPU."""
-        networks = torch.arange(len(self.networks.pairs), device=self.device)
-        chosen = (self._networks_of[shape.number][factor][None, :] == networks[:, None]).float()
-        features.addmm_(chosen, parts.flatten(1))
+        features.addmm_(self._chosen[shape.number][factor], parts.flatten(1))
 
     def inner_gradients(self, features: Tensor) -> tuple[Tensor, Tensor]:
         values, embeddings, firsts = self._features()
@@ -177,18 +178,13 @@ def _precisions(weight: Tensor) -> tuple[str, str]:
 
 def _own(shape: Shape, name: str) -> _Operand:
     """The layers' ``w2_A [d_in, h]`` or ``w2_B [d_out, h]``."""
-    matrix: Tensor = getattr(shape.row, name).detach()
+    matrix: Tensor = getattr(shape.row.networks, name).detach()
     return _Operand(matrix[None].expand(len(shape.members), *matrix.shape), shape.table, COLUMNS.index(name))
-
-
-def _is_narrow(tensor: Tensor) -> bool:
-    """Whether the GPU's matrix units sum it in float32 by themselves."""
-    return tensor.is_cuda and tensor.dtype.itemsize < 4
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
     """``left @ right`` into ``out``, float32, or added to it."""
-    if not _is_narrow(left):
+    if not narrow_on_cuda(left):
         product = left.to(out.dtype) @ right.to(out.dtype)
         out.copy_(out + product if add else product)
     elif add:
@@ -199,4 +195,4 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) ->
 
 def _gram(A: Tensor) -> Tensor:
     """``A A^T`` of each layer, float32."""
-    return torch.bmm(A, A.mT, out_dtype=torch.float32) if _is_narrow(A) else torch.bmm(A.float(), A.float().mT)
+    return torch.bmm(A, A.mT, out_dtype=torch.float32) if narrow_on_cuda(A) else torch.bmm(A.float(), A.float().mT)

@@ -243,8 +243,7 @@ class DoranAdapter(nn.Module):
         assert isinstance(self.factors, GeneratedFactors)
         assert self.factors.slope is not None
         detach, repair = self.config.norm_grad == "detached", self.config.norm_method == "auto"
-        options = view.bias is not None, self.factors.slope, self.scaling, detach, repair
-        return Row._make((*tensors, *options))
+        return Row.of(tensors, view.bias is not None, self.factors.slope, self.scaling, detach, repair)
 
     def _reference_forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
         """The formulas under autograd, for every kind of layer."""
