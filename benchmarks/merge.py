@@ -91,10 +91,10 @@ def make_adapters(work: Path, layers: int, targets: list[str], rank: int) -> Non
     import torch
 
     from doran_core.adapter import TrainableAdapter, write_compiled, write_trainable
-    from doran_core.binding import bind, checkpoint_fingerprint
-    from doran_core.checkpoint import Checkpoint
-    from doran_core.config import DoranConfig
+    from doran_core.checkpoint.binding import bind, checkpoint_fingerprint
+    from doran_core.checkpoint.checkpoint import Checkpoint
     from doran_core.convert import compile_adapter, to_peft_dora
+    from doran_core.method.config import DoranConfig
 
     config = DoranConfig(rank=rank, target_modules=targets, factors="static", alpha=float(rank))
     generator, modules = torch.Generator().manual_seed(1), {}

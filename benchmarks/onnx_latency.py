@@ -26,8 +26,8 @@ import transformers
 from doran_core import DoranConfig, adapt
 from doran_core.merge import merge_checkpoint
 from doran_export import OnnxRunner, export
+from doran_export.graph.spec import cache_name
 from doran_export.loading import load_model, open_source
-from doran_export.spec import cache_name
 
 CALLS = 10  # in a measurement
 PAST = 64

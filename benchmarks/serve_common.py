@@ -49,7 +49,7 @@ def random_adapters(folder: Path, count: int, layers: int, targets: tuple[str, .
 
     from doran_core.adapter import CompiledAdapter, CompiledModule, write_compiled
     from doran_serve.bench.strip import write_lora
-    from doran_serve.served import ServedAdapter, ServedModule
+    from doran_serve.records import ServedAdapter, ServedModule
 
     shapes = dict.fromkeys(LINEAR[:4], (4096, 4096)) | dict.fromkeys(LINEAR[4:6], (11008, 4096))
     shapes["down_proj"] = (4096, 11008)

@@ -52,7 +52,7 @@ def kernels() -> None:
     from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
     from doran_serve import kernels as ours
-    from doran_serve import tiles
+    from doran_serve import tile_config
 
     rank, most, dtype = 32, 8, torch.bfloat16
     layers = {"qkv": ((4096,) * 3, 4096), "o": ((4096,), 4096), "gate_up": ((11008,) * 2, 4096)}
@@ -80,7 +80,7 @@ def kernels() -> None:
             report("kernels", layer=name, tokens=n, who="vllm", shrink_us=shrink_time, expand_us=expand_time)
 
             h = ours.shrink(x, a, *where)
-            config = tiles.expand_config(n, rank, dtype)
+            config = tile_config.expand_config(n, rank, dtype)
             blocks = ours.column_blocks(sizes, config.columns, "cuda")
             shrink_time = graph_time(ours.shrink, x, a, *where)
             expand_time = graph_time(ours.expand, h, b, scale, None, y, *where, blocks, config)
@@ -91,7 +91,7 @@ def kernels() -> None:
                 who="doran",
                 shrink_us=shrink_time,
                 expand_us=expand_time,
-                configs=[str(tiles.shrink_config(n, most, width, d_in, dtype)), str(config)],
+                configs=[str(tile_config.shrink_config(n, most, width, d_in, dtype)), str(config)],
             )
             if name in ("qkv", "down"):
                 sweep(ours, name, n, x, a, b, scale, y, where, sizes)
@@ -101,7 +101,7 @@ def sweep(ours: Any, name: str, n: int, x: Any, a: Any, b: Any, scale: Any, y: A
     """Other tile sizes; the best five of each kernel."""
     from triton.runtime.errors import OutOfResources
 
-    from doran_serve import tiles
+    from doran_serve import tile_config
 
     tokens = (16,) if n <= 8 else (16, 32) if n <= 128 else (64, 128)
     wide = 1 << (a.shape[1] - 1).bit_length()
@@ -111,15 +111,15 @@ def sweep(ours: Any, name: str, n: int, x: Any, a: Any, b: Any, scale: Any, y: A
             *((32, 128, 8, 4), (32, 256, 8, 4), (128, 64, 8, 4), (128, 128, 4, 4), (128, 128, 8, 4)),
             *((128, 128, 16, 4), (128, 128, 32, 4), (128, 256, 16, 8), (32, 128, 1, 4), (128, 64, 1, 4)),
         ):
-            config = tiles.ShrinkConfig(block, min(columns, wide), depth, split, warps)
+            config = tile_config.ShrinkConfig(block, min(columns, wide), depth, split, warps)
             with suppress(OutOfResources):  # more shared memory than there is
                 shrinks.append((graph_time(ours.shrink, x, a, *where, config), str(config)))
     expands = []
     for block in tokens:
         for split in (1, 8):
-            h = ours.shrink(x, a, *where, tiles.ShrinkConfig(16, 32, 128, split))
+            h = ours.shrink(x, a, *where, tile_config.ShrinkConfig(16, 32, 128, split))
             for columns, warps in ((64, 4), (128, 4), (256, 4), (256, 8)):
-                config = tiles.ExpandConfig(block, columns, 32, warps)
+                config = tile_config.ExpandConfig(block, columns, 32, warps)
                 blocks = ours.column_blocks(sizes, columns, "cuda")
                 spent = graph_time(ours.expand, h, b, scale, None, y, *where, blocks, config)
                 expands.append((spent, f"parts of h: {h.shape[0]}, {config}"))

@@ -28,7 +28,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from doran_core.checkpoint import Checkpoint
+from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.errors import CheckpointError, DoranError, MissingDependencyError
 
 ANSWERS = (" negative", " positive")

@@ -24,8 +24,8 @@ from doran_core.cli.main import main
 from doran_core.convert import compile_adapter
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import DoranError
-from doran_core.factors import FactorTrunk, GeneratedFactors, LayerSpec
 from doran_core.merge import merge_checkpoint
+from doran_core.method.factors import FactorTrunk, GeneratedFactors, LayerSpec
 from doran_export import export
 from doran_hf import DoranConfig as DoranPeftConfig
 from doran_hf import restore_start

@@ -7,12 +7,12 @@ from safetensors.torch import save_file
 
 from doran_core import DoranConfig
 from doran_core.adapter import TrainableAdapter, write_trainable
-from doran_core.blocks import block_of
-from doran_core.factors import LayerSpec
-from doran_core.fingerprint import fingerprint_weights
-from doran_core.kinds import to_matrix
+from doran_core.checkpoint.fingerprint import fingerprint_weights
+from doran_core.checkpoint.weight_layout import to_matrix
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.modules import make_factor_builder
+from doran_core.method.factors import LayerSpec
+from doran_core.method.sharing import block_of
 
 HIDDEN, INNER, VOCABULARY = 24, 40, 50
 TARGETS = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]

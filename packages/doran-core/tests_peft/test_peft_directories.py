@@ -156,7 +156,7 @@ def test_what_peft_saves_merges_and_converts_exactly(tmp_path, model, options):
 def load_merged(model, folder):
     if hasattr(model, "save_pretrained"):
         return type(model).from_pretrained(folder)
-    from doran_core.checkpoint import Checkpoint
+    from doran_core.checkpoint.checkpoint import Checkpoint
 
     merged = copy.deepcopy(model)
     checkpoint = Checkpoint(folder)

@@ -57,7 +57,7 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Export
     folder = tmp_path_factory.mktemp("tiny")
     source = saved(tiny_llama(), folder / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("doran_export.graph._INLINE_LIMIT", 1000)
+        patch.setattr("doran_export.graph.torch_export._INLINE_LIMIT", 1000)
         return source, export(source, folder / "out", road="torch")
 
 

@@ -17,8 +17,8 @@ from conftest import TEXT, saved, tiny_llama
 
 from doran_core.errors import CheckpointError, ConfigError, DoranError, MissingDependencyError
 from doran_export import ExportError, OnnxRunner, ProofError, UnsupportedModelError, export, verify
-from doran_export.cases import read_inputs
-from doran_export.graph import trace
+from doran_export.graph.torch_export import trace
+from doran_export.proof.cases import read_inputs
 from doran_export.staging import staged_directory
 
 

@@ -15,7 +15,7 @@ from comparison import Agreement
 from conftest import DecoderWork, require_packages
 
 from doran_export import OnnxRunner
-from doran_export.adapter_file import read_adapter, write_adapter
+from doran_export.adapters.adapter_file import read_adapter, write_adapter
 
 LIMITS = {"fp32": 1e-3, "fp16": 5e-2}
 

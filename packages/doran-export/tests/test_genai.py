@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from doran_core.errors import CheckpointError, ConfigError, MissingDependencyError
 from doran_export import ExportReport, OnnxRunner, UnsupportedModelError, export
-from doran_export.checks import averages
+from doran_export.proof.checks import averages
 
 genai = pytest.importorskip("onnxruntime_genai", reason="needs the extra genai")
 

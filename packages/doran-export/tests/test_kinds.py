@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from doran_core import DoranConfig, adapt
 from doran_core.errors import ConfigError
 from doran_export import OnnxRunner, UnsupportedModelError, export, verify
-from doran_export.remembered import Traces
-from doran_export.stack import find_layers
+from doran_export.graph.layer_stack import find_layers
+from doran_export.graph.trace_cache import Traces
 
 SHAPE = {**TEXT, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 160}
 
@@ -78,10 +78,10 @@ def test_sliding_window_decoder(tmp_path: Path) -> None:
 
 def test_repeated_layers_give_the_graph_of_a_whole_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("doran_export.stack._FEWEST", 5)
+    monkeypatch.setattr("doran_export.graph.layer_stack._FEWEST", 5)
     source = saved(bert("BertForSequenceClassification", num_hidden_layers=5), tmp_path / "model")
     export(source, tmp_path / "short")
-    monkeypatch.setattr("doran_export.graph.find_layers", lambda model: None)
+    monkeypatch.setattr("doran_export.graph.torch_export.find_layers", lambda model: None)
     export(source, tmp_path / "whole")
 
     graphs = [onnx.load(tmp_path / name / "model.onnx").graph for name in ("short", "whole")]
@@ -98,7 +98,7 @@ def test_a_trace_serves_models_that_differ_in_their_weights_alone(
     torch.manual_seed(0)
     places = [saved(bert("BertForMaskedLM", hidden_act="silu"), tmp_path / name) for name in ("first", "second")]
     other = saved(bert("BertForMaskedLM", hidden_act="relu"), tmp_path / "other")
-    monkeypatch.setattr("doran_export.graph._TRACES", Traces())
+    monkeypatch.setattr("doran_export.graph.torch_export._TRACES", Traces())
     traced = []
     whole = torch.export.export
     monkeypatch.setattr(torch.export, "export", lambda *rest, **more: traced.append(1) or whole(*rest, **more))

@@ -15,7 +15,7 @@ from doran_core.adapter import CompiledAdapter, CompiledModule, write_compiled
 from doran_core.cli.main import main
 from doran_core.errors import BaseMismatchError, ConfigError, DoranError
 from doran_export import ExportError, ExportReport, OnnxRunner, ProofError, UnsupportedModelError, export, verify
-from doran_export.adapter_file import write_adapter
+from doran_export.adapters.adapter_file import write_adapter
 
 IDS = np.random.default_rng(7).integers(3, 97, (2, 9))
 

@@ -13,7 +13,7 @@ from conftest import make_adapter, saved, tiny_llama
 
 from doran_core.errors import ConfigError, DoranError
 from doran_export import ExportError, ExportReport, OnnxRunner, UnsupportedModelError, export, verify
-from doran_export.precision import PRECISIONS, ROADS, proof_providers, road_for, target_for
+from doran_export.graph.precision import PRECISIONS, ROADS, proof_providers, road_for, target_for
 from doran_export.tasks import TASKS
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -54,7 +54,8 @@ def test_float16_that_overflows(tmp_path: Path) -> None:
 
 def test_int8(tiny_decoder: tuple[Path, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = tiny_decoder
-    monkeypatch.setattr("doran_export.graph._INLINE_LIMIT", 1000)  # weights beside the graph, as in a large model
+    # Weights beside the graph, as in a large model.
+    monkeypatch.setattr("doran_export.graph.torch_export._INLINE_LIMIT", 1000)
     report = export(source, tmp_path / "out", road="torch", precision="int8")
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     kinds = [node.op_type for node in graph.node]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from doran_export import ProofError
-from doran_export.cases import Case
-from doran_export.checks import Check, averages, compare, require_average, require_certain
-from doran_export.greedy import compare_greedy
-from doran_export.precision import PRECISIONS
-from doran_export.reference import Answer, Greedy
-from doran_export.spec import GraphSpec
+from doran_export.graph.precision import PRECISIONS
+from doran_export.graph.spec import GraphSpec
+from doran_export.proof.cases import Case
+from doran_export.proof.checks import Check, averages, compare, require_average, require_certain
+from doran_export.proof.greedy import compare_greedy
+from doran_export.proof.reference import Answer, Greedy
 from doran_export.tasks import TASKS
 
 SPEC = GraphSpec(TASKS["text-classification"], {}, {}, None, 9, 0, 16)

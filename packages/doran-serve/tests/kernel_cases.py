@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from doran_serve import kernels
-from doran_serve.tiles import expand_config
+from doran_serve.tile_config import expand_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies no bfloat16

@@ -19,8 +19,8 @@ from doran_core.errors import DoranError
 from doran_serve.bench.cases import Case, Workload, standard_cases
 from doran_serve.bench.run import measure, reason, summary, table
 from doran_serve.bench.strip import write_lora
-from doran_serve.fit import Memory
 from doran_serve.launch import CACHE_VARIABLE
+from doran_serve.memory import Memory
 from doran_serve.store import AdapterStore
 
 
@@ -111,7 +111,7 @@ def test_the_engines_get_a_cache_that_a_cpu_has(
     make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "adapters" / "one")
     monkeypatch.setenv(CACHE_VARIABLE, "")  # so that it is put back
     monkeypatch.delenv(CACHE_VARIABLE)
-    monkeypatch.setattr("doran_serve.fit.device_memory", lambda: Memory(24 * 2**30, "this machine"))
+    monkeypatch.setattr("doran_serve.memory.device_memory", lambda: Memory(24 * 2**30, "this machine"))
     seen = []
 
     def measured(case: Case, workload: Workload) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from doran_core.cli.main import main
 from doran_core.errors import CheckpointError, DoranError
-from doran_serve import fit, flags
+from doran_serve import flags, memory
 from doran_serve.launch import CACHE_VARIABLE
 
 
@@ -152,13 +152,13 @@ def test_a_cpu_gets_a_cache_of_a_size_that_it_has(
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, "")  # so that it is put back
     monkeypatch.delenv(CACHE_VARIABLE)
-    monkeypatch.setattr("doran_serve.fit.device_memory", lambda: fit.Memory(gib * 2**30, "this machine"))
+    monkeypatch.setattr("doran_serve.memory.device_memory", lambda: memory.Memory(gib * 2**30, "this machine"))
     run("org/model")
     assert os.environ.pop(CACHE_VARIABLE) == size
     assert f"{size} GiB for the cache of keys and values" in capsys.readouterr().out
     run("org/model", "--gpu-memory-utilization=0.5")
     run("org/model", "--kv-cache-memory-bytes", "1000")
-    monkeypatch.setattr("doran_serve.fit.device_memory", lambda: fit.Memory(gib * 2**30, "NVIDIA H100"))
+    monkeypatch.setattr("doran_serve.memory.device_memory", lambda: memory.Memory(gib * 2**30, "NVIDIA H100"))
     run("org/model")
     assert CACHE_VARIABLE not in os.environ
 
@@ -184,21 +184,21 @@ def test_memory_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
-    assert fit.device_memory() == fit.Memory(81559 * 2**20, "NVIDIA H100")
-    assert fit.device_memory(2) == fit.Memory(2 * 81559 * 2**20, "2 x NVIDIA H100")
+    assert memory.device_memory() == memory.Memory(81559 * 2**20, "NVIDIA H100")
+    assert memory.device_memory(2) == memory.Memory(2 * 81559 * 2**20, "2 x NVIDIA H100")
     script.write_text("#!/bin/sh\nexit 9\n")
-    assert fit.device_memory().name == "this machine"
+    assert memory.device_memory().name == "this machine"
 
 
 def test_slots_that_fit() -> None:
     shapes = [(24, 16), (8, 16)]
-    each = fit.slot_bytes(shapes, rank=4, width=2)
+    each = memory.slot_bytes(shapes, rank=4, width=2)
     assert each == 4 * (40 + 24) * 2 + 4 * 32
-    memory = fit.Memory(total=10_000, name="a device")
-    assert fit.fitting_slots(8, 500, base=5000, memory=memory) == 4  # 7,200 - 5,000 holds 4.4
-    assert fit.fitting_slots(3, 500, base=5000, memory=memory) == 3
+    device = memory.Memory(total=10_000, name="a device")
+    assert memory.fitting_slots(8, 500, base=5000, memory=device) == 4  # 7,200 - 5,000 holds 4.4
+    assert memory.fitting_slots(3, 500, base=5000, memory=device) == 3
     with pytest.raises(DoranError, match=r"no adapter slot fits: the base takes .* of a device"):
-        fit.fitting_slots(8, 500, base=7000, memory=memory)
+        memory.fitting_slots(8, 500, base=7000, memory=device)
 
 
 def test_an_allowlist_without_the_plugin_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

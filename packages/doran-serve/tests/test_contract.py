@@ -12,11 +12,12 @@ pytest.importorskip("vllm")
 
 from contract import REQUIRED, source_in
 
-from doran_serve import compat, names
+from doran_serve import compat
+from doran_serve import vllm_symbols as symbols
 
 
 def source(target: str) -> str:
-    holder, attribute = names.locate(target)
+    holder, attribute = symbols.locate(target)
     return inspect.getsource(getattr(holder, attribute))
 
 
@@ -33,14 +34,14 @@ def test_every_patch_says_why_and_until_when() -> None:
 
 def test_patching_twice_changes_nothing() -> None:
     compat.apply()
-    before = [getattr(*names.locate(patch.target)) for patch in compat.PATCHES if names.exists(patch.target)]
+    before = [getattr(*symbols.locate(patch.target)) for patch in compat.PATCHES if symbols.exists(patch.target)]
     compat.apply()
-    after = [getattr(*names.locate(patch.target)) for patch in compat.PATCHES if names.exists(patch.target)]
+    after = [getattr(*symbols.locate(patch.target)) for patch in compat.PATCHES if symbols.exists(patch.target)]
     assert all(one is other for one, other in zip(before, after, strict=True))
 
 
 def test_a_missing_name_is_refused_before_anything_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(names.NAMES, "gone", "vllm.lora.utils:no_such_thing")
+    monkeypatch.setitem(symbols.NAMES, "gone", "vllm.lora.utils:no_such_thing")
     with pytest.raises(compat.UnsupportedVllmError, match="no_such_thing"):
         compat.apply()
 
@@ -54,7 +55,7 @@ def test_the_attributes_are_there(target: str) -> None:
 @pytest.mark.skipif("DORAN_TEST_VLLM_SOURCE" not in os.environ, reason="DORAN_TEST_VLLM_SOURCE names no other source")
 def test_another_release_by_its_source() -> None:
     root = Path(os.environ["DORAN_TEST_VLLM_SOURCE"])
-    names_and_patches = [*names.NAMES.values(), *(patch.target for patch in compat.PATCHES)]
+    names_and_patches = [*symbols.NAMES.values(), *(patch.target for patch in compat.PATCHES)]
     assert [target for target in names_and_patches if source_in(root, target) is None] == []
     lacking = {
         target: [text for text in wanted if text not in (source_in(root, target) or "")]
@@ -64,14 +65,17 @@ def test_another_release_by_its_source() -> None:
 
 
 def test_signatures() -> None:
-    weights = inspect.signature(names.lookup("LoRALayerWeights").__init__).parameters
+    weights = inspect.signature(symbols.lookup("LoRALayerWeights").__init__).parameters
     assert list(weights)[1:] == ["module_name", "rank", "lora_alpha", "lora_a", "lora_b", "scaling"]
-    assert list(inspect.signature(names.lookup("LoRAModel").__init__).parameters)[1:4] == [
+    assert list(inspect.signature(symbols.lookup("LoRAModel").__init__).parameters)[1:4] == [
         "lora_model_id",
         "rank",
         "loras",
     ]
-    assert list(inspect.signature(names.lookup("parse_fine_tuned_lora_name")).parameters) == ["name", "weights_mapper"]
+    assert list(inspect.signature(symbols.lookup("parse_fine_tuned_lora_name")).parameters) == [
+        "name",
+        "weights_mapper",
+    ]
     from vllm.model_executor.models.utils import WeightsMapper
 
     assert hasattr(WeightsMapper, "get_rename_mapper") or hasattr(WeightsMapper, "get_unstacked_mapper")

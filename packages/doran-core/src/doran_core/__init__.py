@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from doran_core.lazy import lazy_names
+from doran_core.support.lazy import lazy_names
 
 if TYPE_CHECKING:
     from doran_core import functional
     from doran_core.adaptation import adapt, load
     from doran_core.adapter import read_adapter, read_compiled, write_compiled, write_trainable
-    from doran_core.config import DoranConfig
     from doran_core.errors import DoranError
-    from doran_core.factors import FactorGenerator, LayerSpec
     from doran_core.handle import DoranHandle
     from doran_core.layers import DoranAdapter, DoranConv2d, DoranEmbedding, DoranLinear
-    from doran_core.tau import Tau
+    from doran_core.method.config import DoranConfig
+    from doran_core.method.factors import FactorGenerator, LayerSpec
+    from doran_core.method.tau import Tau
 
     __version__: str
 
@@ -44,15 +44,15 @@ __all__ = [
 
 _HOMES = {
     "DoranAdapter": "layers",
-    "DoranConfig": "config",
+    "DoranConfig": "method.config",
     "DoranConv2d": "layers",
     "DoranEmbedding": "layers",
     "DoranError": "errors",
     "DoranHandle": "handle",
     "DoranLinear": "layers",
-    "FactorGenerator": "factors",
-    "LayerSpec": "factors",
-    "Tau": "tau",
+    "FactorGenerator": "method.factors",
+    "LayerSpec": "method.factors",
+    "Tau": "method.tau",
     "adapt": "adaptation",
     "functional": "functional",
     "load": "adaptation",

@@ -6,11 +6,11 @@ import os
 
 from torch import nn
 
-from doran_core.config import DoranConfig
 from doran_core.errors import TargetError
-from doran_core.factors import FactorBuilder
 from doran_core.handle import DoranHandle, read_trainable, set_trained
 from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
+from doran_core.method.config import DoranConfig
+from doran_core.method.factors import FactorBuilder
 from doran_core.targets import find_targets, matches
 
 __all__ = ["adapt", "load"]
@@ -23,7 +23,7 @@ def adapt(model: nn.Module, config: DoranConfig, *, factor_builder: FactorBuilde
         model: any nn.Module. Its parameters are frozen, but for ``config.modules_to_save``.
         config: the options; ``target_modules`` must be given.
         factor_builder: makes the factors of each layer, for a generator of your own
-            (:class:`~doran_core.factors.FactorGenerator`); by default what the config says.
+            (:class:`~doran_core.method.factors.FactorGenerator`); by default what the config says.
 
     Returns:
         The handle.

@@ -20,11 +20,11 @@ from doran_core.adapter import (
 )
 from doran_core.adapter.apply import apply_adapter
 from doran_core.adapter.compiled import compile_module
-from doran_core.config import DoranConfig
+from doran_core.checkpoint.fingerprint import fingerprint_weights
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
-from doran_core.fingerprint import fingerprint_weights
 from doran_core.layers.base import BaseView
 from doran_core.layers.modules import DoranLayer
+from doran_core.method.config import DoranConfig
 
 __all__ = ["DoranHandle", "read_trainable", "set_trained"]
 

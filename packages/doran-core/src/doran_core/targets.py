@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from doran_core.config import ALL_LINEAR, DoranConfig
 from doran_core.errors import TargetError
 from doran_core.layers.base import is_adaptable, is_linear
+from doran_core.method.config import ALL_LINEAR, DoranConfig
 
 __all__ = ["find_targets", "matches", "nearest_names"]
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from doran_core import DoranConfig
-from doran_core.blocks import SharedTrunks
-from doran_core.factors import LayerSpec
 from doran_core.kernels import networks
 from doran_core.kernels.networks import SLOPES, Networks
+from doran_core.method.factors import LayerSpec
+from doran_core.method.sharing import SharedTrunks
 
 ACTIVATIONS = {"leaky_relu": F.leaky_relu, "relu": F.relu, "identity": lambda x: x}
 

@@ -52,7 +52,7 @@ def test_any_checkpoint(checkpoint, options, rank, piece):
         made.write_base(folder / "base", weights, shards=shards)
         live = made.write_adapter(folder / "adapter", weights, targets=targets, rank=rank, **options)
         with (
-            mock.patch("doran_core.binding.CHUNK_ELEMENTS", piece),
+            mock.patch("doran_core.checkpoint.binding.CHUNK_ELEMENTS", piece),
             mock.patch("doran_core.merge.write._COPY_BYTES", piece),
         ):
             merge_checkpoint(folder / "base", folder / "adapter", folder / "out")

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from doran_core.adapter import read_adapter, write_compiled
-from doran_core.checkpoint import Checkpoint
+from doran_core.checkpoint.checkpoint import Checkpoint
+from doran_core.checkpoint.weight_layout import from_matrix, to_matrix
 from doran_core.convert import compile_adapter
 from doran_core.errors import ConfigError
-from doran_core.kinds import from_matrix, to_matrix
 from doran_core.merge import merge_checkpoint
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -75,7 +75,7 @@ def test_options(tmp_path, base, options):
 def test_rows_are_independent_of_the_size_of_the_pieces(tmp_path, base, monkeypatch):
     made.write_adapter(tmp_path / "adapter", made.base_weights())
     merge_checkpoint(base, tmp_path / "adapter", tmp_path / "whole")
-    monkeypatch.setattr("doran_core.binding.CHUNK_ELEMENTS", 60)
+    monkeypatch.setattr("doran_core.checkpoint.binding.CHUNK_ELEMENTS", 60)
     monkeypatch.setattr("doran_core.merge.write.CHUNK_ELEMENTS", 60)
     monkeypatch.setattr("doran_core.merge.write._COPY_BYTES", 101)
     merge_checkpoint(base, tmp_path / "adapter", tmp_path / "pieces")

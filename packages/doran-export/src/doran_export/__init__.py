@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from doran_core.lazy import lazy_names
+from doran_core.support.lazy import lazy_names
 
 if TYPE_CHECKING:
     from doran_export.api import export, verify
     from doran_export.errors import ExportError, ProofError, UnsupportedModelError
-    from doran_export.proof import Proof
+    from doran_export.proof.proof import Proof
     from doran_export.report import ExportReport
-    from doran_export.runner import OnnxRunner
+    from doran_export.runtime.runner import OnnxRunner
 
 __all__ = [
     "ExportError",
@@ -27,8 +27,8 @@ __all__ = [
 _HOMES = {
     "ExportError": "errors",
     "ExportReport": "report",
-    "OnnxRunner": "runner",
-    "Proof": "proof",
+    "OnnxRunner": "runtime.runner",
+    "Proof": "proof.proof",
     "ProofError": "errors",
     "UnsupportedModelError": "errors",
     "export": "api",

@@ -14,22 +14,22 @@ import torch
 from doran_core.adapter import CompiledAdapter, read_adapter
 from doran_core.errors import ConfigError
 from doran_core.merge import merge_checkpoint
-from doran_export.adapter_file import read_adapter as read_adapter_file
-from doran_export.adapters import compile_adapters, merged_weights, replaced, switched_weights
-from doran_export.clock import Clock, Progress
+from doran_export.adapters.adapter_file import read_adapter as read_adapter_file
+from doran_export.adapters.separate import compile_adapters, merged_weights, replaced, switched_weights
 from doran_export.errors import ExportError
 from doran_export.files import GENAI_CONFIG, MODEL_FILE, REPORT_FILE, adapter_files, read_json
-from doran_export.genai import require_genai
-from doran_export.graph import check_graph
+from doran_export.graph.genai import require_genai
+from doran_export.graph.precision import ROADS, precision_for, proof_providers, road_for, target_for
+from doran_export.graph.spec import GraphSpec, make_spec
+from doran_export.graph.torch_export import check_graph
+from doran_export.key_renaming import under_module_names
 from doran_export.loading import Source, load_model, open_source
 from doran_export.pipeline import Request, ask, export_source, prove_directory
-from doran_export.precision import ROADS, precision_for, proof_providers, road_for, target_for
-from doran_export.proof import Proof
-from doran_export.reference import Reference
-from doran_export.renamed import under_module_names
+from doran_export.proof.proof import Proof
+from doran_export.proof.reference import Reference
 from doran_export.report import ExportReport
-from doran_export.runtime import available_providers, provider_names
-from doran_export.spec import GraphSpec, make_spec
+from doran_export.runtime.providers import available_providers, provider_names
+from doran_export.stage_timer import Clock, Progress
 from doran_export.staging import require_free_place, staged_directory
 
 __all__ = ["Progress", "export", "verify"]

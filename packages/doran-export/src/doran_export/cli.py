@@ -74,7 +74,7 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 
 def _run(arguments: argparse.Namespace) -> Outcome:
     from doran_export.api import export
-    from doran_export.cases import read_inputs
+    from doran_export.proof.cases import read_inputs
 
     adapter, adapters = _adapters(arguments)
     with _Stages() as progress:
@@ -131,7 +131,7 @@ class _Stages:
     """One progress bar per stage."""
 
     def __init__(self) -> None:
-        from doran_core.progress import ProgressBar
+        from doran_core.support.progress import ProgressBar
 
         self._bar_class = ProgressBar
         self._bar: ProgressBar | None = None

@@ -14,23 +14,23 @@ from transformers import PreTrainedModel
 
 from doran_core.adapter import CompiledAdapter
 from doran_core.errors import ConfigError
-from doran_export.adapter_file import write_adapter
-from doran_export.adapters import adapter_tensors, merged_weights, replaced, union_of_targets
-from doran_export.cases import GREEDY_STEPS, given_cases, greedy_prompts, random_cases
-from doran_export.clock import Clock
+from doran_export.adapters.adapter_file import write_adapter
+from doran_export.adapters.separate import adapter_tensors, merged_weights, replaced, union_of_targets
 from doran_export.errors import ExportError
 from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, MODEL_FILE, copy_companions
-from doran_export.genai import build_graph, require_plain_head
-from doran_export.graph import check_graph, graph_opset, save_graph, trace
+from doran_export.graph.genai import build_graph, require_plain_head
+from doran_export.graph.precision import Precision, Road
+from doran_export.graph.quantize import quantize_weights
+from doran_export.graph.spec import GraphSpec, make_spec
+from doran_export.graph.storage import store_weights
+from doran_export.graph.torch_export import check_graph, graph_opset, save_graph, trace
 from doran_export.loading import Source, load_model, load_tokenizer
-from doran_export.precision import Precision, Road
-from doran_export.proof import Proof, prove
-from doran_export.quantize import quantize_weights
-from doran_export.reference import Reference, ask_pytorch
+from doran_export.proof.cases import GREEDY_STEPS, given_cases, greedy_prompts, random_cases
+from doran_export.proof.proof import Proof, prove
+from doran_export.proof.reference import Reference, ask_pytorch
 from doran_export.report import ExportReport, versions
-from doran_export.runtime import PROVIDERS
-from doran_export.spec import GraphSpec, make_spec
-from doran_export.storage import store_weights
+from doran_export.runtime.providers import PROVIDERS
+from doran_export.stage_timer import Clock
 from doran_export.tasks import TASKS
 
 __all__ = ["Request", "ask", "export_source", "prove_directory"]

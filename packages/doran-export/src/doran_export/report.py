@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from doran_export.files import REPORT_FILE
-from doran_export.proof import Proof
+from doran_export.proof.proof import Proof
 
 __all__ = ["ExportReport", "versions"]
 

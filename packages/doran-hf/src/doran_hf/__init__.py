@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from doran_core.cli.loading import reading_flags
-from doran_core.lazy import lazy_names
+from doran_core.support.lazy import lazy_names
 
 if TYPE_CHECKING or not reading_flags():
-    from doran_hf.method import (
+    from doran_hf._public import (
         DoranConfig,
         DoranLayer,
         DoranModel,
@@ -40,4 +40,4 @@ __all__ = [
 
 if not TYPE_CHECKING:
     # What was left out while the `doran` command read its flags: PEFT takes seconds to import.
-    __getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, "method"), distribution="doran-hf")
+    __getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, "_public"), distribution="doran-hf")

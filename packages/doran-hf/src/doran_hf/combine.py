@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from doran_core.errors import ConfigError, DoranError, NonFiniteError
-from doran_core.factors import StaticFactors
+from doran_core.method.factors import StaticFactors
 from doran_hf.config import DoranConfig
 from doran_hf.layer import DoranLayer, check_adapter, doran_layers
 

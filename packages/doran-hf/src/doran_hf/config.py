@@ -11,9 +11,9 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 
 from doran_core.adapter.schema import FORMAT_VERSION
-from doran_core.config import ALL_LINEAR
-from doran_core.config import DoranConfig as CoreConfig
 from doran_core.errors import ConfigError, FormatVersionError
+from doran_core.method.config import ALL_LINEAR
+from doran_core.method.config import DoranConfig as CoreConfig
 from doran_hf.options import AdapterOptions
 from doran_hf.register import DoranPeftType
 
@@ -27,8 +27,8 @@ _BIASES = ("none", "all", "doran_only")
 class DoranConfig(AdapterOptions, PeftConfig):
     """Configuration of a DoRAN adapter for ``get_peft_model`` and all that takes a ``PeftConfig``.
 
-    The fields that :class:`doran_core.config.DoranConfig` has mean the same here and are described there; each field's
-    metadata has a short help text. The others are PEFT's:
+    The fields of :class:`doran_core.DoranConfig` mean the same here and are described there; each field's metadata has
+    a short help text. The others are PEFT's:
 
     Attributes:
         target_modules: names or name endings, one regex, "all-linear", or None for the query and value projections of

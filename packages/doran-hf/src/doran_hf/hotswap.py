@@ -9,9 +9,9 @@ import torch
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from doran_core.config import DoranConfig as CoreConfig
 from doran_core.errors import ConfigError, DoranError, MissingKeyError, TensorShapeError, UnexpectedKeyError
-from doran_hf.base import check_base
+from doran_core.method.config import DoranConfig as CoreConfig
+from doran_hf.base_check import check_base
 from doran_hf.config import DoranConfig
 from doran_hf.layer import check_adapter, doran_layers
 

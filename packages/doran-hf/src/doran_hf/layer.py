@@ -10,12 +10,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from doran_core.config import DoranConfig as CoreConfig
 from doran_core.errors import ConfigError, TargetError
-from doran_core.factors import FactorBuilder
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
 from doran_core.layers.modules import layer_spec
-from doran_hf.mixed import check_rows
+from doran_core.method.config import DoranConfig as CoreConfig
+from doran_core.method.factors import FactorBuilder
+from doran_hf.mixed_batch import check_rows
 
 __all__ = [
     "DoranConv",
@@ -114,7 +114,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
             x: the base layer's input, ``[batch, ...]`` with ``adapter_names``.
             args: passed on to the base layer.
             adapter_names: inference only: the adapter of each row of x, "__base__" for none; see
-                :func:`doran_hf.mixed.adapter_per_row`.
+                :func:`doran_hf.mixed_batch.adapter_per_row`.
             kwargs: passed on to the base layer.
 
         Raises:

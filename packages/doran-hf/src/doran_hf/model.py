@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from doran_core.adapter.schema import created_by
 from doran_core.adapter.validate import check_tensors
-from doran_core.config import DoranConfig as CoreConfig
 from doran_core.errors import ConfigError, MissingKeyError, UnexpectedKeyError
-from doran_core.factors import FactorBuilder
 from doran_core.layers.modules import make_factor_builder
-from doran_hf.base import base_fingerprint, check_base, module_kinds
+from doran_core.method.config import DoranConfig as CoreConfig
+from doran_core.method.factors import FactorBuilder
+from doran_hf.base_check import base_fingerprint, check_base, module_kinds
 from doran_hf.combine import add_weighted_adapter
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
 from doran_hf.layer import DoranLayer, doran_layers, layer_class
-from doran_hf.mixed import adapter_per_row
+from doran_hf.mixed_batch import adapter_per_row
 from doran_hf.penalty import PenaltyHook
 from doran_hf.register import PREFIX
 from doran_hf.targets import check_targets, fill_targets

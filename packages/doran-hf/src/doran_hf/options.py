@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from doran_core.config import Activation
+from doran_core.method.config import Activation
 
 __all__ = ["AdapterOptions"]
 

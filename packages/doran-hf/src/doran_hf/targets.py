@@ -7,9 +7,9 @@ import re
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from doran_core.config import ALL_LINEAR
 from doran_core.errors import ConfigError, TargetError
 from doran_core.layers import is_adaptable
+from doran_core.method.config import ALL_LINEAR
 from doran_core.targets import matches, nearest_names
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS

@@ -10,7 +10,7 @@ from conftest import make_llama
 from tiny_bases import CHAT, make_tokenizer
 
 from doran_core.errors import ConfigError
-from doran_hf.train.choices import choice_accuracy
+from doran_hf.train.choice_accuracy import choice_accuracy
 from doran_hf.train.config import DataConfig
 from doran_hf.train.text import IGNORED, TextEncoder
 

@@ -8,8 +8,8 @@ import logging
 from pathlib import Path
 
 from doran_core.adapter import AnyAdapter
-from doran_core.binding import bind
-from doran_core.checkpoint import Checkpoint
+from doran_core.checkpoint.binding import bind
+from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.errors import CheckpointError
 
 __all__ = ["BaseModel", "local_directory"]

@@ -21,8 +21,8 @@ from doran_serve import cpu_ops, frontend
 from doran_serve.layers import with_scaled_output
 from doran_serve.merged.mode import is_merged
 from doran_serve.merged.scheduler import SwitchingScheduler, with_switching
-from doran_serve.names import NAMES, exists, locate, lookup
 from doran_serve.versions import UnsupportedVllmError, installed
+from doran_serve.vllm_symbols import NAMES, exists, locate, lookup
 from doran_serve.worker import with_doran_loading, with_doran_scales
 
 __all__ = ["PATCHES", "Patch", "apply", "missing_names", "run_vllm"]

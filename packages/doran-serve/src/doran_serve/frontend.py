@@ -16,8 +16,8 @@ from typing import Any
 from doran_core.errors import DoranError
 from doran_serve import metrics
 from doran_serve.merged.mode import is_merged
-from doran_serve.names import lookup
 from doran_serve.store import AdapterStore
+from doran_serve.vllm_symbols import lookup
 
 __all__ = [
     "adapter_id",

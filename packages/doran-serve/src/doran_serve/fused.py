@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doran_serve.tiles import FEW_TOKENS, expand_config
+from doran_serve.tile_config import FEW_TOKENS, expand_config
 
 __all__ = ["add_adapters", "prepare", "usable"]
 

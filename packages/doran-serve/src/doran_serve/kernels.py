@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from doran_serve.tiles import ExpandConfig, ShrinkConfig, expand_config, shrink_config, token_blocks
+from doran_serve.tile_config import ExpandConfig, ShrinkConfig, expand_config, shrink_config, token_blocks
 
 __all__ = ["column_blocks", "expand", "shrink"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from doran_core.adapter.schema import CONFIG_FILE
 from doran_core.errors import CheckFailedError, CheckpointError, DoranError
-from doran_serve import fit, flags
+from doran_serve import flags, memory
 from doran_serve.base import local_directory
+from doran_serve.records import AdapterInfo
 from doran_serve.resolver import VARIABLE
-from doran_serve.served import AdapterInfo
 from doran_serve.store import AdapterStore
 
 __all__ = ["CACHE_VARIABLE", "Checked", "Plan", "cache_size", "check_adapters", "find_adapters", "plan", "start"]
@@ -139,14 +139,14 @@ def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str
     shapes, width, base = _base_sizes(store, checked.targets)
     if mode == "merged":
         if shapes:
-            kept = fit.base_row_bytes(shapes, width)
+            kept = memory.base_row_bytes(shapes, width)
             print(f"merged mode keeps {kept / 2**30:.2f} GiB of base weights beside the model", flush=True)
         return flags.merged_flags(checked.paths, given)
     slots = min(len(checked.paths), flags.MOST_SLOTS)
     if shapes and flags.given_value(given, "--max-loras") is None:
-        each = fit.slot_bytes(shapes, flags.served_rank(checked.rank), width)
+        each = memory.slot_bytes(shapes, flags.served_rank(checked.rank), width)
         ranks = int(flags.given_value(given, "--tensor-parallel-size") or flags.given_value(given, "-tp") or 1)
-        slots = fit.fitting_slots(slots, each, base, fit.device_memory(ranks))
+        slots = memory.fitting_slots(slots, each, base, memory.device_memory(ranks))
         print(f"{slots} slots of {each / 2**20:.1f} MiB for {len(checked.paths)} adapters", flush=True)
     return flags.mixed_flags(checked.paths, checked.rank, slots, checked.targets, given)
 
@@ -157,7 +157,7 @@ def cache_size(named: bool) -> dict[str, str]:
     Args:
         named: whether the user's arguments for vLLM say how much memory it may take.
     """
-    size = fit.cpu_cache_gib(fit.device_memory())
+    size = memory.cpu_cache_gib(memory.device_memory())
     if size is None or named or CACHE_VARIABLE in os.environ:
         return {}
     print(f"{size} GiB for the cache of keys and values; {CACHE_VARIABLE} sets another size", flush=True)
@@ -170,7 +170,7 @@ def _base_sizes(store: AdapterStore, targets: frozenset[str]) -> tuple[list[tupl
     if checkpoint is None or not targets:
         return [], 0, 0
     total = sum(checkpoint.file(key).entry.nbytes for key in checkpoint)
-    shapes = fit.adaptable(checkpoint, targets)
+    shapes = memory.adaptable(checkpoint, targets)
     width = max((checkpoint.file(key).entry.nbytes // _count(checkpoint.shape(key)) for key in checkpoint), default=2)
     return shapes, width, total
 

@@ -17,8 +17,8 @@ from doran_core.errors import DoranError
 from doran_serve.base import local_directory
 from doran_serve.frontend import adapter_id, refused_error
 from doran_serve.metrics import refused
-from doran_serve.names import lookup
 from doran_serve.store import AdapterStore
+from doran_serve.vllm_symbols import lookup
 
 __all__ = ["VARIABLE", "DirectoryResolver", "register_resolver"]
 

@@ -28,8 +28,8 @@ from doran_core.adapter.schema import ADAPTER_FILES, CONFIG_FILE, SCALE_FILE, TE
 from doran_core.convert import compile_adapter, from_peft
 from doran_core.errors import AdapterFormatError, CheckpointError, RankError, TargetError, UnexpectedKeyError
 from doran_serve.base import BaseModel, local_directory
-from doran_serve.names import lookup
-from doran_serve.served import AdapterForm, AdapterInfo, ServedAdapter, ServedModule
+from doran_serve.records import AdapterForm, AdapterInfo, ServedAdapter, ServedModule
+from doran_serve.vllm_symbols import lookup
 
 __all__ = [
     "AdapterStore",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from doran_core.errors import TargetError, TensorShapeError
+from doran_serve.layer_map import nearest, output_sizes, renamer
 from doran_serve.layers import ScaledOutput
-from doran_serve.names import lookup
-from doran_serve.places import nearest, output_sizes, renamer
-from doran_serve.served import ServedAdapter, ServedModule
+from doran_serve.records import ServedAdapter, ServedModule
 from doran_serve.store import AdapterStore
+from doran_serve.vllm_symbols import lookup
 
 if TYPE_CHECKING:
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.adapter.schema import TrainableAdapter
-from doran_core.blocks import with_owners_of
-from doran_core.config import DoranConfig
 from doran_core.errors import AdapterFormatError, BaseMismatchError
 from doran_core.layers.adapter import DoranAdapter
+from doran_core.method.config import DoranConfig
+from doran_core.method.sharing import with_owners_of
 
 __all__ = ["apply_adapter"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from doran_core.adapter.schema import AnyAdapter, CompiledAdapter, Kind, TrainableAdapter
 from doran_core.adapter.validate import own_generator_parts
 from doran_core.errors import AdapterFormatError
-from doran_core.factors import FactorBuilder
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.rebuild import build_adapters
+from doran_core.method.factors import FactorBuilder
 
 __all__ = ["LayerFactors", "evaluate", "layer_factors"]
 

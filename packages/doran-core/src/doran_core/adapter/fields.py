@@ -7,8 +7,8 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from doran_core.config import DoranConfig
 from doran_core.errors import MissingKeyError, UnexpectedKeyError
+from doran_core.method.config import DoranConfig
 
 __all__ = ["CONFIG_FIELDS", "check_fields", "peft_fields"]
 

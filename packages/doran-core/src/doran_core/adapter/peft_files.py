@@ -13,8 +13,8 @@ from torch import Tensor
 from doran_core.adapter.keys import PEFT_PARTS, split_keys
 from doran_core.adapter.schema import CONFIG_FILE, Kind, PeftModule
 from doran_core.adapter.validate import check_pair, check_vector
-from doran_core.config import _pattern_value
 from doran_core.errors import AdapterFormatError, MissingKeyError, RankError, TensorShapeError, UnexpectedKeyError
+from doran_core.method.config import _pattern_value
 
 __all__ = ["check_peft_options", "parse_peft_modules", "peft_parts"]
 

@@ -25,7 +25,6 @@ from doran_core.adapter.schema import (
     TrainableAdapter,
 )
 from doran_core.adapter.validate import check_compiled_parts, check_tensors, check_trainable_modules
-from doran_core.config import DoranConfig
 from doran_core.errors import (
     AdapterFormatError,
     ConfigError,
@@ -37,6 +36,7 @@ from doran_core.errors import (
 from doran_core.files import StrPath
 from doran_core.files.jsonfile import read_json
 from doran_core.files.tensors import LoadedFile, load_safetensors
+from doran_core.method.config import DoranConfig
 
 __all__ = ["read_adapter", "read_compiled"]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from doran_core.config import DoranConfig
+from doran_core.method.config import DoranConfig
 
 __all__ = [
     "ADAPTER_FILES",

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from doran_core.blocks import BLOCK_EMBEDDING, TRUNK, sharing_group
-from doran_core.config import DoranConfig
 from doran_core.errors import (
     AdapterFormatError,
     ConfigError,
@@ -19,7 +17,9 @@ from doran_core.errors import (
     TensorShapeError,
     UnexpectedKeyError,
 )
-from doran_core.tau import tau_size
+from doran_core.method.config import DoranConfig
+from doran_core.method.sharing import BLOCK_EMBEDDING, TRUNK, sharing_group
+from doran_core.method.tau import tau_size
 
 __all__ = [
     "check_compiled_parts",

@@ -23,7 +23,7 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 def _run(arguments: argparse.Namespace) -> Outcome:
     from doran_core.adapter import write_compiled
     from doran_core.convert import compile_adapter, to_peft_dora
-    from doran_core.progress import ProgressBar
+    from doran_core.support.progress import ProgressBar
 
     with ProgressBar("compiling", unit="modules") as progress:
         compiled = compile_adapter(

@@ -35,7 +35,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     import torch
 
     from doran_core.merge import merge_checkpoint
-    from doran_core.progress import ProgressBar
+    from doran_core.support.progress import ProgressBar
 
     adapters = list(zip(arguments.adapter, weights, strict=True))
     with ProgressBar("merging") as progress:

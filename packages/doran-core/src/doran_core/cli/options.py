@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from doran_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from doran_core.factors import FactorBuilder
+    from doran_core.method.factors import FactorBuilder
 
 __all__ = ["add_adapter_options", "load_factor_builder"]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from doran_core.adapter import AnyAdapter, CompiledAdapter, PeftAdapter, TrainableAdapter, read_adapter
 from doran_core.adapter.compiled import compile_layer
-from doran_core.binding import BoundModule, bind, checkpoint_fingerprint
-from doran_core.checkpoint import Checkpoint
+from doran_core.checkpoint.binding import BoundModule, bind, checkpoint_fingerprint
+from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.errors import AdapterFormatError
-from doran_core.factors import FactorBuilder
 from doran_core.files import StrPath
+from doran_core.method.factors import FactorBuilder
 
 __all__ = ["compile_adapter", "from_peft"]
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from doran_core.adapter import AnyAdapter, CompiledAdapter, TrainableAdapter, read_adapter
 from doran_core.adapter.evaluate import LayerFactors, evaluate
 from doran_core.adapter.validate import own_generator_parts
-from doran_core.binding import BoundModule, bind
-from doran_core.checkpoint import Checkpoint
+from doran_core.checkpoint.binding import BoundModule, bind
+from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.diagnostics.factors import effective_rank, singular_values
 from doran_core.diagnostics.similarity import LayerSimilarity, layer_similarities
 from doran_core.errors import ConfigError
-from doran_core.factors import FactorBuilder
 from doran_core.files import StrPath
 from doran_core.functional import output_scale, row_norm
+from doran_core.method.factors import FactorBuilder
 
 __all__ = ["AdapterReport", "LayerReport", "Spread", "inspect_adapter"]
 

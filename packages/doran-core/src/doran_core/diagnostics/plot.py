@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from doran_core.blocks import block_of
 from doran_core.diagnostics.inspect import AdapterReport, LayerReport, Spread
 from doran_core.diagnostics.similarity import LayerSimilarity
 from doran_core.errors import CheckpointError, require
 from doran_core.files import StrPath
+from doran_core.method.sharing import block_of
 
 __all__ = ["plot_report", "require_plotting"]
 

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core import functional
-from doran_core.config import DoranConfig
 from doran_core.errors import ConfigError, NonFiniteError, TargetError
-from doran_core.experts import RankOneExperts
-from doran_core.factors import GeneratedFactors, LayerSpec, factor_penalty
 from doran_core.kernels import dispatch
 from doran_core.kernels.entries import Place, Slot
 from doran_core.kernels.layer import without_autocast
 from doran_core.kernels.networks import Networks
 from doran_core.layers.base import BaseView
-from doran_core.tau import Tau
+from doran_core.method.config import DoranConfig
+from doran_core.method.experts import RankOneExperts
+from doran_core.method.factors import GeneratedFactors, LayerSpec, factor_penalty
+from doran_core.method.tau import Tau
 
 if TYPE_CHECKING:
     from doran_core.kernels.family import Row  # which imports Triton

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doran_core.blocks import SharedTrunks, block_of
-from doran_core.config import DoranConfig
-from doran_core.factors import FactorBuilder, LayerSpec, StaticFactors
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView, base_view
 from doran_core.layers.swap import WeightSwap
+from doran_core.method.config import DoranConfig
+from doran_core.method.factors import FactorBuilder, LayerSpec, StaticFactors
+from doran_core.method.sharing import SharedTrunks, block_of
 
 __all__ = [
     "DoranConv",

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from doran_core.blocks import SharedTrunks, block_of
-from doran_core.config import DoranConfig
 from doran_core.errors import MissingKeyError, TensorShapeError, UnexpectedKeyError
-from doran_core.factors import FactorBuilder, LayerSpec, StaticFactors
 from doran_core.layers.adapter import DoranAdapter
+from doran_core.method.config import DoranConfig
+from doran_core.method.factors import FactorBuilder, LayerSpec, StaticFactors
+from doran_core.method.sharing import SharedTrunks, block_of
 
 __all__ = ["build_adapters"]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from doran_core.binding import BoundAdapter, BoundModule
-from doran_core.checkpoint import Checkpoint, WeightFile
+from doran_core.checkpoint.binding import BoundAdapter, BoundModule
+from doran_core.checkpoint.checkpoint import Checkpoint, WeightFile
+from doran_core.checkpoint.full_tensors import extra_keys
+from doran_core.checkpoint.ties import OUTPUT_KEY, tied_embedding
 from doran_core.errors import CheckpointError, ConfigError
-from doran_core.extras import extra_keys
 from doran_core.files.layout import DTYPES, Layout, TensorEntry, compose_header, dtype_name
-from doran_core.tied import OUTPUT_KEY, tied_embedding
 
 __all__ = ["Content", "Copied", "Given", "MergePlan", "Merged", "ShardPlan", "make_plan"]
 

@@ -16,15 +16,15 @@ import torch
 
 from doran_core.adapter import read_adapter
 from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
-from doran_core.binding import BoundAdapter, bind
-from doran_core.checkpoint import INDEX_FILE, Checkpoint
+from doran_core.checkpoint.binding import BoundAdapter, bind
+from doran_core.checkpoint.checkpoint import INDEX_FILE, Checkpoint
 from doran_core.errors import CheckpointError, ConfigError
-from doran_core.factors import FactorBuilder
 from doran_core.files import StrPath
-from doran_core.merge.companions import write_companions
 from doran_core.merge.plan import MergePlan, ShardPlan, make_plan
+from doran_core.merge.side_files import write_companions
 from doran_core.merge.staging import Staging, open_staging
 from doran_core.merge.write import ShardWriter, merge_threads
+from doran_core.method.factors import FactorBuilder
 
 __all__ = ["AdapterInput", "merge_checkpoint"]
 

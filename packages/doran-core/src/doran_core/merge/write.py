@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from doran_core.binding import CHUNK_ELEMENTS, BoundModule
-from doran_core.checkpoint import open_for_reading
+from doran_core.checkpoint.binding import CHUNK_ELEMENTS, BoundModule
+from doran_core.checkpoint.checkpoint import open_for_reading
+from doran_core.checkpoint.weight_layout import is_transposed, to_matrix
 from doran_core.files.layout import DTYPES, TensorEntry
 from doran_core.files.tensors import write_tensor
-from doran_core.kinds import is_transposed, to_matrix
 from doran_core.merge.plan import Content, Copied, Given, Merged, ShardPlan
 
 __all__ = ["ShardWriter", "merge_threads"]

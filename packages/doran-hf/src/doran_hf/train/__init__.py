@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from doran_core.lazy import lazy_names
+from doran_core.support.lazy import lazy_names
 
 if TYPE_CHECKING:
     from doran_hf.train.config import DataConfig, TrainConfig, load_config

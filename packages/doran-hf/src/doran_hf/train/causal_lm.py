@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from doran_core.errors import ConfigError
-from doran_hf.train.choices import check_choices, choice_accuracy
+from doran_hf.train.choice_accuracy import check_choices, choice_accuracy
 from doran_hf.train.config import TrainConfig
 from doran_hf.train.data import Examples
 from doran_hf.train.recipe import ExampleCounts, Prepared, TaskRecipe, load_tokenizer

@@ -18,11 +18,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from doran_core.errors import ConfigError
 from doran_core.files.atomic import new_directory
+from doran_hf._public import LayerMetricsCallback, tau_by_layer
 from doran_hf.layer_table import read_states
-from doran_hf.method import LayerMetricsCallback, tau_by_layer
-from doran_hf.train.card import model_card
 from doran_hf.train.config import OWN_TRAINER_FIELDS, TrainConfig
 from doran_hf.train.data import load_examples
+from doran_hf.train.model_card import model_card
 from doran_hf.train.recipe import Prepared, TaskRecipe
 from doran_hf.train.rundir import RunDirectory
 from doran_hf.train.tasks import recipe_for

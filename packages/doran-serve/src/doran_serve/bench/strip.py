@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from doran_core.adapter.schema import CONFIG_FILE, KEY_PREFIX, TENSOR_FILE
-from doran_serve.served import ServedAdapter
+from doran_serve.records import ServedAdapter
 
 __all__ = ["write_lora"]
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from doran_serve.merged.weights import swap_weights
-from doran_serve.names import lookup
 from doran_serve.store import adapter_version
+from doran_serve.vllm_symbols import lookup
 
 if TYPE_CHECKING:
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from doran_core.errors import AdapterFormatError, TargetError, TensorShapeError
 from doran_core.functional import direction
-from doran_serve.names import lookup
-from doran_serve.places import Place, nearest, places_of, renamer
-from doran_serve.served import ServedModule
+from doran_serve.layer_map import Place, nearest, places_of, renamer
+from doran_serve.records import ServedModule
 from doran_serve.store import AdapterStore, adapter_version
+from doran_serve.vllm_symbols import lookup
 
 __all__ = ["MergedWeights", "swap_weights"]
 

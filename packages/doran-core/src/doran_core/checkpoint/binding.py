@@ -1,0 +1,239 @@
+"""An adapter bound to the checkpoint that it adapts: each module with its weight on disk, sizes and base checked.
+
+Merging and converting both start here. Weights are read in pieces of a few rows, so memory stays small.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from doran_core.adapter import AnyAdapter, PeftAdapter, TrainableAdapter
+from doran_core.adapter.evaluate import LayerFactors, evaluate
+from doran_core.adapter.schema import Kind
+from doran_core.checkpoint.checkpoint import Checkpoint, WeightFile
+from doran_core.checkpoint.fingerprint import combine_digests, sample_stride, samples_digest, weight_digest
+from doran_core.checkpoint.full_tensors import by_base_names, without_copies
+from doran_core.checkpoint.ties import OUTPUT_KEY, tied_embedding
+from doran_core.checkpoint.weight_layout import decide_kind, is_transposed, matrix_shape, to_matrix
+from doran_core.errors import AdapterFormatError, BaseMismatchError, CheckpointError
+from doran_core.files import StrPath
+from doran_core.functional import merged_weight
+from doran_core.method.factors import FactorBuilder
+
+__all__ = ["BoundAdapter", "BoundModule", "bind", "checkpoint_fingerprint"]
+
+CHUNK_ELEMENTS = 2**18
+"""Elements of a weight handled at a time: 2 MiB in float64, in a core's cache between passes, or nearly."""
+
+_KNOWN_SCALE_TAU = 2.0**200
+"""A tau beside which no norm counts in float64, and which is a power of two: ``m = c tau`` gives exactly c."""
+
+_MERGEABLE = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class BoundModule:
+    """One adapted module and its weight on disk.
+
+    Attributes:
+        factors: what the adapter says of it.
+        key: the tensor that the merge changes. For a tied output layer it is one that the checkpoint lacks.
+        file: where the weight lies.
+        kind: how it is kept.
+    """
+
+    factors: LayerFactors
+    key: str
+    file: WeightFile
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        """The module's name in the adapter."""
+        return self.factors.name
+
+    @property
+    def kernel(self) -> tuple[int, ...] | None:
+        """``(in_channels, *kernel)`` of a convolution."""
+        return self.file.entry.shape[1:] if self.kind in ("conv2d", "conv") else None
+
+    def weight_rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """The base weight as slices of rows of ``[d_out, d_in]`` with their values, in the dtype of the file.
+
+        The values of one slice are overwritten by those of the next.
+        """
+        d_out, step = matrix_shape(self.file.entry.shape, self.kind)[0], self.slice_rows
+        if not is_transposed(self.kind):
+            for rows, values in self.file.rows(step):
+                yield rows, to_matrix(values, self.kind)
+            return
+        whole = to_matrix(self.file.read(), self.kind)
+        for start in range(0, d_out, step):
+            rows = slice(start, min(start + step, d_out))
+            yield rows, whole[rows]
+
+    @property
+    def slice_rows(self) -> int:
+        """Rows of a slice of :meth:`weight_rows`, but for the last one."""
+        d_out, d_in = matrix_shape(self.file.entry.shape, self.kind)
+        return min(d_out, max(1, CHUNK_ELEMENTS // d_in))
+
+    def double(self) -> BoundModule:
+        """The same with its factors in float64, so that they are not widened again for every slice of rows."""
+        return replace(self, factors=self.factors.double())
+
+    def merged_rows(self, weight: Tensor, rows: slice, *, out: Tensor | None = None) -> Tensor:
+        """W' of some rows in float64.
+
+        Args:
+            weight: the base weight's rows, ``[rows, d_in]``.
+            rows: which.
+            out: float64 memory of the same shape for the result; new memory by default.
+        """
+        layer = self.factors
+        B = layer.B[rows]
+        if layer.scale is not None:
+            magnitude = layer.scale[rows].double() * _KNOWN_SCALE_TAU
+            return merged_weight(weight, layer.A, B, layer.scaling, magnitude, _KNOWN_SCALE_TAU, out=out)
+        assert layer.magnitude is not None
+        tau = layer.tau[rows] if isinstance(layer.tau, Tensor) and layer.tau.numel() > 1 else layer.tau
+        return merged_weight(weight, layer.A, B, layer.scaling, layer.magnitude[rows], tau, out=out)
+
+
+@dataclass(frozen=True)
+class BoundAdapter:
+    """An adapter and the checkpoint that it is bound to.
+
+    Attributes:
+        adapter: as it was read.
+        checkpoint: the base.
+        modules: the adapted modules there.
+        extra: the tensors that replace base parameters in full, by the names that these have in the checkpoint, or that
+            the checkpoint lacks, by their own names; without mere copies of base weights.
+        adapter_extra: the same, all by the adapter's names.
+        fingerprint: of the adapted weights in this checkpoint; computed only if the adapter records one.
+    """
+
+    adapter: AnyAdapter
+    checkpoint: Checkpoint
+    modules: list[BoundModule]
+    extra: dict[str, Tensor]
+    adapter_extra: dict[str, Tensor]
+    fingerprint: str | None
+
+
+def bind(
+    adapter: AnyAdapter,
+    checkpoint: Checkpoint,
+    where: StrPath,
+    *,
+    allow_base_mismatch: bool = False,
+    factor_builder: FactorBuilder | None = None,
+) -> BoundAdapter:
+    """Find every adapted module in a checkpoint and check that it is the one that the adapter was made for.
+
+    Args:
+        adapter: of any form.
+        checkpoint: the base.
+        where: the adapter's directory, for messages.
+        allow_base_mismatch: accept another fingerprint.
+        factor_builder: as in :func:`~doran_core.adapter.evaluate.evaluate`.
+
+    Raises:
+        AdapterFormatError: the adapter's generators do not fit, or need a builder.
+        CheckpointError: a module or size that the checkpoint does not have, or an extra tensor whose place there is
+            not clear.
+        BaseMismatchError: other base weights; names both fingerprints.
+    """
+    modules = list(_modules(adapter, checkpoint, str(where), factor_builder))
+    expected = None if isinstance(adapter, PeftAdapter) else adapter.base_fingerprint
+    found = checkpoint_fingerprint(modules) if expected is not None else None
+    if found != expected and not allow_base_mismatch:
+        half = any(module.file.entry.dtype == "F16" for module in modules)
+        hint = " (it is float16: a rounded copy has another fingerprint than the original)" if half else ""
+        raise BaseMismatchError(
+            f"{where} was made for base weights with fingerprint {expected}, but {checkpoint.directory} has "
+            f"{found}{hint}; pass allow_base_mismatch if you know that they fit"
+        )
+    weights = {f"{module.name}.weight": module.file for module in modules}
+    kept = without_copies(adapter.extra, checkpoint, weights, where)
+    extra = by_base_names(kept, checkpoint, weights, where)
+    return BoundAdapter(adapter, checkpoint, modules, extra, kept, found)
+
+
+def _modules(
+    adapter: AnyAdapter, checkpoint: Checkpoint, where: str, factor_builder: FactorBuilder | None
+) -> Iterator[BoundModule]:
+    tied = tied_embedding(checkpoint)
+    keys = {name: _weight_key(checkpoint, name, tied) for name in adapter.modules}
+    _check_distinct(keys, tied, where)
+    columns = None
+    if isinstance(adapter, TrainableAdapter):
+        columns = {
+            name: _columns(checkpoint.shape(keys[name]), parts["magnitude"].shape[0])
+            for name, parts in adapter.modules.items()
+        }
+    try:
+        layers = evaluate(adapter, columns, factor_builder=factor_builder)
+    except AdapterFormatError as error:
+        raise type(error)(f"{where}: {error}") from error
+    transposed = _fan_in_fan_out(adapter)
+    for layer in layers:
+        stored = keys[layer.name]
+        key = OUTPUT_KEY if f"{layer.name}.weight" == OUTPUT_KEY else stored
+        file = checkpoint.file(stored)
+        if file.entry.dtype not in _MERGEABLE:
+            raise CheckpointError(
+                f"{file.path}: {stored}: dtype {file.entry.dtype}; adapters merge into {list(_MERGEABLE)}, "
+                "not into quantized weights"
+            )
+        name = f"{file.path}: {stored} (adapter {where})"
+        kind = decide_kind(name, file.entry.shape, layer.sizes, layer.kind, fan_in_fan_out=transposed)
+        yield BoundModule(layer, key, file, kind)
+
+
+def _fan_in_fan_out(adapter: AnyAdapter) -> bool:
+    if isinstance(adapter, PeftAdapter):
+        return adapter.fan_in_fan_out
+    return isinstance(adapter, TrainableAdapter) and bool(adapter.peft_fields.get("fan_in_fan_out"))
+
+
+def _columns(shape: Sequence[int], rows: int) -> int:
+    """d_in of a weight with d_out = `rows`; wrong sizes are found later, with a better message."""
+    sizes = matrix_shape(shape, "linear")
+    return sizes[1] if sizes[0] == rows else sizes[0]
+
+
+def _weight_key(checkpoint: Checkpoint, module: str, tied: str | None) -> str:
+    """The tensor that holds a module's weight: its own, or the input embedding's for a tied output layer."""
+    return tied if tied is not None and f"{module}.weight" == OUTPUT_KEY else checkpoint.weight_key(module)
+
+
+def _check_distinct(keys: Mapping[str, str], tied: str | None, where: str) -> None:
+    """Refuse two modules with one weight, unless it is the tied embedding's."""
+    owners: dict[str, str] = {}
+    for module, key in keys.items():
+        if key != tied and owners.setdefault(key, module) != module:
+            raise CheckpointError(f"{where}: {owners[key]} and {module} would both adapt {key}")
+
+
+def checkpoint_fingerprint(modules: list[BoundModule]) -> str:
+    """The fingerprint of the modules' weights, from the few values of each file that count."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return combine_digests(zip((module.name for module in modules), pool.map(_digest, modules), strict=True))
+
+
+def _digest(module: BoundModule) -> bytes:
+    shape = matrix_shape(module.file.entry.shape, module.kind)
+    if is_transposed(module.kind):
+        return weight_digest(module.name, to_matrix(module.file.read(), module.kind))
+    stride, samples = sample_stride(*shape), []
+    for rows, weight in module.weight_rows():
+        samples.append(weight.flatten()[-rows.start * shape[1] % stride :: stride].clone())
+    return samples_digest(module.name, shape, torch.cat(samples))

@@ -1,0 +1,88 @@
+"""Tensors that an adapter brings in full: which are mere copies of the base's, and which of the base each replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from doran_core.checkpoint.checkpoint import Checkpoint, WeightFile
+from doran_core.checkpoint.ties import OUTPUT_KEY, tied_embedding
+from doran_core.errors import CheckpointError
+from doran_core.files import StrPath
+
+__all__ = ["by_base_names", "extra_keys", "without_copies"]
+
+
+def without_copies(
+    extra: Mapping[str, Tensor], checkpoint: Checkpoint, weights: Mapping[str, WeightFile], where: StrPath
+) -> dict[str, Tensor]:
+    """The extra tensors that mean something: PEFT also saves the base weight of an adapted or tied embedding.
+
+    Args:
+        extra: by the adapter's names.
+        checkpoint: the base.
+        weights: where the adapted weights lie in it, by the adapter's names.
+        where: the adapter's directory, for messages.
+
+    Raises:
+        CheckpointError: one is an adapted weight, and not that of the base.
+    """
+    own = dict(weights)
+    if (embedding := tied_embedding(checkpoint)) is not None:
+        own.setdefault(OUTPUT_KEY, checkpoint.file(embedding))
+    copies = {name for name, tensor in extra.items() if name in own and _equal(own[name], tensor)}
+    for name, file in weights.items():
+        if name in extra and name not in copies:
+            raise CheckpointError(
+                f"{where}: brings a base weight of its own for the adapted {name}, of shape "
+                f"{list(extra[name].shape)}; it is not that of {file.path}"
+            )
+    return {name: tensor for name, tensor in extra.items() if name not in copies}
+
+
+def _equal(file: WeightFile, tensor: Tensor) -> bool:
+    return file.entry.shape == tuple(tensor.shape) and torch.equal(file.read().to(tensor.dtype), tensor)
+
+
+def by_base_names(
+    extra: Mapping[str, Tensor], checkpoint: Checkpoint, weights: Mapping[str, WeightFile], where: StrPath
+) -> dict[str, Tensor]:
+    """Extra tensors by the names that their parameters have in the checkpoint, or their own where it has none.
+
+    Names may differ by the prefix that the adapted modules show, and by no other: ``head.norm.weight`` is not a base's
+    ``norm.weight``.
+
+    Args, Raises: as :func:`without_copies`; refused is also a tensor whose place in the base is not clear.
+    """
+    shown = {_prefixes(name, file.entry.key) for name, file in weights.items()}
+    differences = {pair for pair in shown if pair is not None} or {("", "")}
+    named: dict[str, Tensor] = {}
+    for name, tensor in extra.items():
+        candidates = [base + name.removeprefix(own) for own, base in differences if name.startswith(own)]
+        found = sorted({key for key in candidates if key in checkpoint})
+        if len(found) > 1:
+            raise CheckpointError(f"{where}: {name} could replace any of {found} in {checkpoint.directory}")
+        if not found and name in checkpoint:
+            raise CheckpointError(
+                f"{where}: {name} is new to the model, whose names differ from those in {checkpoint.directory} by the "
+                f"prefix {sorted(own or base for own, base in differences)}, but it has another tensor of this name"
+            )
+        key = found[0] if found else name
+        if key in named:
+            raise CheckpointError(f"{where}: {name} and another tensor both replace {key} of {checkpoint.directory}")
+        named[key] = tensor
+    return named
+
+
+def _prefixes(name: str, key: str) -> tuple[str, str] | None:
+    """The prefixes that an adapter's name and the base's key have before what is common; None for a tied weight."""
+    if name == key or name.endswith(f".{key}"):
+        return name.removesuffix(key), ""
+    return ("", key.removesuffix(name)) if key.endswith(f".{name}") else None
+
+
+def extra_keys(extra: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
+    """For each extra tensor of a BoundAdapter the base tensor that it replaces; absent where there is none."""
+    return {name: name for name in extra if name in checkpoint}

@@ -1,0 +1,285 @@
+"""Where A and B come from: static parameters, or the paper's small networks with shared trunks.
+
+A generator of your own is any ``nn.Module`` whose call without arguments returns ``(A, B)``, see
+:class:`FactorGenerator`; hand a function that builds one to ``adapt(..., factor_builder=...)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from doran_core.errors import ConfigError
+from doran_core.kernels.entries import Place, Slot
+from doran_core.kernels.fleet import Fleet
+from doran_core.kernels.networks import SLOPES, Networks, are_uniform
+from doran_core.method.config import DoranConfig
+
+__all__ = [
+    "FactorBuilder",
+    "FactorGenerator",
+    "FactorTrunk",
+    "GeneratedFactors",
+    "LayerSpec",
+    "StaticFactors",
+    "factor_penalty",
+]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "leaky_relu": F.leaky_relu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a generator may know of the layer that it serves.
+
+    Attributes:
+        name: the module's name in the model.
+        block: the block that it belongs to, "" if its name has no number.
+        d_in: columns of the weight seen as ``[d_out, d_in]``.
+        d_out: rows of it.
+        rank: r.
+        scaling: g.
+    """
+
+    name: str
+    block: str
+    d_in: int
+    d_out: int
+    rank: int
+    scaling: float
+
+
+@runtime_checkable
+class FactorGenerator(Protocol):
+    """What DoRAN asks of a source of factors: an ``nn.Module`` that can be called without arguments."""
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """``(A [r, d_in], B [d_out, r])``; B must be 0 at the start, so that training starts at the base model."""
+        ...
+
+
+FactorBuilder = Callable[[LayerSpec], nn.Module]
+"""Makes the factor generator of one layer."""
+
+
+def factor_penalty(A: Tensor, B: Tensor) -> Tensor:
+    """Mean square of A ``[r, d_in]`` plus that of B ``[d_out, r]``, a scalar."""
+    return A.square().mean() + B.square().mean()
+
+
+class StaticFactors(nn.Module):
+    """A and B as parameters, with LoRA's start: A uniform in ``+-1/sqrt(d_in)``, B zero."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(spec.d_in)
+        self.A = nn.Parameter(torch.empty(spec.rank, spec.d_in, dtype=torch.float32).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(spec.d_out, spec.rank, dtype=torch.float32))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B
+
+
+class _HiddenLayers(nn.Module):
+    """Embedding and all layers but the last of one factor's network: ``H [r, h] = act(E @ W1.T / sqrt(e)) / h``.
+
+    The paper gives no scales; these are our choice. Weights start as N(0, 1), a layer divides by the square root of its
+    inputs, and the last layer's inputs are divided by their number. Then a step of Adam moves A and B about as far as
+    it moves LoRA's, whatever the widths, and LoRA's learning rates can be used. Without them a step moves B by a
+    multiple of h more, and rates that suit LoRA diverge.
+    """
+
+    def __init__(self, rank: int, config: DoranConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_dim or rank
+        widths = [config.embedding_dim] + [hidden] * (config.depth - 1)
+        self.embedding = nn.Parameter(torch.randn(rank, config.embedding_dim, dtype=torch.float32))
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(wide, narrow, dtype=torch.float32)) for narrow, wide in pairwise(widths)
+        )
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, offset: Tensor | None) -> Tensor:
+        hidden = self.embedding if offset is None else self.embedding + offset.to(self.embedding)
+        for weight in self.weights:
+            hidden = self.activation(F.linear(hidden, weight) / math.sqrt(weight.shape[1]))
+        return hidden / hidden.shape[1]
+
+    def first_layer(self) -> tuple[Tensor, Tensor]:
+        """Embedding ``[r, e]`` and W1 ``[h, e]``."""
+        return self.embedding, self.weights[0]
+
+
+class FactorTrunk(nn.Module):
+    """What the layers of a sharing group share: embeddings, first layers and, if asked for, last layers.
+
+    Args:
+        rank: r of the group; layers of another rank belong to another group.
+        config: the method's options.
+    """
+
+    def __init__(self, rank: int, config: DoranConfig) -> None:
+        super().__init__()
+        self.rank = rank
+        self.A = _HiddenLayers(rank, config)
+        self.B = _HiddenLayers(rank, config)
+        self.output_A = nn.ParameterDict()
+        self.output_B = nn.ParameterDict()
+
+    def forward(self, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden features of A and of B, ``[r, h]`` each; ``offset`` ``[e]`` is added to the embeddings."""
+        return self.A(offset), self.B(offset)
+
+    def add_shared_outputs(self, d_in: int, d_out: int) -> None:
+        """Make the shared W2 for layers of this size, unless the group has them already."""
+        with torch.no_grad():
+            hidden_A, hidden_B = self()
+        if str(d_in) not in self.output_A:
+            self.output_A[str(d_in)] = nn.Parameter(_output_weight(hidden_A, d_in))
+        if str(d_out) not in self.output_B:
+            self.output_B[str(d_out)] = nn.Parameter(hidden_B.new_zeros(d_out, hidden_B.shape[1]))
+
+
+def _output_weight(hidden: Tensor, d_in: int) -> Tensor:
+    """W2_A ``[d_in, h]`` such that ``hidden @ W2_A.T`` has the spread of LoRA's A, whatever the network."""
+    weight = torch.randn(d_in, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+    if hidden.is_meta:
+        return weight
+    spread = (hidden @ weight.T).square().mean().sqrt().clamp_min(1e-12)
+    return weight * (1.0 / math.sqrt(3.0 * d_in) / spread)
+
+
+class GeneratedFactors(nn.Module):
+    """``A = H_A @ W2_A.T`` and ``B = (H_B @ W2_B.T).T`` with H from a trunk that other layers may share.
+
+    The first layer of a sharing group owns the trunk: it is a submodule there, and elsewhere a plain reference, so
+    that each parameter has one name, is saved once and is seen once by an optimizer.
+
+    Args:
+        spec: the layer.
+        config: the method's options.
+        trunk: the group's trunk.
+        owns_trunk: register the trunk here.
+        block_embedding: holder of the block's embedding ``[e]``, for ``sharing="model"``, or None.
+        owns_block_embedding: register it here.
+        fleet: of the layers whose kernels are to be launched together; None for one of its own.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        config: DoranConfig,
+        trunk: FactorTrunk,
+        *,
+        owns_trunk: bool,
+        block_embedding: BlockEmbedding | None = None,
+        owns_block_embedding: bool = False,
+        fleet: Fleet | None = None,
+    ) -> None:
+        super().__init__()
+        if trunk.rank != spec.rank:
+            raise ConfigError(f"{spec.name}: rank {spec.rank} cannot use a trunk of rank {trunk.rank}")
+        # In a tuple, a module is out of nn.Module's sight: neither saved nor moved nor trained twice.
+        self._trunk = (trunk,)
+        self._block_embedding = (block_embedding,)
+        if owns_trunk:
+            self.trunk = trunk
+        if owns_block_embedding and block_embedding is not None:
+            self.block_embedding = block_embedding
+        self.fleet = Fleet() if fleet is None else fleet
+        self.d_in, self.d_out = spec.d_in, spec.d_out
+        self.share_output = config.share_output
+        self.activation = config.activation
+        if self.share_output:
+            trunk.add_shared_outputs(spec.d_in, spec.d_out)
+            return
+        with torch.no_grad():
+            hidden_A, hidden_B = self._hidden()
+        self.w2_A = nn.Parameter(_output_weight(hidden_A, spec.d_in))
+        self.w2_B = nn.Parameter(hidden_B.new_zeros(spec.d_out, hidden_B.shape[1]))
+
+    def _hidden(self) -> tuple[Tensor, Tensor]:
+        block = self._block_embedding[0]
+        hidden: tuple[Tensor, Tensor] = self._trunk[0](None if block is None else block.vector)
+        return hidden
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        hidden_A, hidden_B = self._hidden()
+        w2_A, w2_B = self._output_weights()
+        # A trunk may lie on another device, or in another precision, than this layer.
+        return F.linear(hidden_A.to(w2_A), w2_A), F.linear(w2_B, hidden_B.to(w2_B))
+
+    def _output_weights(self) -> tuple[Tensor, Tensor]:
+        if not self.share_output:
+            return self.w2_A, self.w2_B
+        trunk = self._trunk[0]
+        return trunk.output_A[str(self.d_in)], trunk.output_B[str(self.d_out)]
+
+    def networks(self) -> tuple[Networks, float] | None:
+        """The parameters and the activation's slope left of 0, for doran_core.kernels to do by hand what a call does.
+
+        None where that is something else: other depths and activations, mixed dtypes or devices, a class derived from
+        this one, a hook that sees the networks' calls.
+        """
+        trunk, block, slope = self._trunk[0], self._block_embedding[0], self.slope
+        if slope is None or any(self._hooks()):
+            return None
+        w2_A, w2_B = self._output_weights()
+        (embedding_A, w1_A), (embedding_B, w1_B) = trunk.A.first_layer(), trunk.B.first_layer()
+        if block is not None:
+            vector = block.vector.to(embedding_A)  # a trunk may lie on another device than a block
+            embedding_A, embedding_B = embedding_A + vector, embedding_B + vector
+        networks = Networks(embedding_A, w1_A, w2_A, embedding_B, w1_B, w2_B)
+        return (networks, slope) if are_uniform(networks) else None
+
+    @property
+    def slope(self) -> float | None:
+        """Of the activation left of 0, if the networks are of the form in doran_core.kernels.networks; else None."""
+        ordinary = len(self._trunk[0].A.weights) == 1 and type(self) is GeneratedFactors
+        return SLOPES.get(self.activation) if ordinary else None
+
+    def _hooks(self) -> list[Mapping[Any, Any]]:
+        """The dictionaries of hooks that would see a call of the networks."""
+        trunk = self._trunk[0]
+        parts = (self, trunk, trunk.A, trunk.B)
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return [getattr(part, kind) for part in parts for kind in kinds]
+
+    def place(self) -> Place | None:
+        """Where the parameters of :class:`~doran_core.kernels.networks.Networks` are, if W2 is this layer's own."""
+        if self.slope is None or self.share_output or self._block_embedding[0] is not None:
+            return None
+        trunk, own = self._trunk[0], vars(self)
+        slots: list[Slot] = []
+        others: list[Slot] = [(own, name) for name in ("_trunk", "_block_embedding", "share_output", "activation")]
+        for name in ("A", "B"):
+            part = getattr(trunk, name)
+            slots += [
+                (part._parameters, "embedding"),
+                (part.weights._parameters, "0"),
+                (self._parameters, f"w2_{name}"),
+            ]
+            others += [(trunk._modules, name), (part._modules, "weights")]
+        return Place(slots, others, self._hooks())
+
+
+class BlockEmbedding(nn.Module):
+    """The vector ``[e]`` that tells one block from the others in a model-wide trunk."""
+
+    def __init__(self, config: DoranConfig) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.randn(config.embedding_dim, dtype=torch.float32))

@@ -1,0 +1,107 @@
+"""tau, the positive term in the denominator ``||V|| + tau``: its kinds, granularities and initial values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from doran_core.errors import ConfigError
+from doran_core.functional import per_row
+from doran_core.method.config import DoranConfig
+
+__all__ = ["Tau", "tau_size"]
+
+_HALF_NORMAL_MEAN = math.sqrt(2.0 / math.pi)
+"""Mean of |N(0, 1)|."""
+
+_SMALLEST = 1e-8
+"""Least initial value: softplus has no finite inverse at 0; ask for the kind "zero" instead."""
+
+
+def tau_size(config: DoranConfig, d_out: int, where: str) -> int:
+    """How many tau values a layer has: 1, one per head, or one per output row.
+
+    Raises:
+        ConfigError: if ``head_dim`` does not divide ``d_out``.
+    """
+    if config.tau_granularity == "layer":
+        return 1
+    if config.tau_granularity == "row":
+        return d_out
+    if config.head_dim is None or d_out % config.head_dim:
+        raise ConfigError(
+            f"{where}: tau_granularity='head' needs a head_dim that divides the {d_out} output rows, "
+            f"got head_dim={config.head_dim!r}"
+        )
+    return d_out // config.head_dim
+
+
+def _inverse_softplus(value: Tensor) -> Tensor:
+    return value + torch.log(-torch.expm1(-value))
+
+
+class Tau(nn.Module):
+    """tau of one layer, positive by construction: ``softplus(raw)``.
+
+    Kinds (``DoranConfig.tau_kind``): ``learned``, ``fixed`` (a buffer), ``zero`` (DoRA; no tensor at all), and
+    ``gaussian``: in training the denominator gets ``|N(0, sigma^2)|``, drawn anew at each call, and at inference
+    its mean, ``sigma * sqrt(2 / pi)``; there ``raw`` stands for sigma, learned or fixed.
+
+    Args:
+        config: the method's options.
+        d_out: output rows of the layer.
+        where: the layer's name, for error messages.
+    """
+
+    raw: Tensor | None
+
+    def __init__(self, config: DoranConfig, d_out: int, where: str = "layer") -> None:
+        super().__init__()
+        self.kind = config.tau_kind
+        self.d_out = d_out
+        self.relative = config.tau_init_relative
+        self.init_value = config.tau_init
+        if self.kind == "zero":
+            self.raw = None
+            return
+        raw = torch.zeros(tau_size(config, d_out, where), dtype=torch.float32)
+        if self.kind == "learned" or (self.kind == "gaussian" and config.tau_learn_sigma):
+            self.raw = nn.Parameter(raw)
+        else:
+            self.register_buffer("raw", raw)
+
+    @torch.no_grad()
+    def initialise(self, norm: Tensor) -> None:
+        """Set the initial value: ``tau_init``, times the mean of ``norm`` ``[d_out]`` over each group if relative."""
+        if self.raw is None:
+            return
+        groups = norm.detach().reshape(self.raw.numel(), -1).mean(1)
+        start = groups * self.init_value if self.relative else torch.full_like(groups, self.init_value)
+        self.raw.copy_(_inverse_softplus(start.double().clamp_min(_SMALLEST)))
+
+    @property
+    def is_softplus(self) -> bool:
+        """Whether this pass adds ``softplus(raw)`` to the norm, and nothing random."""
+        return self.kind in ("learned", "fixed")
+
+    def value(self) -> Tensor:
+        """What inference adds to the norm: ``[1]``, per head or row ``[d_out]``, and a scalar 0 for the kind zero."""
+        if self.raw is None:
+            return torch.zeros(())
+        positive = F.softplus(self.raw)
+        return per_row(positive * _HALF_NORMAL_MEAN if self.kind == "gaussian" else positive, self.d_out)
+
+    def forward(self) -> Tensor | float:
+        """What this pass adds to the norm: a fresh draw in training for the kind gaussian, else the value."""
+        if self.raw is None:
+            return 0.0
+        if self.kind == "gaussian" and self.training:
+            sigma = F.softplus(self.raw)
+            return per_row((sigma * torch.randn_like(sigma)).abs(), self.d_out)
+        return self.value()
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind}, size={0 if self.raw is None else self.raw.numel()}"

@@ -1,0 +1,173 @@
+"""The precisions of an exported graph, the roads that make them, and which target runs which: one table for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from doran_core.errors import ConfigError
+from doran_export.errors import UnsupportedModelError
+from doran_export.runtime.providers import PROVIDERS
+from doran_export.tasks import Task
+
+__all__ = ["PRECISIONS", "ROADS", "Precision", "Road", "precision_for", "proof_providers", "road_for", "target_for"]
+
+_CPU, _CUDA = PROVIDERS["cpu"], PROVIDERS["cuda"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One precision.
+
+    Attributes:
+        name: what users say.
+        dtype: dtype of the weights before any quantization.
+        on_cpu: dtype that a graph for the CPU computes in; one for CUDA computes in `dtype`.
+        tolerance: what is allowed, by `rule`, of the difference of an output from PyTorch's in float32.
+        rule: "absolute": no element may differ by more on given inputs, and on random ones, which drive some tokens to
+            amplify rounding, by more times the root mean square of the output, where that is over 1; "relative": the
+            second on all inputs; "average": the root mean square of the difference, over that of the outputs' spread in
+            their last axis, may not be more (an unrelated graph has 1.4). With few bits the model is another one, near
+            but not equal; then a decoder's greedy tokens are compared and reported, but need not be the same.
+    """
+
+    name: str
+    dtype: torch.dtype
+    on_cpu: torch.dtype
+    tolerance: float
+    rule: Literal["absolute", "relative", "average"]
+
+    def arithmetic(self, target: str) -> torch.dtype:
+        """The dtype that a graph for this execution provider computes in."""
+        return self.on_cpu if target == _CPU else self.dtype
+
+
+@dataclass(frozen=True)
+class Road:
+    """One way from PyTorch to ONNX.
+
+    Attributes:
+        name: what users say.
+        providers: for each precision the execution providers that run what this road makes in it.
+        why_not: for a precision that only some providers run, the reason, for the message.
+    """
+
+    name: str
+    providers: dict[str, tuple[str, ...]]
+    why_not: dict[str, str] = field(default_factory=dict)
+
+
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Precision("fp32", torch.float32, torch.float32, 1e-3, "absolute"),
+    "fp16": Precision("fp16", torch.float16, torch.float32, 5e-2, "relative"),
+    "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16, 2e-1, "average"),
+    "int8": Precision("int8", torch.float32, torch.float32, 3e-1, "average"),
+    "int4": Precision("int4", torch.float32, torch.float32, 8e-1, "average"),
+}
+"""Every precision by name."""
+
+_BOTH = (_CUDA, _CPU)
+_NO_BF16 = "the CPU provider of onnxruntime has no bfloat16 operators"
+
+ROADS: dict[str, Road] = {
+    "torch": Road(
+        "torch",
+        {"fp32": _BOTH, "fp16": _BOTH, "bf16": (_CUDA,), "int8": (_CPU,)},
+        {"bf16": _NO_BF16, "int8": "onnxruntime's dynamic int8 operators are the CPU's"},
+    ),
+    "genai": Road(
+        "genai",
+        {"fp32": _BOTH, "fp16": (_CUDA,), "bf16": (_CUDA,), "int8": _BOTH, "int4": _BOTH},
+        {"bf16": _NO_BF16, "fp16": "its float16 graph for the CPU fails when a cache grows"},
+    ),
+}
+"""Every road by name: torch.onnx.export, and the model builder of onnxruntime-genai."""
+
+
+def precision_for(name: str) -> Precision:
+    """The precision of a name.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    try:
+        return PRECISIONS[name]
+    except KeyError:
+        raise ConfigError(f"precision {name!r} is not known: expected one of {', '.join(PRECISIONS)}") from None
+
+
+def road_for(task: Task, precision: Precision, requested: str | None, *, multi_adapter: bool) -> Road:
+    """The road of a kind of model: the requested one, else the builder for a decoder and torch for everything else.
+
+    Several adapters over one graph need the adapted layers as inputs, which only the torch road makes.
+
+    Raises:
+        ConfigError: `requested` is not a known name.
+        UnsupportedModelError: the road cannot make this kind of model, this precision or several adapters.
+    """
+    if requested is not None and requested not in ROADS:
+        raise ConfigError(f"road {requested!r} is not known: expected one of {', '.join(ROADS)}")
+    chosen = requested or ("genai" if task.has_cache and not multi_adapter else "torch")
+    road = ROADS[chosen]
+    if road.name == "genai" and not task.has_cache:
+        raise UnsupportedModelError(f"the road genai makes text-generation models, not {task.name}: use torch")
+    if road.name == "genai" and multi_adapter:
+        raise UnsupportedModelError("the road genai does not take adapters as inputs: use torch")
+    if precision.name not in road.providers:
+        able = [name for name, other in ROADS.items() if precision.name in other.providers]
+        raise UnsupportedModelError(
+            f"the road {road.name} has no {precision.name}: expected one of {', '.join(road.providers)}, "
+            f"or the road {' or '.join(able)}" + ("" if task.has_cache else ", which makes text-generation models only")
+        )
+    if multi_adapter and precision.name == "int8":
+        raise UnsupportedModelError("int8 does not take adapters as inputs: expected fp32, fp16 or bf16")
+    return road
+
+
+def proof_providers(
+    road: Road, precision: Precision, wanted: Sequence[str] | None, available: Sequence[str]
+) -> list[str]:
+    """The providers to prove a graph on: those asked for, else all that are here and run it, best first.
+
+    Raises:
+        ConfigError: a provider that is not available here.
+        UnsupportedModelError: a provider that does not run this precision, or none that does is here.
+    """
+    able = road.providers[precision.name]
+    reason = road.why_not.get(precision.name, "")
+    for name in wanted or ():
+        if name not in available:
+            raise ConfigError(f"execution provider {name!r} is not available: expected some of {', '.join(available)}")
+        if name not in able:
+            raise UnsupportedModelError(f"{name} does not run {precision.name} of the road {road.name}: {reason}")
+    chosen = [name for name in (wanted or available) if name in able]
+    if not chosen:
+        raise UnsupportedModelError(
+            f"{precision.name} of the road {road.name} runs on {', '.join(able)}, which onnxruntime does not offer "
+            f"here (it has {', '.join(available)}): {reason}"
+        )
+    return chosen
+
+
+def target_for(road: Road, precision: Precision, requested: str | None, proven_on: Sequence[str]) -> str:
+    """The provider that a graph is made for: the requested one, else the best that it is proven on.
+
+    Raises:
+        ConfigError: `requested` is not a known name.
+        UnsupportedModelError: the requested one does not run this precision, or the road genai, whose graphs hold
+            operators of one provider, could not prove its graph here.
+    """
+    if requested is None:
+        return proven_on[0]
+    if requested not in PROVIDERS:
+        raise ConfigError(f"target {requested!r} is not known: expected one of {', '.join(PROVIDERS)}")
+    target = PROVIDERS[requested]
+    if target not in road.providers[precision.name]:
+        reason = road.why_not.get(precision.name, "")
+        raise UnsupportedModelError(f"{requested} does not run {precision.name} of the road {road.name}: {reason}")
+    if road.name == "genai" and target not in proven_on:
+        raise UnsupportedModelError(f"a graph of the road genai for {requested} is proven there, which is not here")
+    return target

@@ -1,0 +1,1 @@
+"""The proof that an exported directory computes what PyTorch computes."""

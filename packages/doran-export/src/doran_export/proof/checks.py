@@ -1,0 +1,193 @@
+"""One case of a proof: ONNX Runtime's outputs against PyTorch's, and when the cases together prove something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doran_export.errors import ProofError
+from doran_export.graph.precision import Precision
+from doran_export.graph.spec import GraphSpec
+from doran_export.proof.reference import Answer
+from doran_export.runtime.runner import OnnxRunner
+
+__all__ = ["Check", "averages", "compare", "require_average", "require_certain"]
+
+_FEWEST_CERTAIN = 0.8  # share of rows that must remain for a comparison to say anything
+_NOISES = 10  # how many times its own noise PyTorch's answer may be missed by, where the noise is large
+
+
+@dataclass(frozen=True)
+class Check:
+    """One case on one provider.
+
+    Attributes:
+        adapter: name of the active adapter; None for the graph alone.
+        given: whether the inputs came from the user, not from chance.
+        chunked: whether a decoder got the sequence in pieces, on top of its cache.
+        max_difference: largest absolute difference by output name, padding and uncertain rows left out.
+        rms_difference: root mean square of the difference by output name, over the same rows.
+        rms_spread: root mean square of what PyTorch's output varies by in its last axis, by output name.
+        limit: what was allowed of max_difference by output name: the tolerance, but for random inputs, and in fp16,
+            times the root mean square of the output where that is over 1; empty where the precision's rule is the
+            average.
+        same_argmax: share of rows (or real tokens) whose largest logit is the same one; None without logits.
+        compared: number of rows or tokens that were compared, by output name.
+        uncertain: number of those left out, by output name, because PyTorch's own answer moves by more than half the
+            tolerance there when its layers round another way. They may miss it by ten times that more than the limit.
+    """
+
+    name: str
+    provider: str
+    adapter: str | None
+    batch: int
+    length: int | None
+    given: bool
+    chunked: bool
+    max_difference: dict[str, float]
+    rms_difference: dict[str, float]
+    rms_spread: dict[str, float]
+    limit: dict[str, float]
+    same_argmax: float | None
+    compared: dict[str, int]
+    uncertain: dict[str, int]
+
+
+def compare(
+    runner: OnnxRunner, spec: GraphSpec, answer: Answer, precision: Precision, tolerance: float, provider: str
+) -> Check:
+    """Run one case in ONNX Runtime and compare it with PyTorch's answer.
+
+    Args:
+        runner: the exported directory on `provider`, with its adapter active.
+        spec: its graph.
+        answer: PyTorch's.
+        precision: of the graph.
+        tolerance: as in `prove`.
+        provider: for the report.
+
+    Raises:
+        ProofError: an output has another shape, is not finite, or differs by more than the precision's rule allows of
+            a single case.
+    """
+    case = answer.case
+    got = {"logits": runner.run_in_chunks(case.inputs, case.chunks)} if case.chunks else runner.run(case.inputs)
+    who = f"ONNX Runtime ({provider}{f', adapter {runner.adapter}' if runner.adapter else ''})"
+    differences: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    spreads: dict[str, float] = {}
+    limits: dict[str, float] = {}
+    same: float | None = None
+    compared: dict[str, int] = {}
+    uncertain: dict[str, int] = {}
+    for name, expected in answer.outputs.items():
+        output = got[name].astype(np.float32, copy=False)
+        if output.shape != expected.shape:
+            raise ProofError(f"{who} gives {name} the shape {output.shape} ({case.name}), expected {expected.shape}")
+        rows = np.ones(expected.shape[:-1], dtype=bool)
+        if spec.task.per_token and output.ndim == 3:
+            rows = case.inputs["attention_mask"].astype(bool)
+        output, expected, noise = output[rows], expected[rows], answer.noise[name][rows]
+        if not np.isfinite(output).all():
+            raise ProofError(f"{who} gives {name} that is not finite ({case.name})")
+        distance = np.abs(output - expected).max(-1)
+        certain: NDArray[np.bool_] = np.ones(len(noise), dtype=bool)
+        if precision.rule != "average":
+            certain = noise <= tolerance / 2
+            exact = precision.rule == "absolute" and case.given
+            limits[name] = tolerance * (1.0 if exact else max(1.0, _rms(expected)))
+            allowed = limits[name] + np.where(certain, 0.0, _NOISES * noise)
+            _require_near(distance, allowed, f"{who} differs from PyTorch in {name} ({case.name})")
+        kept, wanted = output[certain], expected[certain]
+        differences[name] = float(distance[certain].max(initial=0.0))
+        errors[name] = _rms(kept - wanted)
+        spreads[name] = _rms(wanted - wanted.mean(-1, keepdims=True)) if wanted.size else 0.0
+        compared[name], uncertain[name] = int(certain.sum()), int((~certain).sum())
+        if name == "logits" and compared[name]:
+            same = float((kept.argmax(-1) == wanted.argmax(-1)).mean())
+    return Check(
+        case.name,
+        provider,
+        runner.adapter,
+        case.batch,
+        case.length,
+        case.given,
+        len(case.chunks) > 1,
+        differences,
+        errors,
+        spreads,
+        limits,
+        same,
+        compared,
+        uncertain,
+    )
+
+
+def _require_near(distance: NDArray[np.float32], allowed: NDArray[np.float32], what: str) -> None:
+    beyond = np.flatnonzero(distance > allowed)
+    if len(beyond):
+        worst = beyond[(distance - allowed)[beyond].argmax()]
+        raise ProofError(f"{what} by {distance[worst]:.3g}, more than the allowed {allowed[worst]:.3g}")
+
+
+def _rms(values: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean())) if values.size else 0.0
+
+
+def averages(checks: Sequence[Check]) -> dict[str, float]:
+    """Root mean square of the difference over that of the spread, for each output of each group of checks.
+
+    A group is a provider, an adapter, with or without a cache, given or random: rows of one do not dilute another's.
+    """
+    groups: dict[str, list[tuple[Check, str]]] = {}
+    for check in checks:
+        kind = f"{'given' if check.given else 'random'} inputs{', on a cache' if check.chunked else ''}"
+        for name in check.rms_difference:
+            adapter = f", adapter {check.adapter}" if check.adapter else ""
+            groups.setdefault(f"{name} ({check.provider}{adapter}, {kind})", []).append((check, name))
+
+    def total(members: list[tuple[Check, str]], values: str) -> float:
+        return sum(check.compared[name] * float(getattr(check, values)[name]) ** 2 for check, name in members)
+
+    return {
+        group: float(np.sqrt(total(members, "rms_difference") / max(total(members, "rms_spread"), 1e-30)))
+        for group, members in groups.items()
+    }
+
+
+def require_average(checks: Sequence[Check], tolerance: float) -> None:
+    """Hold every group of `averages` to the tolerance.
+
+    Raises:
+        ProofError: one is above it.
+    """
+    for group, average in averages(checks).items():
+        if not average <= tolerance:
+            raise ProofError(
+                f"ONNX Runtime differs from PyTorch in {group} by {average:.3g} of its spread on average, more than "
+                f"the allowed {tolerance:.3g}: so few bits change this model too much; take another precision, or "
+                "allow more with --tolerance (tolerance=) and judge the result on inputs of your own"
+            )
+
+
+def require_certain(checks: Sequence[Check], tolerance: float) -> None:
+    """Hold the certain rows of every output, with every adapter, to a share that proves something.
+
+    Raises:
+        ProofError: too many are uncertain.
+    """
+    counts: dict[tuple[str | None, str], tuple[int, int]] = {}
+    for check in checks:
+        for name, number in check.compared.items():
+            before = counts.get((check.adapter, name), (0, 0))
+            counts[check.adapter, name] = before[0] + number, before[1] + number + check.uncertain[name]
+    for (adapter, name), (compared, total) in counts.items():
+        if compared < _FEWEST_CERTAIN * total:
+            who = f" with adapter {adapter}" if adapter else ""
+            raise ProofError(
+                f"PyTorch's own rounding stays below {tolerance / 2:.3g} on only {compared} of {total} rows of {name}"
+                f"{who}: a tolerance of {tolerance:.3g} cannot be proven for this model"
+            )
