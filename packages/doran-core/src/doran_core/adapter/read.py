@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -34,17 +33,16 @@ from doran_core.errors import (
     UnexpectedKeyError,
 )
 from doran_core.files import StrPath
-from doran_core.files.jsonfile import read_json
-from doran_core.files.tensors import LoadedFile, load_safetensors
+from doran_core.files.jsonfile import JSON_LIMIT, parse_json, parse_object
+from doran_core.files.opening import OpenDirectory, named_errors, read_directory
+from doran_core.files.tensors import LoadedFile, memory_limit
 from doran_core.method.config import DoranConfig
 
 __all__ = ["read_adapter", "read_compiled"]
 
-_T = TypeVar("_T")
-
 
 def read_adapter(directory: StrPath) -> AnyAdapter:
-    """Read an adapter directory.
+    """Read an adapter directory. One that is replaced meanwhile is read again, so that all files are of one save.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors, and doran_scale.safetensors if compiled.
@@ -56,15 +54,23 @@ def read_adapter(directory: StrPath) -> AnyAdapter:
     Raises:
         AdapterFormatError: one of its subclasses, naming file and key, for everything that can be wrong.
     """
-    folder = Path(directory)
+    path = Path(directory)
+    with named_errors(path, AdapterFormatError):
+        try:
+            return read_directory(path, _read)
+        except FileNotFoundError as error:
+            raise MissingKeyError(f"{path}: no such adapter directory") from error
+
+
+def _read(folder: OpenDirectory) -> AnyAdapter:
     config = _read_config(folder)
     method = config.get("peft_type")
     if method == "DORAN":
         return _read_trainable(folder, config)
     if method == "LORA":
         peft = _read_peft(folder, config)
-        return _compiled(folder, *peft) if (folder / SCALE_FILE).exists() else peft[0]
-    raise AdapterFormatError(f"{folder / CONFIG_FILE}: peft_type {method!r}, expected 'DORAN' or 'LORA'")
+        return _compiled(folder, *peft) if folder.holds(SCALE_FILE) else peft[0]
+    raise AdapterFormatError(f"{folder.path / CONFIG_FILE}: peft_type {method!r}, expected 'DORAN' or 'LORA'")
 
 
 def read_compiled(directory: StrPath) -> CompiledAdapter:
@@ -83,35 +89,35 @@ def read_compiled(directory: StrPath) -> CompiledAdapter:
     return adapter
 
 
-def _open(path: Path, read: Callable[[Path], _T]) -> _T:
+def _read_bytes(folder: OpenDirectory, name: str, limit: int) -> bytes:
+    path = folder.path / name
     try:
-        return read(path)
+        return folder.read(name, limit)
     except FileNotFoundError as error:
-        raise MissingKeyError(_missing_message(path)) from error
-    except IsADirectoryError as error:
-        raise CorruptFileError(f"{path}: is a directory, expected a file") from error
+        raise MissingKeyError(_missing_message(folder, name)) from error
     except OSError as error:
         raise AdapterFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _missing_message(path: Path) -> str:
-    if not path.parent.exists():
-        return f"{path.parent}: no such adapter directory"
-    pickled = path.with_suffix(".bin")
-    if path.name == TENSOR_FILE and pickled.exists():
-        return f"{path} is missing; {pickled.name} is a pickle, which doran never opens: save it as safetensors"
-    return f"{path} is missing: not an adapter directory, or not a complete one"
+def _missing_message(folder: OpenDirectory, name: str) -> str:
+    pickled = Path(name).with_suffix(".bin").name
+    if name == TENSOR_FILE and folder.holds(pickled):
+        return (
+            f"{folder.path / name} is missing; {pickled} is a pickle, which doran never opens: save it as safetensors"
+        )
+    return f"{folder.path / name} is missing: not an adapter directory, or not a complete one"
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = _open(folder / CONFIG_FILE, read_json)
+def _read_config(folder: OpenDirectory) -> dict[str, Any]:
+    path = folder.path / CONFIG_FILE
+    config = parse_json(path, _read_bytes(folder, CONFIG_FILE, JSON_LIMIT))
     if "peft_type" not in config:
-        raise MissingKeyError(f"{folder / CONFIG_FILE}: no field 'peft_type'")
+        raise MissingKeyError(f"{path}: no field 'peft_type'")
     return config
 
 
-def _read_tensors(path: Path) -> LoadedFile:
-    return _open(path, load_safetensors)
+def _read_tensors(folder: OpenDirectory, name: str) -> LoadedFile:
+    return LoadedFile(folder.path / name, _read_bytes(folder, name, memory_limit()))
 
 
 def _check_version(path: Path, version: object) -> None:
@@ -145,8 +151,8 @@ def _module_kinds(path: Path, value: object) -> dict[str, Kind]:
     return value
 
 
-def _read_trainable(folder: Path, fields: dict[str, Any]) -> TrainableAdapter:
-    path = folder / CONFIG_FILE
+def _read_trainable(folder: OpenDirectory, fields: dict[str, Any]) -> TrainableAdapter:
+    path = folder.path / CONFIG_FILE
     if "format_version" not in fields:
         raise MissingKeyError(f"{path}: no field 'format_version'")
     _check_version(path, fields["format_version"])
@@ -155,8 +161,8 @@ def _read_trainable(folder: Path, fields: dict[str, Any]) -> TrainableAdapter:
         config = DoranConfig.from_dict({name: fields[name] for name in CONFIG_FIELDS})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    file = folder / TENSOR_FILE
-    modules, extra = split_keys(file, _read_tensors(file).tensors, "trainable")
+    file = folder.path / TENSOR_FILE
+    modules, extra = split_keys(file, _read_tensors(folder, TENSOR_FILE).tensors, "trainable")
     if not modules:
         raise MissingKeyError(f"{file}: holds no tensor of any adapted module (no key with '.{TRAINABLE_MARK}')")
     for name, tensors in modules.items():
@@ -192,10 +198,10 @@ _EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_
 """PEFT saves these in full by itself when they were resized or are targets."""
 
 
-def _read_peft(folder: Path, config: dict[str, Any]) -> tuple[PeftAdapter, LoadedFile]:
-    path, file = folder / CONFIG_FILE, folder / TENSOR_FILE
+def _read_peft(folder: OpenDirectory, config: dict[str, Any]) -> tuple[PeftAdapter, LoadedFile]:
+    path, file = folder.path / CONFIG_FILE, folder.path / TENSOR_FILE
     check_peft_options(path, config)
-    loaded = _read_tensors(file)
+    loaded = _read_tensors(folder, TENSOR_FILE)
     modules, extra = parse_peft_modules(file, config, loaded.tensors)
     check_tensors(str(file), {key: value for key, value in loaded.tensors.items() if strip_prefix(key) not in extra})
     _check_extra(file, extra, config)
@@ -210,9 +216,9 @@ def _read_peft(folder: Path, config: dict[str, Any]) -> tuple[PeftAdapter, Loade
     return adapter, loaded
 
 
-def _compiled(folder: Path, peft: PeftAdapter, tensor_file: LoadedFile) -> CompiledAdapter:
-    path = folder / SCALE_FILE
-    scales = _read_tensors(path)
+def _compiled(folder: OpenDirectory, peft: PeftAdapter, tensor_file: LoadedFile) -> CompiledAdapter:
+    config_path, path = folder.path / CONFIG_FILE, folder.path / SCALE_FILE
+    scales = _read_tensors(folder, SCALE_FILE)
     check_tensors(str(path), scales.tensors)
     kinds = _scale_metadata(path, scales.metadata, tensor_file)
     missing, left = (
@@ -227,7 +233,7 @@ def _compiled(folder: Path, peft: PeftAdapter, tensor_file: LoadedFile) -> Compi
     for name, module in peft.modules.items():
         if module.magnitude is None or module.scaling != 1.0:
             raise AdapterFormatError(
-                f"{folder / CONFIG_FILE}: {name}: the compiled form has use_dora=true and lora_alpha equal to r, "
+                f"{config_path}: {name}: the compiled form has use_dora=true and lora_alpha equal to r, "
                 f"got use_dora={module.magnitude is not None} and a scaling of {module.scaling}"
             )
         check_compiled_parts(str(path), name, module.B, scales.tensors[name], module.magnitude)
@@ -241,7 +247,7 @@ def _compiled(folder: Path, peft: PeftAdapter, tensor_file: LoadedFile) -> Compi
         base_fingerprint=scales.metadata.get("base_fingerprint"),
         base_model=peft.base_model,
         task_type=peft.task_type,
-        modules_to_save=_saved_modules(folder / CONFIG_FILE, peft.config),
+        modules_to_save=_saved_modules(config_path, peft.config),
         created_by=scales.metadata.get("created_by", "unknown"),
     )
 
@@ -252,7 +258,7 @@ def _scale_metadata(path: Path, metadata: Mapping[str, str], tensor_file: Loaded
         if name not in metadata:
             raise MissingKeyError(f"{path}: no {name!r} in its metadata")
     version = metadata["format_version"]
-    _check_version(path, int(version) if version.isdecimal() else version)
+    _check_version(path, int(version) if version.isdecimal() and len(version) < 10 else version)
     if metadata["form"] != "compiled":
         raise CorruptFileError(f"{path}: form {metadata['form']!r}, expected 'compiled'")
     if metadata["adapter_model_sha256"] != tensor_file.sha256:
@@ -261,7 +267,7 @@ def _scale_metadata(path: Path, metadata: Mapping[str, str], tensor_file: Loaded
             f"the one beside it has {tensor_file.sha256})"
         )
     try:
-        kinds = json.loads(metadata.get("module_kinds", "{}"))
-    except ValueError as error:
+        kinds = parse_object(metadata.get("module_kinds", "{}"))
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path}: module_kinds in its metadata is not JSON: {error}") from error
     return _module_kinds(path, kinds)

@@ -6,7 +6,7 @@ Merging and converting both start here. Weights are read in pieces of a few rows
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -173,6 +173,7 @@ def _modules(
     tied = tied_embedding(checkpoint)
     keys = {name: _weight_key(checkpoint, name, tied) for name in adapter.modules}
     _check_distinct(keys, tied, where)
+    _check_matrices(checkpoint, keys.values(), where)
     columns = None
     if isinstance(adapter, TrainableAdapter):
         columns = {
@@ -221,6 +222,15 @@ def _check_distinct(keys: Mapping[str, str], tied: str | None, where: str) -> No
     for module, key in keys.items():
         if key != tied and owners.setdefault(key, module) != module:
             raise CheckpointError(f"{where}: {owners[key]} and {module} would both adapt {key}")
+
+
+def _check_matrices(checkpoint: Checkpoint, keys: Iterable[str], where: str) -> None:
+    """Refuse weights that are no matrix or hold nothing."""
+    for key in keys:
+        shape = checkpoint.shape(key)
+        if len(shape) < 2 or 0 in shape:
+            file = checkpoint.file(key)
+            raise CheckpointError(f"{file.path}: {key} (adapter {where}): shape {list(shape)} is no weight to adapt")
 
 
 def checkpoint_fingerprint(modules: list[BoundModule]) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from doran_core.errors import CheckpointError, CorruptFileError
 from doran_core.files import StrPath
 from doran_core.files.jsonfile import read_json
 from doran_core.files.layout import DTYPES, Layout, TensorEntry, read_layout
+from doran_core.files.opening import is_plain_name, named_errors, open_regular
 from doran_core.files.tensors import read_rows
 
 __all__ = ["INDEX_FILE", "Checkpoint", "WeightFile"]
@@ -58,17 +59,18 @@ class WeightFile:
 
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[int]:
-    """A file descriptor; errors of reading become CheckpointError."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    try:
-        yield fd
-    except CorruptFileError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    finally:
-        os.close(fd)
+    """A file descriptor of a regular file; that it cannot be opened, or is damaged, is a CheckpointError."""
+    with ExitStack() as stack:
+        try:
+            fd = stack.enter_context(open_regular(path))
+        except CorruptFileError as error:
+            raise CheckpointError(str(error)) from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        try:
+            yield fd
+        except CorruptFileError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 class Checkpoint:
@@ -85,6 +87,10 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint directory")
+        with named_errors(directory, CheckpointError):
+            self._read()
+
+    def _read(self) -> None:
         self.index = self._read_index()
         names = [_SINGLE_FILE] if self.index is None else sorted(set(self.index["weight_map"].values()))
         self.shards: list[Layout] = [self._read_shard(name) for name in names]
@@ -111,7 +117,7 @@ class Checkpoint:
             raise CheckpointError(str(error)) from error
         files = index.get("weight_map")
         if not isinstance(files, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in files.values()
+            isinstance(name, str) and is_plain_name(name) for name in files.values()
         ):
             raise CheckpointError(f"{path}: no weight_map from tensor names to files beside it")
         return index
@@ -119,13 +125,17 @@ class Checkpoint:
     def _read_shard(self, name: str) -> Layout:
         path = self.directory / name
         try:
-            return read_layout(path)
+            layout = read_layout(path)
+            with safe_open(path, framework="pt"):  # what safetensors refuses is not to be copied into an output
+                return layout
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing, but {INDEX_FILE} names it") from error
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         except CorruptFileError as error:
             raise CheckpointError(str(error)) from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: safetensors cannot read it: {error}") from error
 
     def _check_index(self) -> None:
         for key, name in (self.index or {"weight_map": {}})["weight_map"].items():
@@ -190,9 +200,20 @@ class Checkpoint:
         return [key for key in shorter if key in self._files][:1]
 
     def config(self) -> Mapping[str, Any]:
-        """config.json, or nothing if there is none."""
+        """config.json, or nothing if there is none.
+
+        Raises:
+            CheckpointError: it is not a JSON object, or what doran reads of it is of another type.
+        """
         path = self.directory / "config.json"
-        try:
-            return read_json(path) if path.exists() else {}
-        except CorruptFileError as error:
-            raise CheckpointError(str(error)) from error
+        with named_errors(path, CheckpointError):
+            try:
+                config = read_json(path)
+            except FileNotFoundError:
+                return {}
+            except CorruptFileError as error:
+                raise CheckpointError(str(error)) from error
+        names = config.get("architectures")
+        if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
+            raise CheckpointError(f"{path}: architectures={names!r}, expected a list of names or null")
+        return config

@@ -8,23 +8,63 @@ from pathlib import Path
 from typing import Any
 
 from doran_core.errors import CorruptFileError
+from doran_core.files.opening import read_file
 
-__all__ = ["read_json", "write_json"]
+__all__ = ["JSON_LIMIT", "parse_json", "parse_object", "read_json", "write_json"]
+
+JSON_LIMIT = 64 * 2**20
+"""Bytes of a configuration or an index; those of the largest models have a few million."""
+
+_DIGITS = 20
+"""Of an integer: more than 64 bits have is no size and no version."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CorruptFileError: not JSON, or JSON but not an object. A missing file raises OSError.
+        CorruptFileError: not JSON, JSON but not an object, or no regular file. A missing file raises OSError.
     """
+    return parse_json(path, read_file(path, limit))
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """A JSON object from the bytes of a file. Raises as :func:`read_json`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_object(data)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CorruptFileError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def parse_object(data: bytes | str) -> Any:
+    """JSON as other programs read it, too: each name once in an object, all text in Unicode, integers of 64 bits.
+
+    Raises:
+        ValueError, RecursionError: it is something else.
+    """
+    text = data.decode("utf-8") if isinstance(data, bytes) else data
+    value = json.loads(text, parse_int=_integer, object_pairs_hook=_distinct)
+    if "\\ud" in text or "\\uD" in text:  # half of a surrogate pair would fail wherever it is printed or written
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

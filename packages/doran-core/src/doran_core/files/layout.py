@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from doran_core.errors import CorruptFileError
+from doran_core.files.jsonfile import parse_object
+from doran_core.files.opening import open_regular
 
 __all__ = ["DTYPES", "Layout", "TensorEntry", "compose_header", "dtype_name", "parse_layout", "read_layout"]
 
@@ -38,9 +40,15 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-"""safetensors' dtype names and torch's dtypes. Others (the 4-bit ones) can be copied but not read."""
+"""safetensors' dtype names and torch's dtypes, of the tensors that can be read."""
+
+_OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+"""Bits of an element of safetensors' other dtypes, whose tensors can be copied."""
 
 _MAX_HEADER = 100 * 2**20  # the limit that safetensors itself sets
+_MAX_DIMENSIONS = 32
+_MAX_SIZE = 2**48
+"""Of one dimension: beyond it torch's own arithmetic overflows, even where another dimension is 0."""
 _ALIGNMENT = 8
 
 
@@ -82,8 +90,8 @@ def read_layout(path: Path) -> Layout:
     Raises:
         CorruptFileError: the file is truncated, is a pickle, or is not safetensors. A missing file raises OSError.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_regular(path) as fd, os.fdopen(fd, "rb", closefd=False) as file:
+        size = os.fstat(fd).st_size
         head = file.read(8)
         length = int.from_bytes(head, "little")
         header = file.read(length) if len(head) == 8 and length <= min(size - 8, _MAX_HEADER) else b""
@@ -100,8 +108,8 @@ def parse_layout(path: Path, data: bytes, size: int) -> Layout:
             raise CorruptFileError(f"{path}: is a pickle, not safetensors; doran never opens pickles")
         raise CorruptFileError(f"{path}: truncated, or not safetensors: header of {length} bytes, file of {size}")
     try:
-        header = json.loads(data[8 : 8 + length])
-        if not isinstance(header, dict):
+        header = parse_object(data[8 : 8 + length])
+        if not isinstance(header, dict) or data[8:9] != b"{":
             raise ValueError("not a JSON object")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -125,12 +133,19 @@ def parse_layout(path: Path, data: bytes, size: int) -> Layout:
 
 
 def _entry(path: Path, key: str, value: Any, offset: int) -> TensorEntry:
-    dtype, shape, (start, stop) = str(value["dtype"]), tuple(value["shape"]), value["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
-        raise ValueError(f"{key}: sizes and offsets must be integers that are not negative")
-    if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise CorruptFileError(f"{path}: {key}: {stop - start} bytes do not hold {dtype} of shape {list(shape)}")
-    return TensorEntry(key, dtype, shape, offset + start, offset + stop)
+    dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_size, (*shape, start, stop))):
+        raise ValueError(f"{key}: expected up to {_MAX_DIMENSIONS} sizes and two offsets, integers from 0 to 2^48")
+    bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _OTHER_BITS.get(dtype)
+    if bits is None:
+        raise CorruptFileError(f"{path}: {key}: dtype {dtype!r}, which safetensors does not have")
+    if (stop - start) * 8 != math.prod(shape) * bits:
+        raise CorruptFileError(f"{path}: {key}: {stop - start} bytes do not hold {dtype} of shape {shape}")
+    return TensorEntry(key, dtype, tuple(shape), offset + start, offset + stop)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_SIZE
 
 
 def _looks_like_pickle(data: bytes) -> bool:

@@ -17,14 +17,21 @@ from torch import Tensor
 from doran_core.errors import CorruptFileError
 from doran_core.files.layout import DTYPES, TensorEntry, compose_header, dtype_name, parse_layout
 
-__all__ = ["LoadedFile", "bytes_view", "load_safetensors", "read_rows", "save_safetensors", "write_tensor"]
+__all__ = ["LoadedFile", "bytes_view", "memory_limit", "read_rows", "save_safetensors", "write_tensor"]
 
 
 class LoadedFile:
-    """All tensors of a small safetensors file, its metadata and the sha256 of the very bytes that were read."""
+    """All tensors of a small safetensors file, its metadata and the sha256 of the very bytes that were read.
 
-    def __init__(self, path: Path) -> None:
-        data = path.read_bytes()
+    Args:
+        path: the file, for messages.
+        data: its bytes.
+
+    Raises:
+        CorruptFileError: truncated, a pickle, or not safetensors.
+    """
+
+    def __init__(self, path: Path, data: bytes) -> None:
         self.path = path
         layout = parse_layout(path, data, len(data))
         self.metadata = layout.metadata
@@ -36,13 +43,12 @@ class LoadedFile:
             raise CorruptFileError(f"{path}: safetensors cannot read it: {error}") from error
 
 
-def load_safetensors(path: Path) -> LoadedFile:
-    """Read a whole safetensors file into memory that is not mapped to it.
-
-    Raises:
-        CorruptFileError: truncated, a pickle, or not safetensors. A missing file raises OSError.
-    """
-    return LoadedFile(path)
+def memory_limit() -> int:
+    """Bytes of this machine's memory: a larger file is never loaded whole."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return 2**40
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -131,6 +131,11 @@ def _extra_tensors(
                     f"{checkpoint.file(key).path}: {key} has shape {list(checkpoint.shape(key))}, the adapter "
                     f"replaces it by one of shape {list(tensor.shape)}; resize the base first"
                 )
+            if name in places and checkpoint.file(key).entry.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{checkpoint.file(key).path}: {key} has dtype {checkpoint.file(key).entry.dtype}, in which the "
+                    "adapter's values cannot be written"
+                )
             target[key] = tensor
     return replaced, added
 
