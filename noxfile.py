@@ -196,7 +196,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict on the packages and the experiments."""
     install(session)
-    session.install("mypy>=2.4,<3", "safetensors", "packaging", "rich>=13.7")
+    session.install("mypy>=2.4,<3", "safetensors", "packaging", "rich>=13.7", "click>=8.2,<9")
     session.run("mypy", *SOURCES)
     session.run("mypy", "experiments", "--exclude", "experiments/tests")
 

@@ -42,9 +42,9 @@ def build(kind, source, out, **environment):
 
 @pytest.mark.parametrize("package", DEPENDENT, ids=lambda path: path.name)
 def test_where_doran_core_comes_from(package, tmp_path):
-    assert core_requirements(build("wheel", package, tmp_path)) == [f"doran-core @ {CORE.as_uri()}"]
+    assert core_requirements(build("wheel", package, tmp_path)) == [f"doran-core[cli] @ {CORE.as_uri()}"]
     plain = core_requirements(build("wheel", package, tmp_path, DORAN_RELEASE="1"))
-    assert list(map(Requirement, plain)) == [Requirement(f"doran-core{core_range(VERSION)}")]
+    assert list(map(Requirement, plain)) == [Requirement(f"doran-core[cli]{core_range(VERSION)}")]
     assert core_requirements(build("editable", package, tmp_path)) == plain
 
     sdist = build("sdist", package, tmp_path)
@@ -58,7 +58,7 @@ def test_the_hook_is_the_same_in_every_package():
 
 
 def test_doran_core_is_what_the_plain_requirement_allows():
-    assert Requirement(f"doran-core{core_range(VERSION)}").specifier.contains(VERSION)
+    assert Requirement(f"doran-core[cli]{core_range(VERSION)}").specifier.contains(VERSION)
 
 
 @pytest.fixture(scope="module", params=[CORE, *DEPENDENT], ids=lambda path: path.name)

@@ -17,7 +17,7 @@ NAMES = ("doran-core", "doran-export", "doran-hf", "doran-serve")
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+((a|b|rc)\d+)?")
 _PYPROJECT = re.compile(r'^version = "([^"]+)"$', re.MULTILINE)
-_RANGE = re.compile(r'"doran-core(>=[^"]+)"')
+_RANGE = re.compile(r'"doran-core\[cli\](>=[^"]+)"')
 _HEADING = re.compile(r"^## (\S+)( \(unreleased\))?$", re.MULTILINE)
 _CITATION = re.compile(r"^version: (\S+)$", re.MULTILINE)
 
@@ -64,7 +64,7 @@ def bump(root: Path, version: str) -> list[Path]:
     for name in NAMES:
         folder = root / "packages" / name
         text = _PYPROJECT.sub(f'version = "{version}"', _text(folder / "pyproject.toml"), count=1)
-        texts[folder / "pyproject.toml"] = _RANGE.sub(f'"doran-core{core_range(version)}"', text)
+        texts[folder / "pyproject.toml"] = _RANGE.sub(f'"doran-core[cli]{core_range(version)}"', text)
         texts[folder / "CHANGELOG.md"] = _headed(_text(folder / "CHANGELOG.md"), version)
     changed = [file for file, text in texts.items() if text != _text(file)]
     for file in changed:

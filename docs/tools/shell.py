@@ -15,10 +15,11 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from cli_page import subparsers
+import click
 from places import REPOSITORY
 
-from doran_core.cli.main import build_parser, main
+from doran_core.cli.group import parse
+from doran_core.cli.main import main
 
 __all__ = ["check_command", "run_command", "shell_commands"]
 
@@ -46,10 +47,7 @@ def run_command(words: Words, place: str) -> None:
         return
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            status = main(words[1:])
-        except SystemExit as end:  # --help
-            status = int(end.code or 0)
+        status = main(words[1:])
     assert status == 0, f"{place}: {shlex.join(words)} gave {status}: {errors.getvalue()[-500:]}"
 
 
@@ -66,17 +64,13 @@ def check_command(words: Words, place: str) -> None:
 
 
 def _doran(words: Words) -> str | None:
-    known = subparsers()
-    command = next((word for word in words if not word.startswith("-")), None)
-    if command is not None and command not in known:
-        return f"no command {command!r}; there are {sorted(known)}"
-    errors = io.StringIO()
+    if words in (["--help"], ["--version"]):
+        return None
     try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            parsed, unknown = build_parser(words).parse_known_args(words)
-    except SystemExit as end:
-        return errors.getvalue().strip() if end.code else None
-    return f"unknown {unknown}" if unknown and not parsed.command.passes_unknown else None
+        parse(words)
+    except (click.UsageError, click.exceptions.Exit) as error:  # --help ends with Exit
+        return error.format_message() if isinstance(error, click.UsageError) else None
+    return None
 
 
 def _pip(words: Words) -> str | None:

@@ -26,6 +26,6 @@ class CoreBesideHook(BuildHookInterface[Any]):
         # In place: hatchling lets a hook add requirements, but beside the plain one pip would still ask an index.
         requirements = self.metadata.core.dependencies
         requirements[:] = [
-            f"doran-core @ {core.as_uri()}" if requirement.startswith("doran-core") else requirement
+            f"doran-core[cli] @ {core.as_uri()}" if requirement.startswith("doran-core[cli]") else requirement
             for requirement in requirements
         ]

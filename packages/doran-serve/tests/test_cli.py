@@ -67,10 +67,10 @@ def test_check_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_help_imports_neither_torch_nor_vllm() -> None:
     for command in ("serve", "bench-serve"):
-        code = f"import sys; from doran_core.cli.main import build_parser; build_parser([{command!r}]).format_help()"
+        code = f"import sys; from doran_core.cli.main import main; main([{command!r}, '--help'])"
         heavy = 'print({"torch", "vllm", "transformers"} & set(sys.modules))'
         done = subprocess.run([sys.executable, "-c", f"{code}; {heavy}"], check=True, capture_output=True, text=True)
-        assert done.stdout == "set()\n"
+        assert done.stdout.endswith("\nset()\n")
 
 
 def test_a_bad_adapter_is_named_with_its_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,18 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 
+import click
 import pytest
 
 import doran_core
-from doran_core.cli import exit_codes, loading, tables
-from doran_core.cli import main as main_module
-from doran_core.cli.command import Command, Outcome
-from doran_core.cli.main import build_parser, main
+from doran_core.cli import exit_codes, group, tables
+from doran_core.cli.command import DoranCommand, Outcome, reading_flags
+from doran_core.cli.main import main
 from doran_core.cli.tables import Table
 from doran_core.errors import CheckFailedError, ConfigError
 
@@ -24,8 +25,8 @@ class Entry:
 
     def __init__(self, name, run=None, error=None, **more):
         self.name, self.error, self.loaded = name, error, False
-        run = run or (lambda arguments: Outcome({}))
-        self.command = Command("a summary", "A description.", "shell", lambda *_: None, run, **more)
+        run = run or (lambda: Outcome({}))
+        self.command = DoranCommand(name, group="shell", callback=run, help="A description.", **more)
 
     def load(self):
         self.loaded = True
@@ -39,7 +40,8 @@ def install(monkeypatch):
     """Make these the installed commands."""
 
     def install(*entries):
-        monkeypatch.setattr(loading, "entry_points", lambda group: list(entries))
+        monkeypatch.setattr(group, "entry_points", lambda group: list(entries))
+        monkeypatch.setattr(group.doran, "commands", type(group.doran.commands)())
 
     return install
 
@@ -53,10 +55,7 @@ def test_what_only_prints_imports_no_torch(arguments):
     code = f"""
 import sys
 from doran_core.cli.main import main
-try:
-    main({arguments})
-except SystemExit as ended:
-    print(ended.code, "torch" in sys.modules, "rich" in sys.modules)
+print(main({arguments}), "torch" in sys.modules, "rich" in sys.modules)
 """
     assert python(code).splitlines()[-1] == "0 False False"
 
@@ -70,24 +69,22 @@ def test_importing_the_package_imports_no_torch_and_each_name_has_a_home():
         doran_core.nonsense  # noqa: B018
 
 
-def test_help_has_groups_examples_and_exit_codes():
-    printed = build_parser(["--help"]).format_help()
-    assert "\nadapters:\n  convert " in printed
-    assert printed.index("\nadapters:") < printed.index("\nshell:") < printed.index("\noptions:")
+def test_help_has_groups_examples_and_exit_codes(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nAdapters:\n  convert " in printed
+    assert printed.index("\nOptions:") < printed.index("\nAdapters:") < printed.index("\nShell:")
     assert all(f"\n  {code:<5}" in printed for code in exit_codes.MEANINGS)
 
 
 def test_every_command_has_examples_that_parse():
-    parser = build_parser()
-    for name, entry in loading.command_entries().items():
-        command = entry.load()
-        assert command.examples, name
-        for example in command.examples:
+    for name in OWN:
+        examples = group.doran.commands[name].examples
+        assert examples, name
+        for example in examples:
             words = example.split("#")[0].split("|")[0].split(">")[0].split()
             assert words[:2] == ["doran", name]
-            if "{" not in example:
-                _, unknown = parser.parse_known_args(words[1:])
-                assert not unknown or command.passes_unknown
+            assert group.parse(words[1:]).params
 
 
 def test_installed_command():
@@ -100,23 +97,18 @@ def test_installed_command():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["mrege"], "unknown command 'mrege'; did you mean merge?"),
-        (["zzz"], "unknown command 'zzz'; there are "),
-        (
-            ["inspect", "adapter", "--jsn"],
-            "unrecognized arguments: --jsn; did you mean --json? See: doran inspect --help",
-        ),
-        (["merge", "--bse=x", "--out", "y"], "required: --base, --adapter; did you mean --base?"),
-        (["merge", "--allow-base"], "did you mean"),  # not an abbreviation of --allow-base-mismatch
-        (["convert", "adapter", "--to", "compild", "--base", "b", "--out", "o"], "invalid choice: 'compild'"),
-        ([], "the following arguments are required: COMMAND"),
+        (["mrege"], "No such command 'mrege'. Did you mean 'merge'? See: doran --help"),
+        (["zzz"], "No such command 'zzz'. See: doran --help"),
+        (["inspect", "adapter", "--jsn"], "No such option '--jsn'. Did you mean '--json'? See: doran inspect --help"),
+        (["merge", "--bse=x", "--out", "y"], "No such option '--bse'. Did you mean '--base'?"),
+        (["merge", "--out", "y"], "Missing option '--base'."),
+        (["merge", "--allow-base"], "No such option '--allow-base'"),
+        (["convert", "adapter", "--to", "compild", "--base", "b", "--out", "o"], "'compild' is not one of 'compiled'"),
+        ([], "Missing command. See: doran --help"),
     ],
 )
 def test_misspelt(arguments, words, capsys):
-    try:
-        code = main(arguments)
-    except SystemExit as ended:
-        code = ended.code
+    code = main(arguments)
     printed = capsys.readouterr()
     assert (code, printed.out) == (exit_codes.USAGE, "")
     assert words in printed.err
@@ -135,7 +127,7 @@ def test_misspelt(arguments, words, capsys):
     ],
 )
 def test_exit_codes(install, capsys, error, code, words):
-    def fail(arguments):
+    def fail():
         raise error
 
     install(Entry("fail", fail))
@@ -153,7 +145,7 @@ def test_exit_codes(install, capsys, error, code, words):
 
 
 def test_json_is_all_that_is_printed(install, capsys):
-    def run(arguments):
+    def run():
         print("a library talks")
         return Outcome({"loss": float("nan"), "of": [1, float("inf")], "name": "ä"}, ["shown"])
 
@@ -169,11 +161,12 @@ def test_json_is_all_that_is_printed(install, capsys):
 def test_unknown_flags_are_kept_for_a_command_that_passes_them_on(install):
     seen = []
 
-    def run(arguments):
-        seen.append(arguments.unknown)
+    def run():
+        seen.append(click.get_current_context().args)
         return Outcome({})
 
-    install(Entry("run", run, passes_unknown=True))
+    passes = {"ignore_unknown_options": True, "allow_extra_args": True}
+    install(Entry("run", run, context_settings=passes))
     assert main(["run", "--port", "1"]) == 0
     assert seen == [["--port", "1"]]
 
@@ -182,25 +175,30 @@ def test_a_command_that_cannot_be_loaded_does_not_stop_the_others(install, capsy
     install(Entry("broken", error=ImportError("no module named x")), Entry("good"))
     assert main(["good"]) == 0
     assert "broken" not in capsys.readouterr().err
-    assert "good" in build_parser(["--help"]).format_help()
-    assert "the command 'broken' cannot be loaded: no module named x" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr()
+    assert "\n  good" in printed.out
+    assert "the command 'broken' is installed, but cannot be loaded: no module named x" in printed.err
     assert main(["broken"]) == exit_codes.USAGE
-    assert "the command 'broken' is installed, but cannot be loaded" in capsys.readouterr().err
+    assert "the command 'broken' is installed, but cannot be loaded: no module named x" in capsys.readouterr().err
 
 
 def test_only_the_command_asked_for_is_loaded_and_while_flags_are_read(install):
     reading = []
-    train, merge = (
-        Entry("train"),
-        Entry("merge", lambda arguments: reading.append(loading.reading_flags()) or Outcome({})),
-    )
-    merge.load = lambda: reading.append(loading.reading_flags()) or merge.command
+    train, merge = Entry("train"), Entry("merge", lambda: reading.append(reading_flags()) or Outcome({}))
+    merge.load = lambda: reading.append(reading_flags()) or merge.command
     install(train, merge)
     assert main(["--debug", "merge"]) == 0
     assert reading == [True, False]
     assert not train.loaded
-    build_parser()
+    assert main(["--help"]) == 0
     assert train.loaded
+
+
+def test_without_click_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "click", None)
+    assert main(["--help"]) == exit_codes.USAGE
+    assert capsys.readouterr().err == "doran: error: the `doran` command needs click: pip install 'doran-core[cli]'\n"
 
 
 TABLE = Table(["layer", "rank"], [["q_proj [1]", "8"], ["v", "16"]])
@@ -239,48 +237,41 @@ def test_a_table_on_a_terminal_is_drawn_by_rich(monkeypatch):
     assert sys.stdout.getvalue() == TABLE.plain() + "\n"
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell, capsys, tmp_path):
-    pytest.importorskip("shtab", reason="it writes the completion")
     assert main(["completion", shell]) == 0
     script = tmp_path / "completion"
     script.write_text(capsys.readouterr().out)
-    assert all(word in script.read_text() for word in (*OWN, "--allow-base-mismatch", "peft-dora"))
+    assert "_DORAN_COMPLETE" in script.read_text()
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed: the script is not parsed")
     subprocess.run([shell, "-n", str(script)], check=True)
 
 
-def test_bash_completes_commands_and_flags(capsys, tmp_path):
-    pytest.importorskip("shtab", reason="it writes the completion")
-    if shutil.which("bash") is None:
-        pytest.skip("bash is not installed")
-    assert main(["completion", "bash"]) == 0
-    script = tmp_path / "completion"
-    script.write_text(capsys.readouterr().out)
-
+def test_bash_completes_commands_flags_and_choices():
     def completions(*words):
-        line = f"""
-source {script}
-COMP_WORDS=(doran {" ".join(words)}); COMP_CWORD={len(words)}
-_shtab_doran; printf '%s\\n' "${{COMPREPLY[@]}}"
-"""
-        done = subprocess.run(["bash", "-c", line], check=True, capture_output=True, text=True)
-        return done.stdout.split()
+        words = ("doran", *words)
+        asked = {"_DORAN_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": f"{len(words) - 1}"}
+        command = [sys.executable, "-m", "doran_core.cli"]
+        done = subprocess.run(command, env=os.environ | asked, check=True, capture_output=True, text=True)
+        return [line.split(",", 1)[1] for line in done.stdout.split()]
 
     assert completions("conv") == ["convert"]
     assert completions("merge", "--all") == ["--allow-base-mismatch"]
     assert set(completions("convert", "x", "--to", "''")) >= {"compiled", "peft-dora"}
 
 
-def test_completion_without_shtab_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "shtab", None)
-    assert main(["completion", "bash"]) == exit_codes.USAGE
-    assert "pip install 'doran-core[cli]'" in capsys.readouterr().err
-
-
 def test_a_reader_that_leaves_is_no_error():
-    code = "from doran_core.cli.main import main; main(['--version'])"
-    done = subprocess.run(f'{sys.executable} -c "{code}" | head -c 1', shell=True, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
-    assert main_module.__all__
+    code = "from doran_core.cli.main import main; raise SystemExit(main(['completion', 'bash']))"
+    line = f'{sys.executable} -c "{code}"; echo $? >&2'
+    done = subprocess.run(f"({line}) | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == "0\n"
+
+
+def test_a_pipe_that_breaks_inside_a_command_is_an_error(install, capsys):
+    def fail():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    install(Entry("fail", fail))
+    assert main(["fail"]) == exit_codes.SYSTEM
+    assert "Broken pipe" in capsys.readouterr().err

@@ -5,18 +5,20 @@ Imports nothing heavy before the command runs: every `doran` command loads this 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from doran_core.cli.command import Command, Outcome
+import click
+
+from doran_core.cli.command import Outcome, command
+from doran_core.cli.options import DIRECTORY, FILE
 from doran_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from doran_export.report import ExportReport
 
-__all__ = ["COMMAND"]
+__all__ = ["export"]
 
 _TASKS = (
     "text-generation",
@@ -28,69 +30,88 @@ _TASKS = (
 )
 
 
-def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="DIR", help="merged Hugging Face model directory")
-    source.add_argument("--base", metavar="DIR", help="base model directory; goes with --adapter")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        metavar="DIR",
-        help="adapter directory, merged into --base first; with --multi-adapter NAME=DIR, once or more",
-    )
-    parser.add_argument(
-        "--multi-adapter",
-        action="store_true",
-        help="write the base's graph once, with adapters as inputs, and each adapter as a small .onnx_adapter file",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist or be empty")
-    parser.add_argument("--task", metavar="NAME", help=f"kind of model, when it cannot be told: {', '.join(_TASKS)}")
-    parser.add_argument(
-        "--road",
-        metavar="NAME",
-        help="how the graph is made: genai (onnxruntime-genai's builder; the default for decoders) or torch",
-    )
-    parser.add_argument(
-        "--precision", default="fp32", metavar="NAME", help="fp32 (default), fp16, bf16, int8, or with genai int4"
-    )
-    parser.add_argument(
-        "--target",
-        metavar="NAME",
-        help="make the graph for cpu or cuda (default: the best that is here); decides what fp16 computes in",
-    )
-    parser.add_argument(
-        "--provider", action="append", metavar="NAME", help="prove on cpu or cuda only (may be given twice)"
-    )
-    parser.add_argument(
-        "--inputs", metavar="FILE", help="inputs to compare on beside random ones: .txt, a text per line, or .npz"
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        metavar="X",
-        help="allowed difference from PyTorch; default: by precision, see README",
-    )
-
-
-def _run(arguments: argparse.Namespace) -> Outcome:
-    from doran_export.api import export
+@command(
+    group="export",
+    short_help="export a model to ONNX",
+    epilog="Exit code 1: the graph was made and does not compute what PyTorch computes.",
+    examples=(
+        "doran export --model merged --out onnx",
+        "doran export --base base --adapter run/adapter --out onnx --precision fp16",
+        "doran export --base base --multi-adapter --adapter en=run-en/adapter --adapter fr=run-fr/adapter --out onnx",
+        "doran export --model merged --out onnx --inputs sentences.txt --tolerance 1e-4",
+    ),
+)
+@click.option("--model", type=DIRECTORY, help="Merged Hugging Face model directory.")
+@click.option("--base", type=DIRECTORY, help="Base model directory; goes with --adapter.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR",
+    help="Adapter directory, merged into --base first; with --multi-adapter NAME=DIR, once or more.",
+)
+@click.option(
+    "--multi-adapter",
+    is_flag=True,
+    help="Write the base's graph once, with adapters as inputs, and each adapter as a small .onnx_adapter file.",
+)
+@click.option("--out", required=True, type=DIRECTORY, help="Directory to write; must not exist or be empty.")
+@click.option("--task", metavar="NAME", help=f"Kind of model, when it cannot be told: {', '.join(_TASKS)}.")
+@click.option(
+    "--road",
+    metavar="NAME",
+    help="How the graph is made: genai (onnxruntime-genai's builder; the default for decoders) or torch.",
+)
+@click.option(
+    "--precision", default="fp32", metavar="NAME", help="fp32 (default), fp16, bf16, int8, or with genai int4."
+)
+@click.option(
+    "--target",
+    metavar="NAME",
+    help="Make the graph for cpu or cuda (default: the best that is here); decides what fp16 computes in.",
+)
+@click.option(
+    "--provider", "providers", multiple=True, metavar="NAME", help="Prove on cpu or cuda only (may be given twice)."
+)
+@click.option("--inputs", type=FILE, help="Inputs to compare on beside random ones: .txt, a text per line, or .npz.")
+@click.option("--tolerance", type=float, help="Allowed difference from PyTorch; default: by precision, see README.")
+def export(
+    model: str | None,
+    base: str | None,
+    adapters: tuple[str, ...],
+    multi_adapter: bool,
+    out: str,
+    task: str | None,
+    road: str | None,
+    precision: str,
+    target: str | None,
+    providers: tuple[str, ...],
+    inputs: str | None,
+    tolerance: float | None,
+) -> Outcome:
+    """Export a merged model, or a base with an adapter, to ONNX. ONNX Runtime must give what PyTorch gives before the
+    output directory appears; export_report.json in it holds the differences.
+    """
+    if (model is None) == (base is None):
+        raise click.UsageError("give one of --model and --base.", click.get_current_context())
+    adapter, named = _adapters(adapters, multi_adapter=multi_adapter)
+    from doran_export.api import export as export_model
     from doran_export.proof.cases import read_inputs
 
-    adapter, adapters = _adapters(arguments)
     with _Stages() as progress:
-        report = export(
-            arguments.model,
-            arguments.out,
-            base=arguments.base,
+        report = export_model(
+            model,
+            out,
+            base=base,
             adapter=adapter,
-            adapters=adapters,
-            task=arguments.task,
-            road=arguments.road,
-            providers=arguments.provider,
-            precision=arguments.precision,
-            target=arguments.target,
-            inputs=read_inputs(Path(arguments.inputs)) if arguments.inputs else (),
-            tolerance=arguments.tolerance,
+            adapters=named,
+            task=task,
+            road=road,
+            providers=list(providers) or None,
+            precision=precision,
+            target=target,
+            inputs=read_inputs(Path(inputs)) if inputs else (),
+            tolerance=tolerance,
             progress=progress,
         )
     return Outcome({"directory": str(report.directory), **report.to_dict()}, _shown(report))
@@ -114,10 +135,9 @@ def _shown(report: ExportReport) -> list[str]:
     return shown
 
 
-def _adapters(arguments: argparse.Namespace) -> tuple[str | None, dict[str, str] | None]:
+def _adapters(given: Sequence[str], *, multi_adapter: bool) -> tuple[str | None, dict[str, str] | None]:
     """The one adapter to merge, or those that stay apart, by name."""
-    given: list[str] = arguments.adapter or []
-    if not arguments.multi_adapter:
+    if not multi_adapter:
         if len(given) > 1:
             raise ConfigError(f"{len(given)} adapters were given: expected one, or --multi-adapter with NAME=DIR")
         return (given[0] if given else None), None
@@ -152,20 +172,3 @@ class _Stages:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-COMMAND = Command(
-    summary="export a model to ONNX",
-    description="Export a merged model, or a base with an adapter, to ONNX. ONNX Runtime must give what PyTorch "
-    "gives before the output directory appears; export_report.json in it holds the differences.",
-    group="export",
-    add_arguments=_add_arguments,
-    run=_run,
-    examples=(
-        "doran export --model merged --out onnx",
-        "doran export --base base --adapter run/adapter --out onnx --precision fp16",
-        "doran export --base base --multi-adapter --adapter en=run-en/adapter --adapter fr=run-fr/adapter --out onnx",
-        "doran export --model merged --out onnx --inputs sentences.txt --tolerance 1e-4",
-    ),
-    notes="Exit code 1: the graph was made and does not compute what PyTorch computes.",
-)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from doran_core.cli.loading import reading_flags
+from doran_core.cli.command import reading_flags
 from doran_core.support.lazy import lazy_names
 
 if TYPE_CHECKING or not reading_flags():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,10 +10,10 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
+from doran_core.cli.group import parse
 from doran_core.cli.main import main
 from doran_core.errors import ConfigError
 from doran_hf import DoranConfig
-from doran_hf.cli.train import COMMAND
 from doran_hf.train import DataConfig, TrainConfig, load_config
 from doran_hf.train.config import OWN_TRAINER_FIELDS
 from doran_hf.train.fields import parse_yaml
@@ -112,9 +111,8 @@ def test_the_example_is_a_configuration() -> None:
 
 
 def test_every_field_is_a_flag() -> None:
-    parser = argparse.ArgumentParser()
-    COMMAND.add_arguments(parser, None)
-    names = set(parser._option_string_actions)
+    command = parse(["train", "--trainer.seed", "0"]).command
+    names = {spelling for parameter in command.params for spelling in parameter.opts}
     for section, record in (("data", DataConfig), ("trainer", TrainingArguments)):
         for name in record.__dataclass_fields__:
             assert f"--{section}.{name}" in names

@@ -1,21 +1,49 @@
-"""What a subcommand of `doran` is: one record, named by an entry point of the group "doran.commands".
+"""What a subcommand of `doran` is: a click command that returns an :class:`Outcome`, named by an entry point.
 
-A module that holds one is imported for `doran --help`: it imports torch and the like only when the command runs.
+The entry points are those of the group "doran.commands". A module that holds one is imported for `doran --help`: it
+imports torch and the like only when the command runs.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from doran_core.cli.tables import Table
+import click
 
-__all__ = ["GROUPS", "Command", "Outcome"]
+from doran_core.cli.tables import Table, show
+
+__all__ = ["GROUPS", "DoranCommand", "Outcome", "command", "only_flags", "reading_flags", "wants_json", "write_lines"]
 
 GROUPS = ("train", "adapters", "export", "serve", "shell")
 """Headings of `doran --help`, in their order. A command of another group comes after them."""
+
+_reading = False
+
+
+def reading_flags() -> bool:
+    """Whether the `doran` command is reading its command line, and has not begun to run.
+
+    A package that does something when it is imported leaves that to the command's run: doran_hf does not import PEFT.
+    """
+    return _reading
+
+
+@contextlib.contextmanager
+def only_flags(value: bool = True) -> Iterator[None]:
+    """Within this, :func:`reading_flags` has this value."""
+    global _reading
+    before, _reading = _reading, value
+    try:
+        yield
+    finally:
+        _reading = before
 
 
 @dataclass(frozen=True)
@@ -31,27 +59,73 @@ class Outcome:
     shown: Sequence[str | Table] = ()
 
 
-@dataclass(frozen=True)
-class Command:
-    """A subcommand. Its name is the entry point's.
+class DoranCommand(click.Command):
+    """A click command with --json and --debug, whose callback returns an :class:`Outcome`.
 
-    Attributes:
-        summary: a few words, for `doran --help`.
-        description: for its own help.
-        group: one of :data:`GROUPS`, or a heading of its own.
-        add_arguments: adds its flags to a parser. It also gets the command line, so that flags that are costly to
-            know are added only if one is there; None asks for all of them.
-        run: does it. It may print progress; the result is what it returns.
+    Args:
+        group: its heading in `doran --help`, one of :data:`GROUPS` or one of its own.
         examples: command lines for its help.
-        passes_unknown: flags that it does not know are left in ``arguments.unknown`` instead of being refused.
-        notes: a paragraph for the end of its help.
     """
 
-    summary: str
-    description: str
-    group: str
-    add_arguments: Callable[[argparse.ArgumentParser, Sequence[str] | None], None]
-    run: Callable[[argparse.Namespace], Outcome]
-    examples: Sequence[str] = field(default=())
-    passes_unknown: bool = False
-    notes: str = ""
+    def __init__(self, *args: Any, group: str, examples: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.group, self.examples = group, tuple(examples)
+        self.params += [
+            click.Option(
+                ["--json", "as_json"], is_flag=True, help="Print the result as JSON, and nothing else, to the output."
+            ),
+            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+        ]
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the command and print its outcome."""
+        as_json = ctx.meta["doran.json"] = ctx.params.pop("as_json")
+        del ctx.params["debug"]
+        with only_flags(False):
+            if not as_json:
+                outcome = super().invoke(ctx)
+                return _print(lambda: show(outcome.shown))
+            with contextlib.redirect_stdout(sys.stderr):  # what libraries print on their way
+                outcome = super().invoke(ctx)
+        return _print(lambda: print(json.dumps(_finite(outcome.data), indent=2, ensure_ascii=False)))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, then the notes."""
+        write_lines(formatter, "Examples", self.examples)
+        super().format_epilog(ctx, formatter)
+
+
+def write_lines(formatter: click.HelpFormatter, title: str, lines: Sequence[str]) -> None:
+    """Write a section of a help text whose lines stay as they are."""
+    if lines:
+        with formatter.section(title):
+            formatter.write("".join(f"{'':{formatter.current_indent}}{line}\n" for line in lines))
+
+
+def command(*, group: str, examples: Sequence[str] = (), **options: Any) -> Callable[[Callable[..., Outcome]], Any]:
+    """Decorator: a function that returns an :class:`Outcome` as a :class:`DoranCommand`. Options as click's."""
+    return click.command(cls=DoranCommand, group=group, examples=examples, **options)
+
+
+def wants_json() -> bool:
+    """Whether the running command was given --json."""
+    return bool(click.get_current_context().meta["doran.json"])
+
+
+def _print(write: Callable[[], None]) -> None:
+    """Print to standard output. Where its reader has gone, as `head` goes, the rest is not wanted."""
+    try:
+        write()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes standard output once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

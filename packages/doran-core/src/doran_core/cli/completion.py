@@ -1,54 +1,31 @@
-"""`doran completion`: a script that completes commands, flags and paths in a shell. Made by shtab from the parsers."""
+"""`doran completion`: the script with which a shell completes doran's commands, flags and paths."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Sequence
-from typing import Any
+import click
+from click.shell_completion import get_completion_class
 
-from doran_core.cli.command import Command, Outcome
-from doran_core.errors import require
+from doran_core.cli.command import Outcome, command
 
-__all__ = ["COMMAND"]
-
-SHELLS = ("bash", "zsh")
+__all__ = ["completion"]
 
 
-def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="your shell")
-
-
-def _run(arguments: argparse.Namespace) -> Outcome:
-    from doran_core.cli.main import build_parser
-
-    shtab = require("shtab", package="doran-core", extra="cli", purpose="shell completion")
-    parser = build_parser()
-    for action in _actions(parser):
-        if action.choices is None and str(action.metavar).endswith("DIR"):
-            action.complete = shtab.DIRECTORY
-        elif action.choices is None and str(action.metavar).endswith(("FILE", ".yaml")):
-            action.complete = shtab.FILE
-    script = shtab.complete(parser, arguments.shell)
-    return Outcome({"shell": arguments.shell, "script": script}, [script])
-
-
-def _actions(parser: argparse.ArgumentParser) -> Iterator[Any]:
-    for action in parser._actions:
-        yield action
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                yield from _actions(inner)
-
-
-COMMAND = Command(
-    summary="print a script that completes doran's commands and flags",
-    description="Print a shell's completion script for the commands that are installed now. Needs shtab: pip install "
-    "'doran-core[cli]'.",
+@command(
     group="shell",
-    add_arguments=_add_arguments,
-    run=_run,
+    short_help="print a script that completes doran's commands and flags",
     examples=(
         "doran completion bash > ~/.local/share/bash-completion/completions/doran",
         "doran completion zsh > ~/.zfunc/_doran    # with fpath+=~/.zfunc before compinit",
+        "doran completion fish > ~/.config/fish/completions/doran.fish",
     ),
 )
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> Outcome:
+    """Print a shell's completion script. The script asks `doran` for what is installed at that moment."""
+    from doran_core.cli.group import doran
+    from doran_core.cli.main import COMPLETION_VARIABLE
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    script = kind(doran, {}, "doran", COMPLETION_VARIABLE).source()
+    return Outcome({"shell": shell, "script": script}, [script])

@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from doran_core.cli.command import Command, Outcome
-from doran_core.cli.options import add_adapter_options, load_factor_builder
+import click
+
+from doran_core.cli.command import Outcome, command
+from doran_core.cli.options import DIRECTORY, FILE, adapter_options, load_factor_builder
 from doran_core.cli.tables import Table
 
 if TYPE_CHECKING:
     from doran_core.diagnostics.inspect import AdapterReport, LayerReport, Spread
     from doran_core.diagnostics.similarity import LayerSimilarity
 
-__all__ = ["COMMAND"]
+__all__ = ["inspect"]
 
 
-def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="adapter directory")
-    parser.add_argument("--base", metavar="DIR", help="its base checkpoint")
-    parser.add_argument("--plot", metavar="FILE", help="draw it, e.g. out.png (needs matplotlib)")
-    add_adapter_options(parser)
-
-
-def _run(arguments: argparse.Namespace) -> Outcome:
+@command(
+    group="adapters",
+    short_help="show what is in an adapter",
+    examples=(
+        "doran inspect run/adapter",
+        "doran inspect run/adapter --base base --plot adapter.png",
+        "doran inspect run/adapter --json | jq '.layers[] | [.name, .effective_rank]'",
+    ),
+)
+@click.argument("adapter", metavar="ADAPTER_DIR", type=DIRECTORY)
+@click.option("--base", type=DIRECTORY, help="Its base checkpoint.")
+@click.option("--plot", type=FILE, help="Draw the report, e.g. out.png (needs matplotlib).")
+@adapter_options
+def inspect(
+    adapter: str, base: str | None, plot: str | None, allow_base_mismatch: bool, factor_builder: str | None
+) -> Outcome:
+    """Check an adapter of any form and show its layers: sizes, tau, output scale, effective rank. With --base also what
+    depends on the base weights, and whether the base is the right one.
+    """
     from doran_core.diagnostics.inspect import inspect_adapter
     from doran_core.diagnostics.plot import plot_report, require_plotting
 
-    if arguments.plot:
+    if plot:
         require_plotting()
     report = inspect_adapter(
-        arguments.adapter,
-        arguments.base,
-        allow_base_mismatch=arguments.allow_base_mismatch,
-        factor_builder=load_factor_builder(arguments.factor_builder),
+        adapter,
+        base,
+        allow_base_mismatch=allow_base_mismatch,
+        factor_builder=load_factor_builder(factor_builder),
     )
-    if arguments.plot:
-        plot_report(report, arguments.plot)
+    if plot:
+        plot_report(report, plot)
     shown: list[str | Table] = [_summary(report), "", _layer_table(report.layers)]
     if report.similarities:
         shown += ["", _similarity_table(report.similarities)]
@@ -97,18 +109,3 @@ def _spread(spread: Spread | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-
-
-COMMAND = Command(
-    summary="show what is in an adapter",
-    description="Check an adapter of any form and show its layers: sizes, tau, output scale, effective rank. "
-    "With --base also what depends on the base weights, and whether it is the right base.",
-    group="adapters",
-    add_arguments=_add_arguments,
-    run=_run,
-    examples=(
-        "doran inspect run/adapter",
-        "doran inspect run/adapter --base base --plot adapter.png",
-        "doran inspect run/adapter --json | jq '.layers[] | [.name, .effective_rank]'",
-    ),
-)

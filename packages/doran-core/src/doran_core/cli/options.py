@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from doran_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from doran_core.method.factors import FactorBuilder
 
-__all__ = ["add_adapter_options", "load_factor_builder"]
+__all__ = ["DIRECTORY", "FILE", "adapter_options", "load_factor_builder"]
+
+DIRECTORY = click.Path(file_okay=False)
+"""A directory that the command checks itself; shells complete directories."""
+FILE = click.Path(dir_okay=False)
+"""Likewise a file."""
 
 
-def add_adapter_options(parser: argparse.ArgumentParser) -> None:
-    """What every subcommand that evaluates an adapter may be told about it."""
-    parser.add_argument(
-        "--allow-base-mismatch", action="store_true", help="accept an adapter made for other base weights"
-    )
-    parser.add_argument(
+def adapter_options(function: Any) -> Any:
+    """Decorator: what every subcommand that evaluates an adapter may be told about the adapter."""
+    function = click.option(
         "--factor-builder",
         metavar="MODULE:NAME",
-        help="for an adapter that was trained with a generator of your own: what was given to adapt() as "
-        "factor_builder. MODULE is imported, and its code run; the current directory is searched first",
+        help="For an adapter that was trained with a generator of your own: what was given to adapt() as "
+        "factor_builder. MODULE is imported, and its code run; the current directory is searched first.",
+    )(function)
+    return click.option("--allow-base-mismatch", is_flag=True, help="Accept an adapter made for other base weights.")(
+        function
     )
 
 

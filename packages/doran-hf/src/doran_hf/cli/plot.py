@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from doran_core.cli.command import Command, Outcome
+import click
+
+from doran_core.cli.command import Outcome, command
+from doran_core.cli.options import FILE
 from doran_core.errors import CheckpointError
 
-__all__ = ["COMMAND"]
+__all__ = ["plot"]
 
 
-def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    parser.add_argument("run", metavar="RUN_DIR", help="directory of a run, or its layers.parquet")
-    parser.add_argument("--out", metavar="FILE", help="image to write (default: layers.png in RUN_DIR)")
-
-
-def _run(arguments: argparse.Namespace) -> Outcome:
+@command(
+    group="train",
+    short_help="draw what the layers did in training",
+    examples=("doran plot run", "doran plot run/layers.parquet --out layers.svg"),
+)
+@click.argument("run", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("--out", type=FILE, help="Image to write (default: layers.png in RUN_DIR).")
+def plot(run: Path, out: str | None) -> Outcome:
+    """Draw tau, norm, output scale, effective rank and gradient split of each layer over the steps of a run. RUN_DIR is
+    the run's directory, or the layers.parquet that `doran train` or LayerMetricsCallback wrote. Needs matplotlib and
+    pyarrow.
+    """
     from doran_hf.layer_table import FILE_NAME, read_states
     from doran_hf.plot import plot_states
 
-    run = Path(arguments.run)
     file = run / FILE_NAME if run.is_dir() else run
     if not file.is_file():
         raise CheckpointError(f"{run}: no {FILE_NAME} there; expected the output directory of a `doran train`")
-    out = Path(arguments.out) if arguments.out else file.with_suffix(".png")
     states = read_states(file)
-    written = plot_states(states, out, title=file.resolve().parent.name)
+    written = plot_states(states, Path(out) if out else file.with_suffix(".png"), title=file.resolve().parent.name)
     return Outcome({"written": str(written), "rows": len(states)}, [f"wrote {written}"])
-
-
-COMMAND = Command(
-    summary="draw what the layers did in training",
-    description="Draw tau, norm, output scale, effective rank and gradient split of each layer from the "
-    "layers.parquet that `doran train` or LayerMetricsCallback wrote. Needs matplotlib and pyarrow.",
-    group="train",
-    add_arguments=_add_arguments,
-    run=_run,
-    examples=("doran plot run", "doran plot run/layers.parquet --out layers.svg"),
-)

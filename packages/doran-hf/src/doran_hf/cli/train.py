@@ -2,91 +2,128 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from doran_core.cli.command import Command, Outcome
+import click
+from click.shell_completion import CompletionItem
+
+from doran_core.cli.command import DoranCommand, Outcome
+from doran_core.cli.options import FILE
 from doran_core.cli.tables import Table
 from doran_core.errors import ConfigError
 
-__all__ = ["COMMAND"]
-
-_FLAG = "field:"
-"""Begins the names under which argparse keeps the values of fields."""
+__all__ = ["train"]
 
 
-def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+class _Field(click.Option):
+    """The flag of one field of the configuration.
+
+    Attributes:
+        field: its name, "section.field" in the sections.
+        hint: its type.
+    """
+
+    def __init__(self, field: str, hint: Any, text: str, *, hidden: bool = False) -> None:
+        spellings = dict.fromkeys([f"--{field}", f"--{field.replace('_', '-')}"])
+        # A yes-or-no flag may stand without a value.
+        optional: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if bool in _alternatives(hint) else {}
+        super().__init__([*spellings, field.replace(".", "__")], help=text, metavar="VALUE", hidden=hidden, **optional)
+        self.field, self.hint = field, hint
+
+
+class _Train(DoranCommand):
+    """A command with a flag for each field. Those of the trainer, which take seconds to import, when one is used."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if any(argument.startswith("--trainer") for argument in args):
+            self._add_trainer_flags()
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if incomplete.startswith("--trainer"):
+            self._add_trainer_flags()
+        return super().shell_complete(ctx, incomplete)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if not any(isinstance(parameter, _Field) for parameter in self.params):
+            self.params += _own_fields()
+        return super().get_params(ctx)
+
+    def _add_trainer_flags(self) -> None:
+        if not any(isinstance(parameter, _Field) and parameter.hidden for parameter in self.params):
+            self.params += _section_fields("trainer", hidden=True)
+
+
+def _own_fields() -> Iterator[_Field]:
     from doran_hf.train.config import SECTIONS, TrainConfig
 
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration; flags go before its values")
-    parser.add_argument(
-        "--init",
-        nargs="?",
-        const="doran.yaml",
-        metavar="FILE",
-        help="write a commented configuration with the values of the other flags, and stop (default: doran.yaml)",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="load everything, print the plan, train nothing")
-    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run in the output directory")
-    group = parser.add_argument_group("what to train")
     hints = get_type_hints(TrainConfig)
     for entry in dataclasses.fields(TrainConfig):
         if entry.name not in SECTIONS:
-            _add_flag(group, entry.name, hints[entry.name], entry.metadata["help"])
+            yield _Field(entry.name, hints[entry.name], entry.metadata["help"])
     for section in SECTIONS:
-        # Only transformers knows the trainer's fields, and takes seconds to import.
-        if section != "trainer" or argv is None or any(argument.startswith("--trainer") for argument in argv):
-            _add_section(parser.add_argument_group(section), section)
+        if section != "trainer":
+            yield from _section_fields(section)
 
 
-def _add_section(group: argparse._ArgumentGroup, section: str) -> None:
+def _section_fields(section: str, *, hidden: bool = False) -> Iterator[_Field]:
     from doran_hf.train.config import section_record
     from doran_hf.train.template import settable_fields
 
     hints = get_type_hints(section_record(section))
     for entry in settable_fields(section):
-        text = argparse.SUPPRESS if section == "trainer" else entry.metadata["help"].replace("%", "%%")
-        _add_flag(group, f"{section}.{entry.name}", hints[entry.name], text)
-
-
-def _add_flag(group: argparse._ArgumentGroup, name: str, hint: Any, text: str) -> None:
-    spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-    options: dict[str, Any] = {"nargs": "?", "const": "true"} if bool in _alternatives(hint) else {}
-    group.add_argument(
-        *spellings,
-        dest=_FLAG + name,
-        default=argparse.SUPPRESS,
-        metavar="VALUE",
-        help=text,
-        type=lambda given: (given, hint),
-        **options,
-    )
+        text = "" if hidden else entry.metadata["help"]
+        yield _Field(f"{section}.{entry.name}", hints[entry.name], text, hidden=hidden)
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _run(arguments: argparse.Namespace) -> Outcome:
-    values = {
-        name.removeprefix(_FLAG): _value(name.removeprefix(_FLAG), *given)
-        for name, given in vars(arguments).items()
-        if name.startswith(_FLAG)
-    }
-    if arguments.init is not None:
-        return _init(Path(arguments.init), arguments.config, values)
-    if arguments.config is None and not values:
+@click.command(
+    cls=_Train,
+    group="train",
+    short_help="train an adapter",
+    epilog="Any field of transformers.TrainingArguments is a flag as --trainer.NAME, e.g. --trainer.max_steps 100.",
+    examples=(
+        "doran train --init                            # writes doran.yaml: fill it in",
+        "doran train doran.yaml --dry-run",
+        "doran train doran.yaml --adapter.rank 16 --trainer.learning_rate 5e-4",
+        "doran train --base base --output run --data.train chats.jsonl --json > metrics.json",
+    ),
+)
+@click.argument("config", required=False, metavar="[CONFIG.yaml]", type=FILE)
+@click.option(
+    "--init",
+    is_flag=False,
+    flag_value="doran.yaml",
+    metavar="[FILE]",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a commented configuration with the values of the other flags, and stop (default: doran.yaml).",
+)
+@click.option("--dry-run", is_flag=True, help="Load everything, print the plan, train nothing.")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier run in the output directory.")
+def train(config: str | None, init: Path | None, dry_run: bool, overwrite: bool, **given: str | None) -> Outcome:
+    """Train a DoRAN adapter, and write it with metrics, layer metrics and a model card. Flags go before the values of
+    the configuration file. Run the same command again to go on with a run that was interrupted.
+    """
+    fields = (parameter for parameter in click.get_current_context().command.params if isinstance(parameter, _Field))
+    texts = ((field, given[field.name or ""]) for field in fields)
+    values = {field.field: _value(field.field, text, field.hint) for field, text in texts if text is not None}
+    if init is not None:
+        return _init(init, config, values)
+    if config is None and not values:
         raise ConfigError("doran train: give a CONFIG.yaml (doran train --init writes one) or flags")
     from doran_hf.train.config import load_config
-    from doran_hf.train.run import train
+    from doran_hf.train.run import train as run_training
 
-    config = load_config(arguments.config, values)
-    metrics = train(config, overwrite=arguments.overwrite, dry_run=arguments.dry_run)
-    return Outcome({"output": config.output, "dry_run": arguments.dry_run, **metrics}, _table(metrics))
+    loaded = load_config(config, values)
+    metrics = run_training(loaded, overwrite=overwrite, dry_run=dry_run)
+    return Outcome({"output": loaded.output, "dry_run": dry_run, **metrics}, _table(metrics))
 
 
 def _table(metrics: Mapping[str, Any]) -> list[Table]:
@@ -132,20 +169,3 @@ def _value(name: str, text: str, hint: Any) -> Any:
     except ConfigError:
         return text
     return value if isinstance(value, list | dict) else text
-
-
-COMMAND = Command(
-    summary="train an adapter",
-    description="Train a DoRAN adapter and write it with metrics, layer metrics and a model card. Run the same "
-    "command again to go on with a run that was interrupted.",
-    group="train",
-    add_arguments=_add_arguments,
-    run=_run,
-    examples=(
-        "doran train --init                            # writes doran.yaml: fill it in",
-        "doran train doran.yaml --dry-run",
-        "doran train doran.yaml --adapter.rank 16 --trainer.learning_rate 5e-4",
-        "doran train --base base --output run --data.train chats.jsonl --json > metrics.json",
-    ),
-    notes="Any field of transformers.TrainingArguments is a flag as --trainer.NAME, e.g. --trainer.max_steps 100.",
-)
