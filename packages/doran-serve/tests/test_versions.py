@@ -42,3 +42,25 @@ def test_without_vllm_the_message_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(metadata, "version", absent)
     with pytest.raises(MissingDependencyError, match=r"doran-serve\[cuda\].*doran-serve\[cpu\]"):
         versions.installed()
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "refused"),
+    [
+        ("2.13.0+cpu", "0.28.0", True),
+        ("2.13.0+cpu", "0.28.0+cpu", False),
+        ("2.13.0+cpu", None, False),
+        ("2.13.0", "0.28.0", False),
+    ],
+)
+def test_companions_built_for_cuda_beside_a_cpu_torch(
+    torch: str, torchvision: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"torch": torch} | ({} if torchvision is None else {"torchvision": torchvision})
+    monkeypatch.setattr(metadata, "version", installed.__getitem__)
+    monkeypatch.setattr(metadata, "distributions", lambda *, name: [name] if name in installed else [])
+    if refused:
+        with pytest.raises(versions.UnsupportedVllmError, match=r"pip uninstall -y torchvision$"):
+            versions.check_companions()
+    else:
+        versions.check_companions()

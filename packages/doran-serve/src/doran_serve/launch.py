@@ -192,6 +192,7 @@ def start(plan: Plan) -> None:
     from doran_serve import compat, versions
 
     versions.check(versions.installed())
+    versions.check_companions()
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "doran" not in allowed.split(","):
         raise DoranError(f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading this plugin; add 'doran' to it or unset it")

