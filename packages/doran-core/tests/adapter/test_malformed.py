@@ -7,7 +7,7 @@ import damage
 import made
 import pytest
 import torch
-from damage import drop, edit_config, edit_tensors, poison, set_tensor
+from damage import drop, edit_config, edit_tensors, poison, set_tensor, unseal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -140,6 +140,7 @@ def test_a_group_without_its_trunk(tmp_path, end):
 def test_other_shared_parts_are_checked_when_rebuilt(copy, originals):
     folder = copy("generated")
     edit_tensors(folder / MODEL, drop(f"{KEY}doran_adapter.factors.trunk.A.weights.0"))
+    unseal(folder)
     with pytest.raises(AdapterFormatError, match=r"trunk\.A\.weights\.0"):
         compile_adapter(folder, originals / "base")
 
@@ -214,7 +215,7 @@ def test_missing_file(copy, name):
         ({"peft_type": ...}, MissingKeyError, "peft_type"),
         ({"peft_type": "IA3"}, AdapterFormatError, "'IA3'"),
         ({"format_version": ...}, MissingKeyError, "format_version"),
-        ({"format_version": 2}, FormatVersionError, "upgrade doran-core"),
+        ({"format_version": 3}, FormatVersionError, "upgrade doran-core"),
         ({"format_version": "one"}, FormatVersionError, "'one'"),
         ({"alpha": ...}, MissingKeyError, "no field 'alpha'"),
         ({"tau_kind": ..., "tau_knd": "zero"}, MissingKeyError, "unknown field 'tau_knd', nearest is 'tau_kind'"),
@@ -279,7 +280,7 @@ def edit_metadata(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"format_version": "2"}, FormatVersionError, "upgrade doran-core"),
+        ({"format_version": "3"}, FormatVersionError, "upgrade doran-core"),
         ({"format_version": "x"}, FormatVersionError, "'x'"),
         ({"format_version": None}, MissingKeyError, "format_version"),
         ({"form": "half"}, CorruptFileError, "half"),

@@ -6,6 +6,7 @@ import json
 import made
 import pytest
 import torch
+from damage import unseal
 from safetensors.torch import load_file
 
 from doran_core.adapter import (
@@ -139,6 +140,7 @@ def test_keys_without_the_prefix_and_fields_of_peft_are_read(tmp_path):
     tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(file).items()}
     file.unlink()
     made.save_file(tensors, file)
+    unseal(tmp_path / "a")
     read = read_adapter(tmp_path / "a")
     assert read.modules.keys() == record.modules.keys()
     assert read.peft_fields["peft_version"] == "0.21.2"

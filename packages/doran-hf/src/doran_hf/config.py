@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from peft.config import PeftConfig
 
+from doran_core.adapter.digest import check_directory, seal_directory
 from doran_core.adapter.schema import FORMAT_VERSION
 from doran_core.errors import ConfigError, FormatVersionError
 from doran_core.method.config import ALL_LINEAR
@@ -46,6 +49,9 @@ class DoranConfig(AdapterOptions, PeftConfig):
         base_fingerprint: of the base weights that a loaded adapter was made for. A base with another fingerprint is
             refused; set it to None to load all the same.
         module_kinds: kinds of the adapted layers that are not linear, written on saving for readers without the model.
+        ties: each tied parameter of the base model and its source, likewise.
+        stored_names: the names that the base's checkpoint has for parameters which transformers renames, likewise.
+        tensors_digest, digest: of the saved files, against damage; written on saving and checked on loading.
 
     Raises:
         ConfigError: a value that a field may not hold, naming field and value.
@@ -61,6 +67,14 @@ class DoranConfig(AdapterOptions, PeftConfig):
     module_kinds: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Kinds of the adapted layers that are not linear; filled on saving."}
     )
+    ties: dict[str, str] | None = field(
+        default=None, metadata={"help": "Tied parameters of the base model with their sources; filled on saving."}
+    )
+    stored_names: dict[str, str] | None = field(
+        default=None, metadata={"help": "Names of renamed parameters in the base's checkpoint; filled on saving."}
+    )
+    tensors_digest: str | None = field(default=None, metadata={"help": "Of the saved tensors; filled on saving."})
+    digest: str | None = field(default=None, metadata={"help": "Of the saved configuration; filled on saving."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +118,22 @@ class DoranConfig(AdapterOptions, PeftConfig):
             if values.get(name) is None:
                 values.pop(name, None)
         return {name: _listed(value) for name, value in values.items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write adapter_config.json, with the digests of the adapter where its tensors are beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        seal_directory(Path(save_directory))
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The fields of an adapter_config.json.
+
+        Raises:
+            CorruptFileError: it, or the tensors beside it, are not what was saved.
+        """
+        check_directory(Path(path_json_file).parent)
+        fields: dict[str, Any] = super().from_json_file(path_json_file, **kwargs)
+        return fields
 
     @classmethod
     def from_lora(cls, lora: LoraConfig, **overrides: Any) -> DoranConfig:

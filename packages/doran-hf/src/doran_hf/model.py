@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
 from torch import Tensor, nn
 
-from doran_core.adapter.schema import created_by
+from doran_core.adapter.schema import FORMAT_VERSION, created_by
 from doran_core.adapter.validate import check_tensors
 from doran_core.errors import ConfigError, MissingKeyError, UnexpectedKeyError
 from doran_core.layers.modules import make_factor_builder
@@ -163,6 +163,7 @@ class DoranModel(BaseTuner):
         # PEFT calls this first of all in saving: the moment at which the model and the configuration are both at hand.
         if isinstance(config, DoranConfig):
             config.record(
+                format_version=FORMAT_VERSION,
                 base_fingerprint=base_fingerprint(model, adapter_name),
                 module_kinds=module_kinds(model, adapter_name),
                 created_by=created_by().replace("doran-core", "doran-hf with doran-core"),

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from doran_core.adapter.digest import DIGEST, TENSORS_DIGEST
 from doran_core.errors import MissingKeyError, UnexpectedKeyError
 from doran_core.method.config import DoranConfig
 
@@ -15,7 +16,12 @@ __all__ = ["CONFIG_FIELDS", "check_fields", "peft_fields"]
 CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(DoranConfig))
 """The method's options. A reader that filled in a default for one would compute another function."""
 
-_OWN_FIELDS = frozenset({"peft_type", "format_version", "base_fingerprint", "created_by", "module_kinds"})
+_OWN_FIELDS = frozenset(
+    {
+        *("peft_type", "format_version", "base_fingerprint", "created_by", "module_kinds"),
+        *("ties", "stored_names", TENSORS_DIGEST, DIGEST),
+    }
+)
 _RECORD_FIELDS = frozenset({"base_model_name_or_path", "task_type"})
 
 _PEFT_FIELDS = frozenset(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor
 
+from doran_core.adapter.digest import (
+    DIGEST,
+    TENSORS_DIGEST,
+    check_fields_digest,
+    check_tensors_digest,
+    with_scales_of,
+)
 from doran_core.adapter.fields import CONFIG_FIELDS, check_fields, peft_fields
 from doran_core.adapter.keys import TRAINABLE_MARK, split_keys, strip_prefix
 from doran_core.adapter.peft_files import check_peft_options, parse_peft_modules
@@ -39,6 +47,8 @@ from doran_core.files.tensors import LoadedFile, memory_limit
 from doran_core.method.config import DoranConfig
 
 __all__ = ["read_adapter", "read_compiled"]
+
+_logger = logging.getLogger("doran_core")
 
 
 def read_adapter(directory: StrPath) -> AnyAdapter:
@@ -162,14 +172,15 @@ def _read_trainable(folder: OpenDirectory, fields: dict[str, Any]) -> TrainableA
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     file = folder.path / TENSOR_FILE
-    modules, extra = split_keys(file, _read_tensors(folder, TENSOR_FILE).tensors, "trainable")
+    loaded = _read_tensors(folder, TENSOR_FILE)
+    modules, extra = split_keys(file, loaded.tensors, "trainable")
     if not modules:
         raise MissingKeyError(f"{file}: holds no tensor of any adapted module (no key with '.{TRAINABLE_MARK}')")
     for name, tensors in modules.items():
         check_tensors(str(file), {f"{name}.{TRAINABLE_MARK}{part}": tensor for part, tensor in tensors.items()})
     check_trainable_modules(str(file), config, modules)
     _check_extra(file, extra, fields)
-    return TrainableAdapter(
+    adapter = TrainableAdapter(
         config=config,
         modules=modules,
         extra=extra,
@@ -178,8 +189,38 @@ def _read_trainable(folder: OpenDirectory, fields: dict[str, Any]) -> TrainableA
         task_type=_optional_text(path, fields, "task_type"),
         module_kinds=_module_kinds(path, fields.get("module_kinds") or {}),
         peft_fields=peft_fields(fields),
+        ties=_name_map(path, fields, "ties"),
+        stored_names=_name_map(path, fields, "stored_names"),
         created_by=_optional_text(path, fields, "created_by") or "unknown",
+        digest=_optional_text(path, fields, DIGEST),
     )
+    # Digests come last: whatever else is wrong has a message that says more.
+    check_fields_digest(path, fields)
+    check_tensors_digest(file, fields, loaded.tensors)
+    _check_header(file, loaded.metadata)
+    _say_if_unsealed(folder.path, fields)
+    return adapter
+
+
+def _check_header(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse header entries that no writer of trainable adapters makes: no digest covers them."""
+    if dict(metadata) not in ({}, {"format": "pt"}):
+        raise CorruptFileError(f"{path}: metadata {dict(metadata)!r}, expected {{'format': 'pt'}} or none")
+
+
+def _say_if_unsealed(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Say of an adapter without digests, as format version 1 wrote them, that damage cannot be noticed."""
+    if fields.get(DIGEST) is None or fields.get(TENSORS_DIGEST) is None:
+        _logger.warning("%s: has no digest, so that damage to it cannot be noticed; saved anew it has one", folder)
+
+
+def _name_map(path: Path, fields: Mapping[str, Any], name: str) -> dict[str, str] | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(target, str) for target in value.values()):
+        raise CorruptFileError(f"{path}: {name}={value!r}, expected an object of parameter names, or null")
+    return value
 
 
 def _check_extra(file: Path, extra: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
@@ -205,6 +246,8 @@ def _read_peft(folder: OpenDirectory, config: dict[str, Any]) -> tuple[PeftAdapt
     modules, extra = parse_peft_modules(file, config, loaded.tensors)
     check_tensors(str(file), {key: value for key, value in loaded.tensors.items() if strip_prefix(key) not in extra})
     _check_extra(file, extra, config)
+    if {DIGEST, TENSORS_DIGEST} & loaded.metadata.keys():  # doran's, converted
+        _check_sealed(file, loaded.metadata, loaded.tensors, config)
     adapter = PeftAdapter(
         modules=modules,
         config=config,
@@ -212,6 +255,7 @@ def _read_peft(folder: OpenDirectory, config: dict[str, Any]) -> tuple[PeftAdapt
         base_model=_optional_text(path, config, "base_model_name_or_path"),
         task_type=_optional_text(path, config, "task_type"),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        digest=loaded.metadata.get(DIGEST),
     )
     return adapter, loaded
 
@@ -221,6 +265,7 @@ def _compiled(folder: OpenDirectory, peft: PeftAdapter, tensor_file: LoadedFile)
     scales = _read_tensors(folder, SCALE_FILE)
     check_tensors(str(path), scales.tensors)
     kinds = _scale_metadata(path, scales.metadata, tensor_file)
+    recorded = {name: _json_metadata(path, scales.metadata, name) for name in ("ties", "stored_names")}
     missing, left = (
         sorted(peft.modules.keys() - scales.tensors.keys()),
         sorted(scales.tensors.keys() - peft.modules.keys()),
@@ -241,6 +286,10 @@ def _compiled(folder: OpenDirectory, peft: PeftAdapter, tensor_file: LoadedFile)
         modules[name] = CompiledModule(
             name, module.A, module.B, scales.tensors[name], module.magnitude, kind, module.kernel
         )
+    if scales.metadata["format_version"] == "1":
+        _say_if_unsealed(folder.path, scales.metadata)
+    else:
+        _check_sealed(path, scales.metadata, with_scales_of(tensor_file.tensors, scales.tensors), peft.config)
     return CompiledAdapter(
         modules=modules,
         extra=peft.extra,
@@ -248,8 +297,22 @@ def _compiled(folder: OpenDirectory, peft: PeftAdapter, tensor_file: LoadedFile)
         base_model=peft.base_model,
         task_type=peft.task_type,
         modules_to_save=_saved_modules(config_path, peft.config),
+        ties=_name_map(path, recorded, "ties"),
+        stored_names=_name_map(path, recorded, "stored_names"),
         created_by=scales.metadata.get("created_by", "unknown"),
+        digest=scales.metadata.get(DIGEST),
     )
+
+
+def _check_sealed(
+    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    """Refuse a header without both digests, and files that are not those that they were taken of."""
+    for name in (DIGEST, TENSORS_DIGEST):
+        if name not in metadata:
+            raise MissingKeyError(f"{path}: no {name!r} in its metadata")
+    check_fields_digest(path, metadata, config)
+    check_tensors_digest(path, metadata, tensors)
 
 
 def _scale_metadata(path: Path, metadata: Mapping[str, str], tensor_file: LoadedFile) -> dict[str, Kind]:
@@ -266,8 +329,12 @@ def _scale_metadata(path: Path, metadata: Mapping[str, str], tensor_file: Loaded
             f"{path}: belongs to another {TENSOR_FILE} (sha256 {metadata['adapter_model_sha256']}, "
             f"the one beside it has {tensor_file.sha256})"
         )
+    kinds = _json_metadata(path, metadata, "module_kinds")
+    return _module_kinds(path, {} if kinds is None else kinds)
+
+
+def _json_metadata(path: Path, metadata: Mapping[str, str], name: str) -> Any:
     try:
-        kinds = parse_object(metadata.get("module_kinds", "{}"))
+        return parse_object(metadata.get(name, "null"))
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: module_kinds in its metadata is not JSON: {error}") from error
-    return _module_kinds(path, kinds)
+        raise CorruptFileError(f"{path}: {name} in its metadata is not JSON: {error}") from error

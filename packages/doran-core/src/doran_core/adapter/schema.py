@@ -31,7 +31,8 @@ __all__ = [
     "created_by",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: without digests, ties and stored names. Both versions are read; this one is written."""
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 SCALE_FILE = "doran_scale.safetensors"
@@ -95,7 +96,11 @@ class CompiledAdapter:
         base_model: name or path of the base model, as a hint for people.
         task_type: PEFT's task type, e.g. "CAUSAL_LM".
         modules_to_save: names of the modules that `extra` belongs to.
+        ties: of the whole base model: each tied parameter's source, by the model's names; {} if none are, None if
+            unknown.
+        stored_names: the names in a checkpoint of those parameters whose names differ there; None if unknown.
         created_by: what wrote it.
+        digest: of the files that it was read from, None if they record none. Writing computes it anew.
     """
 
     modules: dict[str, CompiledModule]
@@ -104,7 +109,10 @@ class CompiledAdapter:
     base_model: str | None = None
     task_type: str | None = None
     modules_to_save: list[str] | None = None
+    ties: Mapping[str, str] | None = None
+    stored_names: Mapping[str, str] | None = None
     created_by: str = field(default_factory=created_by)
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,8 @@ class TrainableAdapter:
     Attributes:
         config: the method's options.
         modules: for each module name its tensors by their names in DoranAdapter ("magnitude", "tau.raw", ...).
-        extra, base_fingerprint, base_model, task_type, created_by: as in :class:`CompiledAdapter`.
+        extra, base_fingerprint, base_model, task_type, ties, stored_names, created_by, digest: as in
+            :class:`CompiledAdapter`.
         module_kinds: kinds of the modules that are not linear.
         peft_fields: PEFT's own fields of adapter_config.json, kept as they are.
     """
@@ -127,7 +136,10 @@ class TrainableAdapter:
     task_type: str | None = None
     module_kinds: Mapping[str, Kind] = field(default_factory=dict)
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
+    ties: Mapping[str, str] | None = None
+    stored_names: Mapping[str, str] | None = None
     created_by: str = field(default_factory=created_by)
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ class PeftAdapter:
     Attributes:
         modules: by module name.
         config: adapter_config.json.
-        extra, base_model, task_type: as in :class:`CompiledAdapter`.
+        extra, base_model, task_type, digest: as in :class:`CompiledAdapter`; PEFT's own files have no digest.
         fan_in_fan_out: PEFT's flag; settles the layout of square weights.
     """
 
@@ -170,6 +182,7 @@ class PeftAdapter:
     base_model: str | None = None
     task_type: str | None = None
     fan_in_fan_out: bool = False
+    digest: str | None = None
 
 
 AnyAdapter = TrainableAdapter | CompiledAdapter | PeftAdapter

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from doran_core.adapter.digest import sealed, with_scales_of
 from doran_core.adapter.fields import check_fields
 from doran_core.adapter.keys import check_readable, trainable_key
 from doran_core.adapter.peft_files import peft_parts
@@ -83,12 +84,18 @@ def write_trainable(adapter: TrainableAdapter, directory: StrPath, *, overwrite:
     }
     if adapter.module_kinds:
         fields["module_kinds"] = dict(adapter.module_kinds)
+    fields |= {"ties": _names(adapter.ties), "stored_names": _names(adapter.stored_names)}
+    fields = sealed(fields, flat)
     check_fields(where, fields)
     _check_replaceable(Path(directory), overwrite)
     with new_directory(Path(directory), overwrite=overwrite, owned=ADAPTER_FILES) as staging:
         write_json(staging / CONFIG_FILE, fields)
         save_safetensors(staging / TENSOR_FILE, flat, _SAFETENSORS_METADATA)
     return Path(directory)
+
+
+def _names(recorded: Mapping[str, str] | None) -> dict[str, str] | None:
+    return None if recorded is None else dict(recorded)
 
 
 def _check_replaceable(directory: Path, overwrite: bool) -> None:
@@ -114,21 +121,34 @@ def write_peft_dora(adapter: CompiledAdapter, directory: StrPath, *, overwrite: 
 
 def _write(adapter: CompiledAdapter, directory: StrPath, overwrite: bool, *, with_scales: bool) -> Path:
     flat, scales = _compiled_tensors(adapter)
+    config = _dora_config(adapter)
+    _check_replaceable(Path(directory), overwrite)
+    with new_directory(Path(directory), overwrite=overwrite, owned=ADAPTER_FILES) as staging:
+        write_json(staging / CONFIG_FILE, config)
+        if not with_scales:
+            save_safetensors(staging / TENSOR_FILE, flat, sealed(_SAFETENSORS_METADATA, flat, config))
+            return Path(directory)
+        metadata = _metadata(adapter, save_safetensors(staging / TENSOR_FILE, flat, _SAFETENSORS_METADATA))
+        both = with_scales_of(flat, scales)
+        save_safetensors(staging / SCALE_FILE, scales, sealed(metadata, both, config))
+    return Path(directory)
+
+
+def _metadata(adapter: CompiledAdapter, tensor_file_sha256: str) -> dict[str, str]:
+    """Of the scale file, without its digests."""
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "form": "compiled",
         "created_by": adapter.created_by,
         "module_kinds": json.dumps({name: m.kind for name, m in adapter.modules.items() if m.kind != "linear"}),
+        "adapter_model_sha256": tensor_file_sha256,
     }
     if adapter.base_fingerprint is not None:
         metadata["base_fingerprint"] = adapter.base_fingerprint
-    _check_replaceable(Path(directory), overwrite)
-    with new_directory(Path(directory), overwrite=overwrite, owned=ADAPTER_FILES) as staging:
-        write_json(staging / CONFIG_FILE, _dora_config(adapter))
-        metadata["adapter_model_sha256"] = save_safetensors(staging / TENSOR_FILE, flat, _SAFETENSORS_METADATA)
-        if with_scales:
-            save_safetensors(staging / SCALE_FILE, scales, metadata)
-    return Path(directory)
+    for name, recorded in (("ties", adapter.ties), ("stored_names", adapter.stored_names)):
+        if recorded is not None:
+            metadata[name] = json.dumps(dict(recorded))
+    return metadata
 
 
 def _compiled_tensors(adapter: CompiledAdapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,0 +1,180 @@
+"""Digests over what an adapter directory holds, so that damage and mixtures of two saves are refused.
+
+``tensors_digest`` covers every tensor; ``digest`` covers every other field, ``tensors_digest`` among them. So the
+fields can be checked alone, and the tensors against the fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
+from doran_core.errors import CorruptFileError
+from doran_core.files import StrPath
+from doran_core.files.jsonfile import JSON_LIMIT, parse_json, read_json, write_json
+from doran_core.files.layout import dtype_name
+from doran_core.files.opening import OpenDirectory, read_directory, read_file
+from doran_core.files.tensors import LoadedFile, bytes_view, memory_limit
+
+__all__ = [
+    "DIGEST",
+    "TENSORS_DIGEST",
+    "check_directory",
+    "check_fields_digest",
+    "check_tensors_digest",
+    "directory_digest",
+    "fields_digest",
+    "seal_directory",
+    "sealed",
+    "tensors_digest",
+    "with_scales_of",
+]
+
+DIGEST = "digest"
+TENSORS_DIGEST = "tensors_digest"
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """``"sha256:"`` and 64 hexadecimal digits over key, dtype, shape and bytes of each tensor, in any order."""
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        dense = tensors[key].detach().to("cpu").contiguous()
+        total.update(json.dumps([key, dtype_name(dense.dtype), list(dense.shape)]).encode() + b"\0")
+        total.update(bytes_view(dense))
+    return f"sha256:{total.hexdigest()}"
+
+
+def with_scales_of(tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a compiled adapter's two files under one set of keys."""
+    return {**tensors, **{f"{SCALE_FILE}:{name}": scale for name, scale in scales.items()}}
+
+
+def fields_digest(fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
+    """Digest of JSON-ready fields, ``digest`` left out.
+
+    Args:
+        fields: of one file, among them ``tensors_digest``.
+        beside: fields of another file that belongs to it.
+    """
+    covered = {name: value for name, value in fields.items() if name != DIGEST}
+    text = json.dumps([covered, beside], sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def sealed(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], beside: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields with both digests, to write.
+
+    Args:
+        fields, beside: as in :func:`fields_digest`.
+        tensors: all tensors of the directory, by key.
+    """
+    with_tensors = {**fields, TENSORS_DIGEST: tensors_digest(tensors)}
+    return {**with_tensors, DIGEST: fields_digest(with_tensors, beside)}
+
+
+def check_fields_digest(where: StrPath, fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> None:
+    """Refuse fields that are not those that were written. Fields without a digest pass.
+
+    Args:
+        where: the file, for the message.
+        fields, beside: as in :func:`fields_digest`, as they were read.
+
+    Raises:
+        CorruptFileError: the digests differ.
+    """
+    recorded = fields.get(DIGEST)
+    if recorded is None:
+        return
+    found = fields_digest(fields, beside)
+    if found != recorded:
+        raise CorruptFileError(
+            f"{where}: damaged, or edited by hand: its fields have the digest {found}, it records {recorded!r}; after "
+            f"an edit on purpose, delete its field {DIGEST!r}"
+        )
+
+
+def check_tensors_digest(where: StrPath, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those that the fields were written with. Fields without their digest pass.
+
+    Args:
+        where: the tensors' file, for the message.
+        fields: as they were read.
+        tensors: all tensors of the directory, by key.
+
+    Raises:
+        CorruptFileError: the digests differ.
+    """
+    recorded = fields.get(TENSORS_DIGEST)
+    if recorded is None:
+        return
+    found = tensors_digest(tensors)
+    if found != recorded:
+        raise CorruptFileError(
+            f"{where}: damaged, or of another save than the file beside it: its tensors have the digest {found}, "
+            f"{recorded!r} is recorded"
+        )
+
+
+def check_directory(directory: Path) -> None:
+    """Hold the two files of a trainable adapter against the digests that they record, for readers that are not doran's.
+
+    Raises:
+        CorruptFileError: a digest differs, or a file is not what its name says.
+        OSError: adapter_config.json cannot be read. Tensors that are not there yet are not checked.
+    """
+    read_directory(directory, _check_open)
+
+
+def _check_open(directory: OpenDirectory) -> None:
+    path, tensor_file = directory.path / CONFIG_FILE, directory.path / TENSOR_FILE
+    fields = parse_json(path, directory.read(CONFIG_FILE, JSON_LIMIT))
+    check_fields_digest(path, fields)
+    if fields.get(TENSORS_DIGEST) is not None and directory.holds(TENSOR_FILE):
+        data = directory.read(TENSOR_FILE, memory_limit())
+        check_tensors_digest(tensor_file, fields, LoadedFile(tensor_file, data).tensors)
+
+
+def seal_directory(directory: Path) -> None:
+    """Put the digests into the adapter_config.json of a trainable adapter that another writer has written.
+
+    Without adapter_model.safetensors beside it, the configuration is left without digests.
+
+    Raises:
+        CorruptFileError: a file is not what its name says. OSError: a file cannot be read or written.
+    """
+    path, tensor_file = directory / CONFIG_FILE, directory / TENSOR_FILE
+    fields = {name: value for name, value in read_json(path).items() if name not in (DIGEST, TENSORS_DIGEST)}
+    if tensor_file.exists():
+        fields = sealed(fields, LoadedFile(tensor_file, read_file(tensor_file, memory_limit())).tensors)
+    part = path.with_name(f".{CONFIG_FILE}.part")
+    write_json(part, dict(sorted(fields.items())))
+    part.replace(path)
+
+
+def directory_digest(directory: StrPath) -> str:
+    """A name for the bytes that an adapter directory of any form holds now, PEFT's own among them.
+
+    Args:
+        directory: an adapter directory; files that are not an adapter's do not count.
+
+    Raises:
+        CorruptFileError: a file is no regular file. OSError: it cannot be read.
+    """
+    return read_directory(Path(directory), _directory_digest)
+
+
+def _directory_digest(directory: OpenDirectory) -> str:
+    total = hashlib.sha256()
+    for name in (CONFIG_FILE, TENSOR_FILE, SCALE_FILE):
+        if directory.holds(name):
+            data = directory.read(name, memory_limit())
+            total.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\0".encode())
+    return f"sha256:{total.hexdigest()}"
