@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import math
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from doran_core.adapter import read_adapter
-from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
+from doran_core.adapter.digest import directory_digest
 from doran_core.checkpoint.binding import BoundAdapter, bind
 from doran_core.checkpoint.checkpoint import INDEX_FILE, Checkpoint
 from doran_core.errors import CheckpointError, ConfigError
@@ -134,16 +133,8 @@ def _identity(
         "dtype": str(dtype),
         "factor_builder": getattr(factor_builder, "__qualname__", type(factor_builder).__qualname__),
         "base": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
-        "adapters": [[_adapter_digest(folder), weight] for folder, weight in weighted],
+        "adapters": [[directory_digest(folder), weight] for folder, weight in weighted],
     }
-
-
-def _adapter_digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in (CONFIG_FILE, TENSOR_FILE, SCALE_FILE):
-        if (folder / name).exists():
-            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _write(
