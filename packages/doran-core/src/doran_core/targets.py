@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from doran_core.errors import TargetError
 from doran_core.layers.base import is_adaptable, is_linear
 from doran_core.method.config import ALL_LINEAR, DoranConfig
+from doran_core.support.patterns import name_pattern
 
 __all__ = ["find_targets", "matches", "nearest_names"]
 
@@ -20,7 +20,7 @@ def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
     if patterns is None:
         return False
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return name_pattern(patterns).fullmatch(name)
     return any(name == entry or name.endswith(f".{entry}") for entry in patterns)
 
 

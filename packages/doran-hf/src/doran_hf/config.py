@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,12 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 
 from doran_core.adapter.digest import check_directory, seal_directory
+from doran_core.adapter.fields import CONFIG_FIELDS, check_fields
+from doran_core.adapter.read import require_safetensors
 from doran_core.adapter.schema import FORMAT_VERSION
-from doran_core.errors import ConfigError, FormatVersionError
+from doran_core.errors import AdapterFormatError, ConfigError, FormatVersionError
+from doran_core.files.jsonfile import read_json
+from doran_core.files.opening import named_errors
 from doran_core.method.config import ALL_LINEAR
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_hf.options import AdapterOptions
@@ -92,6 +97,12 @@ class DoranConfig(AdapterOptions, PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"DoranConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform")
         _check_replication(self.layer_replication)
+        _check_layer_lists(self.layers_pattern)
+        for name in ("fan_in_fan_out", "ensure_weight_tying", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"DoranConfig.{name}: expected true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.module_kinds, dict):
+            raise ConfigError(f"DoranConfig.module_kinds: expected names and kinds, got {self.module_kinds!r}")
         self._saved_facts: dict[str, Any] = {}
         self.core()
 
@@ -125,14 +136,39 @@ class DoranConfig(AdapterOptions, PeftConfig):
         seal_directory(Path(save_directory))
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """The fields of an adapter_config.json.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> DoranConfig:
+        """As PEFT's; the configuration has to be complete, and the tensors beside it must be safetensors.
 
         Raises:
+            MissingKeyError: the adapter has no safetensors file. PEFT would go on and load a pickle.
+            AdapterFormatError: the configuration lacks a field, has an unknown one, or a value that may not be.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():
+            require_safetensors(folder)
+        config: DoranConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The fields of a saved configuration, checked as doran_core checks them.
+
+        Raises:
+            AdapterFormatError: naming file and field. What is missing is never filled in: defaults would compute
+                another function.
             CorruptFileError: it, or the tensors beside it, are not what was saved.
         """
-        check_directory(Path(path_json_file).parent)
-        fields: dict[str, Any] = super().from_json_file(path_json_file, **kwargs)
+        path = Path(path_json_file)
+        with named_errors(path, AdapterFormatError):
+            fields = read_json(path)
+            fields.pop("runtime_config", None)  # PEFT: of no meaning in a file
+            _check_version(fields.get("format_version", FORMAT_VERSION))  # first: a later format may have other fields
+            beside = {entry.name for entry in dataclasses.fields(cls)} - CONFIG_FIELDS - {"format_version"}
+            check_fields(str(path), fields.keys() - beside)
+            cls(**fields)
+            check_directory(path.parent)
         return fields
 
     @classmethod
@@ -214,6 +250,16 @@ def _check_replication(pairs: object) -> None:
         raise ConfigError(
             f"DoranConfig.layer_replication: expected pairs [start, end] of layers with 0 <= start < end, got {pairs!r}"
         )
+
+
+def _check_layer_lists(names: object) -> None:
+    """PEFT puts these into a regular expression of its own."""
+    given = [names] if isinstance(names, str) else names or []
+    if not isinstance(given, list) or not all(isinstance(name, str) and _LIST_NAME.fullmatch(name) for name in given):
+        raise ConfigError(f"DoranConfig.layers_pattern: expected names of lists of layers, got {names!r}")
+
+
+_LIST_NAME = re.compile(r"[\w.]*")
 
 
 def _names(field_name: str, value: object) -> str | set[str] | None:

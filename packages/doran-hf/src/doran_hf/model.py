@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +20,8 @@ from doran_core.errors import ConfigError, MissingKeyError, UnexpectedKeyError
 from doran_core.layers.modules import make_factor_builder
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
+from doran_core.support.patterns import pattern_matches_ending
+from doran_core.targets import matches
 from doran_hf.base_check import base_fingerprint, check_base, module_kinds
 from doran_hf.combine import add_weighted_adapter
 from doran_hf.config import DoranConfig
@@ -65,7 +70,9 @@ class DoranModel(BaseTuner):
         # One builder for all layers of the adapter: the first of each sharing group becomes the group's owner.
         self._plan: tuple[CoreConfig, FactorBuilder] = (core, make_factor_builder(core))
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with _patterns_hidden(config):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            _warn_of_unmatched(config, [layer.name for layer in doran_layers(model, adapter_name)])
             _check_adapter_name(model, adapter_name)
             check_base(model, adapter_name, config)
         except Exception:
@@ -75,6 +82,15 @@ class DoranModel(BaseTuner):
             del self._plan
         if config.factor_penalty > 0.0:
             PenaltyHook.attach(model)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # PEFT's own answer, with each pattern of ours replaced by what it says of this one name.
+        view = copy.copy(peft_config)
+        view.target_modules = _resolved(peft_config.target_modules, key)
+        view.exclude_modules = _resolved(peft_config.exclude_modules, key)
+        view.modules_to_save = [re.escape(name) for name in peft_config.modules_to_save or []]
+        return BaseTuner._check_target_module_exists(view, key)
 
     def add_weighted_adapter(
         self,
@@ -202,6 +218,32 @@ class DoranModel(BaseTuner):
         # With low_cpu_mem_usage these very tensors become the parameters. In a safetensors buffer they lie unaligned,
         # and sums over them then differ in the last bit from those of the model that was saved.
         return {key: tensor.clone() if _MARK in key else tensor for key, tensor in remapped.items()}
+
+
+def _resolved(patterns: Any, key: str) -> Any:
+    """A regex as the names that it means among one; a list as it is. PEFT's matcher backtracks, ours does not."""
+    if not isinstance(patterns, str):
+        return patterns
+    return {key} if matches(key, patterns) else set()
+
+
+@contextmanager
+def _patterns_hidden(config: DoranConfig) -> Iterator[None]:
+    """PEFT matches these with a matcher that backtracks, for a warning; :func:`_warn_of_unmatched` does without."""
+    before = config.rank_pattern, config.alpha_pattern
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    try:
+        yield
+    finally:
+        config.rank_pattern, config.alpha_pattern = before
+
+
+def _warn_of_unmatched(config: DoranConfig, names: Sequence[str]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        unmatched = sorted(p for p in patterns if not any(pattern_matches_ending(p, name) for name in names))
+        if unmatched:
+            warnings.warn(f"{field}: {unmatched} match no adapted module", RuntimeWarning, stacklevel=2)
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:

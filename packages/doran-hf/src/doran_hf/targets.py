@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from doran_core.errors import ConfigError, TargetError
+from doran_core.errors import TargetError
 from doran_core.layers import is_adaptable
 from doran_core.method.config import ALL_LINEAR
 from doran_core.targets import matches, nearest_names
@@ -43,16 +41,10 @@ def check_targets(config: DoranConfig, model: nn.Module) -> None:
 
     Raises:
         TargetError: naming what was not found and the nearest names that are there.
-        ConfigError: if a regex does not compile.
     """
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
         return
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise ConfigError(f"DoranConfig.target_modules: {targets!r} is no regular expression: {error}") from error
     modules = _base_modules(model)
     entries: list[str | list[str]] = [targets] if isinstance(targets, str) else [[entry] for entry in sorted(targets)]
     for entry in entries:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from doran_core.adapter.keys import PEFT_PARTS, split_keys
 from doran_core.adapter.schema import CONFIG_FILE, Kind, PeftModule
 from doran_core.adapter.validate import check_pair, check_vector
 from doran_core.errors import AdapterFormatError, MissingKeyError, RankError, TensorShapeError, UnexpectedKeyError
-from doran_core.method.config import _pattern_value
+from doran_core.method.config import is_number, is_positive_int, pattern_value
+from doran_core.support.patterns import check_ending
 
 __all__ = ["check_peft_options", "parse_peft_modules", "peft_parts"]
 
@@ -65,6 +65,9 @@ def check_peft_options(path: Path, config: Mapping[str, Any]) -> None:
     Raises:
         AdapterFormatError: an option with a value that changes the function in another way.
     """
+    for name in ("use_dora", "use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(name), bool | None):
+            raise AdapterFormatError(f"{path}: {name}={config[name]!r}, expected true or false")
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(path, name, config.get(name) or {})
     for name, value in config.items():
@@ -83,9 +86,9 @@ def _check_pattern(path: Path, name: str, patterns: object) -> None:
         raise AdapterFormatError(f"{path}: {name}={patterns!r}, expected an object of name patterns and numbers")
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise AdapterFormatError(f"{path}: {name}: {pattern!r} is not a regular expression: {error}") from error
+            check_ending(pattern)
+        except ValueError as error:
+            raise AdapterFormatError(f"{path}: {name}: {error}") from error
 
 
 def parse_peft_modules(
@@ -144,15 +147,15 @@ def _flatten_convolution(path: Path, name: str, A: Tensor, B: Tensor) -> tuple[T
 
 def _rank(path: Path, config: Mapping[str, Any], module: str) -> int:
     default: Any = config.get("r")
-    rank: object = _pattern_value(config.get("rank_pattern") or {}, module, default)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    rank: object = pattern_value(config.get("rank_pattern") or {}, module, default)
+    if not is_positive_int(rank):
         raise RankError(f"{path.with_name(CONFIG_FILE)}: rank {rank!r} for {module}, expected a positive integer")
     return rank
 
 
 def _scaling(path: Path, config: Mapping[str, Any], module: str) -> float:
-    alpha: object = _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    alpha: object = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    if not is_number(alpha):
         raise AdapterFormatError(f"{path.with_name(CONFIG_FILE)}: lora_alpha {alpha!r} for {module}, expected a number")
     rank = _rank(path, config, module)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

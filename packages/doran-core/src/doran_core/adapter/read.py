@@ -42,11 +42,11 @@ from doran_core.errors import (
 )
 from doran_core.files import StrPath
 from doran_core.files.jsonfile import JSON_LIMIT, parse_json, parse_object
-from doran_core.files.opening import OpenDirectory, named_errors, read_directory
+from doran_core.files.opening import OpenDirectory, named_errors, open_regular, read_directory
 from doran_core.files.tensors import LoadedFile, memory_limit
 from doran_core.method.config import DoranConfig
 
-__all__ = ["read_adapter", "read_compiled"]
+__all__ = ["read_adapter", "read_compiled", "require_safetensors"]
 
 _logger = logging.getLogger("doran_core")
 
@@ -107,6 +107,22 @@ def _read_bytes(folder: OpenDirectory, name: str, limit: int) -> bytes:
         raise MissingKeyError(_missing_message(folder, name)) from error
     except OSError as error:
         raise AdapterFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def require_safetensors(directory: Path) -> None:
+    """Refuse an adapter directory whose tensor file is absent or no regular file, before something else opens it.
+
+    Raises:
+        MissingKeyError: there is none; the message says if there is a pickle instead.
+        CorruptFileError: it is a pipe, a device or a directory.
+    """
+    path = directory / TENSOR_FILE
+    with named_errors(path):
+        try:
+            with open_regular(path):
+                return
+        except FileNotFoundError as error:
+            raise MissingKeyError(_missing_message(OpenDirectory(directory), TENSOR_FILE)) from error
 
 
 def _missing_message(folder: OpenDirectory, name: str) -> str:

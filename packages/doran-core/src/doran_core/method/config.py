@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
 
 from doran_core.errors import ConfigError
+from doran_core.support.patterns import check_ending, name_pattern, pattern_matches_ending
 
-__all__ = ["ALL_LINEAR", "Activation", "DoranConfig"]
+__all__ = ["ALL_LINEAR", "Activation", "DoranConfig", "is_number", "is_positive_int", "pattern_value"]
 
 ALL_LINEAR = "all-linear"
 """Value of ``target_modules`` that stands for every linear layer."""
@@ -94,30 +95,34 @@ class DoranConfig:
         for entry in dataclasses.fields(self):
             if get_origin(hints[entry.name]) is Literal:
                 self._require(entry.name, "one of", get_args(hints[entry.name]))
+            elif hints[entry.name] is bool and not isinstance(getattr(self, entry.name), bool):
+                raise ConfigError(
+                    f"DoranConfig.{entry.name}: expected true or false, got {getattr(self, entry.name)!r}"
+                )
         for name in ("rank", "embedding_dim", "depth"):
             value = getattr(self, name)
-            if not _is_int(value) or value < 1:
+            if not is_positive_int(value):
                 raise ConfigError(f"DoranConfig.{name}: expected a positive integer, got {value!r}")
         for name in ("hidden_dim", "head_dim"):
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
+            if value is not None and not is_positive_int(value):
                 raise ConfigError(f"DoranConfig.{name}: expected a positive integer or None, got {value!r}")
         for name in ("dropout", "expert_dropout"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0.0 <= value < 1.0:
+            if not is_number(value) or not 0.0 <= value < 1.0:
                 raise ConfigError(f"DoranConfig.{name}: expected a probability in [0, 1), got {value!r}")
         for name in ("tau_init", "factor_penalty"):
             value = getattr(self, name)
-            if not _is_number(value) or value < 0.0:
+            if not is_number(value) or value < 0.0:
                 raise ConfigError(f"DoranConfig.{name}: expected a number not below 0, got {value!r}")
-        if not _is_number(self.alpha):
+        if not is_number(self.alpha):
             raise ConfigError(f"DoranConfig.alpha: expected a finite number, got {self.alpha!r}")
-        for name, check in (("rank_pattern", _is_positive_int), ("alpha_pattern", _is_number)):
+        for name, check in (("rank_pattern", is_positive_int), ("alpha_pattern", is_number)):
             self._require_pattern(name, check)
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self._normalise_names(name, regex=name != "modules_to_save")
         if self.block_pattern is not None:
-            _compile(self.block_pattern, "block_pattern")
+            _require_regex(self.block_pattern, "block_pattern")
         if self.expert_mask != "none" and not self.experts:
             raise ConfigError(f"DoranConfig.expert_mask={self.expert_mask!r} needs experts=True")
         if self.share_output and (self.factors == "static" or self.sharing == "none"):
@@ -136,7 +141,7 @@ class DoranConfig:
         value = getattr(self, name)
         if value is None or (isinstance(value, str) and regex):
             if isinstance(value, str) and value != ALL_LINEAR:
-                _compile(value, name)
+                _require_regex(value, name)
             return
         if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(n, str) and n for n in value):
             expected = "a regex or a list of names" if regex else "a list of names"
@@ -148,20 +153,20 @@ class DoranConfig:
         if not isinstance(value, Mapping):
             raise ConfigError(f"DoranConfig.{name}: expected a mapping of name pattern to number, got {value!r}")
         for pattern, number in value.items():
-            _compile(pattern, name)
+            _require_regex(pattern, name, check_ending)
             if not check(number):
-                expected = "a positive integer" if check is _is_positive_int else "a finite number"
+                expected = "a positive integer" if check is is_positive_int else "a finite number"
                 raise ConfigError(f"DoranConfig.{name}[{pattern!r}]: expected {expected}, got {number!r}")
         object.__setattr__(self, name, dict(value))
 
     def rank_for(self, module: str) -> int:
         """The rank of the module of this name."""
-        return int(_pattern_value(self.rank_pattern, module, self.rank))
+        return int(pattern_value(self.rank_pattern, module, self.rank))
 
     def scaling_for(self, module: str) -> float:
         """g of the module of this name."""
         rank = self.rank_for(module)
-        alpha = _pattern_value(self.alpha_pattern, module, self.alpha)
+        alpha = pattern_value(self.alpha_pattern, module, self.alpha)
         return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,28 +190,34 @@ class DoranConfig:
         return cls(**data)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_LARGEST = 2**31
+"""Of a size or a depth: more than any model has, and less than what overflows in torch."""
 
 
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def is_positive_int(value: object) -> TypeGuard[int]:
+    """Whether it is an integer from 1 on that can be a size."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number that float64 holds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max if isinstance(value, int) else math.isfinite(value)
 
 
-def _compile(pattern: object, name: str) -> re.Pattern[str]:
+def _require_regex(pattern: object, name: str, check: Callable[[str], object] = name_pattern) -> None:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"DoranConfig.{name}: expected a regular expression, got {pattern!r}")
     try:
-        return re.compile(pattern)  # type: ignore[call-overload, no-any-return]
-    except (re.error, TypeError) as error:
-        raise ConfigError(f"DoranConfig.{name}: {pattern!r} is not a regular expression: {error}") from error
+        check(pattern)
+    except ValueError as error:
+        raise ConfigError(f"DoranConfig.{name}: {error}") from error
 
 
-def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
+def pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
     """The first pattern that matches the name, in full or from a dot on, as in PEFT."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if pattern_matches_ending(pattern, module):
             return value
     return default

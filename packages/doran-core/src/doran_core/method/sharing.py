@@ -9,6 +9,7 @@ from typing import TypeVar
 from doran_core.kernels.fleet import Fleet
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import BlockEmbedding, FactorTrunk, GeneratedFactors, LayerSpec
+from doran_core.support.patterns import name_pattern
 
 __all__ = ["BLOCK_EMBEDDING", "TRUNK", "SharedTrunks", "block_of", "sharing_group", "with_owners_of"]
 
@@ -31,10 +32,10 @@ def block_of(name: str, pattern: str | None = None) -> str:
         name: the module's full name.
         pattern: a regex that finds the block: its first group if it has one, else the whole match.
     """
-    match = re.search(pattern, name) if pattern else _LAST_NUMBER.match(name)
-    if match is None:
-        return ""
-    return match[1] if pattern and match.re.groups else match[0]
+    if pattern:
+        return name_pattern(pattern).find(name) or ""
+    match = _LAST_NUMBER.match(name)
+    return match[0] if match else ""
 
 
 def sharing_group(name: str, config: DoranConfig) -> tuple[str, int]:
