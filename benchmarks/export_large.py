@@ -3,10 +3,9 @@
     python benchmarks/export_large.py --work DIR              # 3 GB of float32; needs 10 GB of disk and of memory
     python benchmarks/export_large.py --work DIR --layers 2   # a small try
 
-Makes a Llama-shaped checkpoint of random weights with an adapter on q and v, and exports both by the road torch in a
-process of its own: merged in a streamed way, traced, written with external data, proven in ONNX Runtime. Memory is the
-peak of the resident set above what importing took, taken at the end of every stage; files that are mapped count while
-their pages are in.
+Makes a Llama-shaped checkpoint of random weights with an adapter on q and v. A process of its own exports both with the
+torch exporter: merged as a stream, traced, written with external data, proven in ONNX Runtime. Memory is the peak of the
+resident set above what importing took, read at the end of every stage. Mapped files count while their pages are in.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def export_one(work: Path) -> dict[str, object]:
             Path("/proc/self/clear_refs").write_text("5")
 
     start = time.perf_counter()
-    report = export(out=work / "out", base=work / "base", adapter=work / "adapter", road="torch", progress=note)
+    report = export(out=work / "out", base=work / "base", adapter=work / "adapter", exporter="torch", progress=note)
     return {
         "seconds": time.perf_counter() - start,
         "peaks": peaks,

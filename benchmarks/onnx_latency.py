@@ -123,7 +123,7 @@ def benchmark(kind: str, model_dir: Path, work: Path, arguments: argparse.Namesp
     targets = arguments.targets or (["query", "value"] if kind == "encoder" else ["q_proj", "v_proj"])
     make_adapter(model_dir, targets, work / "adapter")
     merge_checkpoint(model_dir, work / "adapter", work / "merged", dtype=torch.float32)
-    options: dict[str, Any] = {"road": "torch", "providers": [arguments.provider]}
+    options: dict[str, Any] = {"exporter": "torch", "providers": [arguments.provider]}
     export(model_dir, work / "base-onnx", **options)
     export(work / "merged", work / "merged-onnx", **options)
     export(out=work / "multi-onnx", base=model_dir, adapters={"one": work / "adapter"}, **options)

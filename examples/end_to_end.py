@@ -1,7 +1,7 @@
-"""One adapter's whole road on a real model and real text: fine-tune, save, merge, export, serve, report.
+"""One adapter's whole way on a real model and real text: fine-tune, save, merge, export, serve, report.
 
     python examples/end_to_end.py             # up to 15 minutes on two CPU cores; a GPU is used where there is one
-    python examples/end_to_end.py --short     # the same road with less training, to see that it holds
+    python examples/end_to_end.py --short     # the same steps with less training
 
 Base: SmolLM2-135M-Instruct. Data: Rotten Tomatoes sentences and IMDb reviews. Two DoRAN adapters are trained:
 `sentiment` answers positive or negative, `critic` goes on with a review in a critic's voice. Read main() first.
@@ -438,7 +438,7 @@ def export_to_onnx(merged: Path, out: Path, tokenizer: Any, prompts: dict[str, l
 
     from doran_export import OnnxRunner, export
 
-    export(merged, out, road="torch")
+    export(merged, out, exporter="torch")
     runner = OnnxRunner(out)
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     worst, same = 0.0, 0
@@ -608,7 +608,7 @@ def step(title: str, function: Any, *args: Any) -> Any:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--short", action="store_true", help="little training: shows that the road holds, not the gains"
+        "--short", action="store_true", help="little training: shows that every step works, not the gains"
     )
     parser.add_argument("--base", help="a Llama-like model directory instead of SmolLM2")
     parser.add_argument("--out", default="report", help="the report's directory (default: report)")

@@ -132,15 +132,15 @@ def run(work: Path) -> tuple[dict[str, Agreement], dict[str, ExportReport]]:
         out = work / f"onnx-{precision}"
         given = PROMPTS if precision == "fp32" else ()
         reports[precision] = export(
-            base=base, adapter=adapters["sentiment"], out=out, road="torch", precision=precision, inputs=given
+            base=base, adapter=adapters["sentiment"], out=out, exporter="torch", precision=precision, inputs=given
         )
         got = last_logits(OnnxRunner(out), batches)
         results[precision] = compare(np.concatenate(expected), np.concatenate(got))
         if precision == "fp32":
             alone["sentiment"] = got[::SWITCHED]
 
-    reports["base"] = export(base, work / "onnx-base", road="torch")
-    reports["critic"] = export(base=base, adapter=adapters["critic"], out=work / "onnx-critic", road="torch")
+    reports["base"] = export(base, work / "onnx-base", exporter="torch")
+    reports["critic"] = export(base=base, adapter=adapters["critic"], out=work / "onnx-critic", exporter="torch")
     for name in ("base", "critic"):
         alone[name] = last_logits(OnnxRunner(work / f"onnx-{name}"), some)
     reports["adapters"] = export(base=base, adapters=adapters, out=work / "onnx-adapters")

@@ -58,7 +58,7 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Export
     source = saved(tiny_llama(), folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("doran_export.graph.torch_export._INLINE_LIMIT", 1000)
-        return source, export(source, folder / "out", road="torch")
+        return source, export(source, folder / "out", exporter="torch")
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_export_of_base_and_adapter(
                 str(adapter),
                 "--out",
                 str(tmp_path / "out"),
-                "--road",
+                "--exporter",
                 "torch",
             ]
         )
@@ -81,7 +81,7 @@ def test_adapter_for_another_base(base_and_adapter: tuple[Path, Path], tmp_path:
     wrong = CompiledAdapter(compiled.modules, base_fingerprint="0" * 64, task_type="CAUSAL_LM")
     write_compiled(wrong, tmp_path / "wrong")
     with pytest.raises(BaseMismatchError, match="0000"):
-        export(out=tmp_path / "out", base=base, adapter=tmp_path / "wrong", road="torch")
+        export(out=tmp_path / "out", base=base, adapter=tmp_path / "wrong", exporter="torch")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "wrong"}
 
 
@@ -115,7 +115,16 @@ def test_command_refuses(
         (["--model", str(base), "--out", str(adapter)], "is not empty"),
         (["--base", str(base), "--out", str(tmp_path / "o")], "both a base and an adapter"),
         (
-            ["--base", str(base), "--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "o"), "--road", "torch"],
+            [
+                "--base",
+                str(base),
+                "--adapter",
+                str(tmp_path / "none"),
+                "--out",
+                str(tmp_path / "o"),
+                "--road",  # the old name
+                "torch",
+            ],
             "none",
         ),
         (["--model", str(base), "--out", str(tmp_path / "o"), "--precision", "fp12"], "precision 'fp12' is not known"),

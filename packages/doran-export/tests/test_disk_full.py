@@ -31,7 +31,7 @@ def test_graph(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("doran_export.graph.torch_export._INLINE_LIMIT", 1000)
     source = saved(tiny_llama(num_hidden_layers=1, vocab_size=5000), tmp_path / "model")
     with pytest.raises(ExportError, match=f"no space left on the disk of {small_disk}; nothing was written to .*out"):
-        export(source, small_disk / "out", road="torch")
+        export(source, small_disk / "out", exporter="torch")
     assert not list(small_disk.iterdir())
 
 
@@ -39,5 +39,5 @@ def test_merge(small_disk: Path, tmp_path: Path) -> None:
     base = saved(tiny_llama(num_hidden_layers=1, vocab_size=5000), tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", 1, rank=2, target_modules=["q_proj"])
     with pytest.raises((CheckpointError, ExportError), match=r"disk is full|no space left"):
-        export(out=small_disk / "out", base=base, adapter=adapter, road="torch")
+        export(out=small_disk / "out", base=base, adapter=adapter, exporter="torch")
     assert not list(small_disk.iterdir())

@@ -235,3 +235,8 @@ def test_tiny_llama_is_not_degenerate() -> None:
     """The proofs on random models mean something: their logits are not all alike."""
     logits = tiny_llama()(torch.tensor([[3, 4, 5]])).logits
     assert logits.std() > 0.1
+
+
+def test_the_exporters_old_name_is_still_read(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match="called exporter"), pytest.raises(DoranError):
+        export(tmp_path / "no-model", tmp_path / "out", road="torch")

@@ -1,4 +1,4 @@
-"""The road through onnxruntime-genai: SmolLM2 in two precisions, and what it refuses."""
+"""The exporter through onnxruntime-genai: SmolLM2 in two precisions, and what it refuses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT = "The capital of France is"
 
 @pytest.fixture(scope="module")
 def small(decoder_work: DecoderWork, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportReport]:
-    """(model directory, report): a random Llama with SmolLM2's tokenizer, by the default road of a decoder."""
+    """(model directory, report): a random Llama with SmolLM2's tokenizer, by the default exporter of a decoder."""
     folder = tmp_path_factory.mktemp("genai")
     source = saved(tiny_llama(vocab_size=49152, hidden_size=64, num_hidden_layers=2), folder / "model")
     for path in (decoder_work.folder / "base").glob("*token*"):
@@ -35,7 +35,7 @@ def small(decoder_work: DecoderWork, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_small(small: tuple[Path, ExportReport]) -> None:
     source, report = small
-    assert report.road == "genai"
+    assert report.exporter == "genai"
     assert report.proof.max_difference < 1e-3
     assert [greedy.provider for greedy in report.proof.greedy] == ["CPUExecutionProvider", "onnxruntime-genai"]
     for greedy in report.proof.greedy:
@@ -98,10 +98,12 @@ def test_refusals(small: tuple[Path, ExportReport], tmp_path: Path, monkeypatch:
     neox = saved(GPTNeoXForCausalLM(config), tmp_path / "neox")
     shutil.copy(source / "tokenizer.json", neox)
     shutil.copy(source / "tokenizer_config.json", neox)
-    with pytest.raises(UnsupportedModelError, match=r"no builder for GPTNeoXForCausalLM .*: try the road torch"):
+    with pytest.raises(UnsupportedModelError, match=r"no builder for GPTNeoXForCausalLM .*: try the torch exporter"):
         export(neox, tmp_path / "out")
     square = saved(tiny_llama(num_hidden_layers=1, vocab_size=32), tmp_path / "square")
-    with pytest.raises(UnsupportedModelError, match=r"q_proj has 32 outputs, as many as the vocabulary .*road torch"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"q_proj has 32 outputs, as many as the vocabulary .*torch exporter"
+    ):
         export(square, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'doran-export\[genai\]'"):

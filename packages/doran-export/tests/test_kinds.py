@@ -71,7 +71,7 @@ def test_sliding_window_decoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.MistralConfig(**(SHAPE | {"num_hidden_layers": 1}), num_key_value_heads=2, sliding_window=8)
     report = export(
-        saved(transformers.MistralForCausalLM(config).eval(), tmp_path / "model"), tmp_path / "out", road="torch"
+        saved(transformers.MistralForCausalLM(config).eval(), tmp_path / "model"), tmp_path / "out", exporter="torch"
     )
     assert report.proof.max_difference < 1e-4
 
@@ -159,5 +159,5 @@ def test_layers_that_differ_are_not_repeated() -> None:
 def test_other_states_than_a_cache_are_refused(tmp_path: Path) -> None:
     config = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4)
     with pytest.raises(UnsupportedModelError, match="MambaForCausalLM keeps a state"):
-        export(saved(transformers.MambaForCausalLM(config), tmp_path / "model"), tmp_path / "out", road="torch")
+        export(saved(transformers.MambaForCausalLM(config), tmp_path / "model"), tmp_path / "out", exporter="torch")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

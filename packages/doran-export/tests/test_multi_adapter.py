@@ -45,13 +45,13 @@ def test_one_session_equals_the_merged_exports(made: Made, tmp_path: Path) -> No
         assert runner.adapter == name
         outputs[name] = runner.run({"input_ids": IDS})["logits"]
     for name, adapter in adapters.items():
-        export(out=tmp_path / name, base=base, adapter=adapter, road="torch")
+        export(out=tmp_path / name, base=base, adapter=adapter, exporter="torch")
         merged = OnnxRunner(tmp_path / name)
         np.testing.assert_allclose(outputs[name], merged.run({"input_ids": IDS})["logits"], atol=1e-4)
         runner.set_adapter(name)
         tokens = runner.generate(IDS, max_new_tokens=12, stop_at_end=False)
         np.testing.assert_array_equal(tokens, merged.generate(IDS, max_new_tokens=12, stop_at_end=False))
-    export(base, tmp_path / "base", road="torch")
+    export(base, tmp_path / "base", exporter="torch")
     np.testing.assert_allclose(
         outputs[None], OnnxRunner(tmp_path / "base").run({"input_ids": IDS})["logits"], atol=1e-4
     )
@@ -150,7 +150,14 @@ def test_refusals(made: Made, tmp_path: Path) -> None:
     refuse(
         UnsupportedModelError, "int8 does not take adapters", tmp_path, base=base, adapters=adapters, precision="int8"
     )
-    refuse(UnsupportedModelError, "genai does not take adapters", tmp_path, base=base, adapters=adapters, road="genai")
+    refuse(
+        UnsupportedModelError,
+        "genai exporter does not take adapters",
+        tmp_path,
+        base=base,
+        adapters=adapters,
+        exporter="genai",
+    )
     refuse(ConfigError, "give either a model directory", tmp_path, base=base, adapters=adapters, adapter=base)
     with pytest.raises(ConfigError, match="has no adapter 'third': expected one of first, second, or None"):
         OnnxRunner(report.directory).set_adapter("third")

@@ -1,4 +1,4 @@
-"""Precisions and roads: what is made is proven, what a target does not run is refused by name."""
+"""Precisions and exporters: what is made is proven, what a target does not run is refused by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import make_adapter, saved, tiny_llama
 
 from doran_core.errors import ConfigError, DoranError
 from doran_export import ExportError, ExportReport, OnnxRunner, UnsupportedModelError, export, verify
-from doran_export.graph.precision import PRECISIONS, ROADS, proof_providers, road_for, target_for
+from doran_export.graph.precision import EXPORTERS, PRECISIONS, exporter_for, proof_providers, target_for
 from doran_export.tasks import TASKS
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -24,7 +24,7 @@ HAS_CUDA = CUDA in onnxruntime.get_available_providers()
 def test_float16(target: str, tiny_decoder: tuple[Path, ExportReport], tmp_path: Path) -> None:
     """For the CPU the weights alone are float16, and each is widened; for CUDA the arithmetic and the cache are too."""
     source, full = tiny_decoder
-    report = export(source, tmp_path / "out", road="torch", precision="fp16", target=target)
+    report = export(source, tmp_path / "out", exporter="torch", precision="fp16", target=target)
     assert report.target == target
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     matrices = [tensor for tensor in graph.initializer if len(tensor.dims) == 2]
@@ -48,7 +48,7 @@ def test_float16_that_overflows(tmp_path: Path) -> None:
         model.model.norm.weight[3] = -1e5
     source = saved(model, tmp_path / "model")
     with pytest.raises(ExportError, match=r"model\.norm\.weight holds values beyond 65504"):
-        export(source, tmp_path / "out", road="torch", precision="fp16", target="cuda")
+        export(source, tmp_path / "out", exporter="torch", precision="fp16", target="cuda")
     assert not (tmp_path / "out").exists()
 
 
@@ -56,7 +56,7 @@ def test_int8(tiny_decoder: tuple[Path, ExportReport], tmp_path: Path, monkeypat
     source, _ = tiny_decoder
     # Weights beside the graph, as in a large model.
     monkeypatch.setattr("doran_export.graph.torch_export._INLINE_LIMIT", 1000)
-    report = export(source, tmp_path / "out", road="torch", precision="int8")
+    report = export(source, tmp_path / "out", exporter="torch", precision="int8")
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("MatMulInteger") + kinds.count("DynamicQuantizeMatMul") >= 6 * 7
@@ -66,9 +66,11 @@ def test_int8(tiny_decoder: tuple[Path, ExportReport], tmp_path: Path, monkeypat
 
 @pytest.mark.skipif(HAS_CUDA, reason="a machine with CUDA runs it")
 def test_bfloat16_on_the_cpu(tiny_decoder: tuple[Path, ExportReport], tmp_path: Path) -> None:
-    for road in ROADS:
-        with pytest.raises(UnsupportedModelError, match=r"bf16 of the road .* runs on CUDAExecutionProvider, which"):
-            export(tiny_decoder[0], tmp_path / "out", road=road, precision="bf16")
+    for exporter in EXPORTERS:
+        with pytest.raises(
+            UnsupportedModelError, match=r"bf16 of the .* exporter runs on CUDAExecutionProvider, which"
+        ):
+            export(tiny_decoder[0], tmp_path / "out", exporter=exporter, precision="bf16")
     assert not list(tmp_path.iterdir())
 
 
@@ -76,7 +78,7 @@ def test_bfloat16_on_the_cpu(tiny_decoder: tuple[Path, ExportReport], tmp_path: 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_cuda(precision: str, tmp_path: Path) -> None:
     source = saved(tiny_llama(), tmp_path / "model")
-    report = export(source, tmp_path / "out", road="torch", precision=precision, providers=["cuda"])
+    report = export(source, tmp_path / "out", exporter="torch", precision=precision, providers=["cuda"])
     assert report.target == "cuda"
     assert {check.provider for check in report.proof.checks} == {CUDA}
     runner = OnnxRunner(tmp_path / "out", providers=["cuda"])
@@ -107,46 +109,58 @@ def test_cuda_adapters(precision: str, tmp_path: Path) -> None:
     assert all(np.abs(outputs[0] - other).max() > 0.1 for other in outputs[1:3])
 
 
-def refuse(kind: type[DoranError], match: str, task: str, precision: str, road: str | None) -> None:
+def refuse(kind: type[DoranError], match: str, task: str, precision: str, exporter: str | None) -> None:
     with pytest.raises(kind, match=match):
-        road_for(TASKS[task], PRECISIONS[precision], road, multi_adapter=False)
+        exporter_for(TASKS[task], PRECISIONS[precision], exporter, multi_adapter=False)
 
 
-def test_roads() -> None:
-    assert road_for(TASKS["text-generation"], PRECISIONS["fp32"], None, multi_adapter=False).name == "genai"
-    assert road_for(TASKS["text-generation"], PRECISIONS["fp32"], None, multi_adapter=True).name == "torch"
-    assert road_for(TASKS["text-classification"], PRECISIONS["int8"], None, multi_adapter=False).name == "torch"
-    refuse(ConfigError, "road 'dirt' is not known: expected one of torch, genai", "text-generation", "fp32", "dirt")
-    refuse(UnsupportedModelError, "genai makes text-generation models, not fill-mask", "fill-mask", "fp32", "genai")
+def test_exporters() -> None:
+    assert exporter_for(TASKS["text-generation"], PRECISIONS["fp32"], None, multi_adapter=False).name == "genai"
+    assert exporter_for(TASKS["text-generation"], PRECISIONS["fp32"], None, multi_adapter=True).name == "torch"
+    assert exporter_for(TASKS["text-classification"], PRECISIONS["int8"], None, multi_adapter=False).name == "torch"
+    refuse(ConfigError, "exporter 'dirt' is not known: expected one of torch, genai", "text-generation", "fp32", "dirt")
     refuse(
-        UnsupportedModelError, "torch has no int4: expected .* or the road genai$", "text-generation", "int4", "torch"
+        UnsupportedModelError,
+        "genai exporter makes text-generation models, not fill-mask",
+        "fill-mask",
+        "fp32",
+        "genai",
     )
-    refuse(UnsupportedModelError, "torch has no int4.*text-generation models only", "fill-mask", "int4", None)
+    refuse(
+        UnsupportedModelError,
+        "torch exporter has no int4: expected .* or the genai exporter$",
+        "text-generation",
+        "int4",
+        "torch",
+    )
+    refuse(UnsupportedModelError, "torch exporter has no int4.*text-generation models only", "fill-mask", "int4", None)
 
 
 def test_providers() -> None:
     both = [CUDA, CPU]
-    torch_road, genai = ROADS["torch"], ROADS["genai"]
-    assert proof_providers(torch_road, PRECISIONS["fp32"], None, both) == both
-    assert proof_providers(torch_road, PRECISIONS["int8"], None, both) == [CPU]
-    assert proof_providers(torch_road, PRECISIONS["bf16"], None, both) == [CUDA]
+    torch_exporter, genai = EXPORTERS["torch"], EXPORTERS["genai"]
+    assert proof_providers(torch_exporter, PRECISIONS["fp32"], None, both) == both
+    assert proof_providers(torch_exporter, PRECISIONS["int8"], None, both) == [CPU]
+    assert proof_providers(torch_exporter, PRECISIONS["bf16"], None, both) == [CUDA]
     assert proof_providers(genai, PRECISIONS["int4"], [CPU], both) == [CPU]
     with pytest.raises(
         UnsupportedModelError, match=r"CUDAExecutionProvider does not run int8 .*: onnxruntime's dynamic"
     ):
-        proof_providers(torch_road, PRECISIONS["int8"], [CUDA], both)
+        proof_providers(torch_exporter, PRECISIONS["int8"], [CUDA], both)
     with pytest.raises(ConfigError, match="'CUDAExecutionProvider' is not available: expected some of CPUExecution"):
-        proof_providers(torch_road, PRECISIONS["fp32"], [CUDA], [CPU])
+        proof_providers(torch_exporter, PRECISIONS["fp32"], [CUDA], [CPU])
 
 
 def test_targets() -> None:
-    torch_road, genai, half = ROADS["torch"], ROADS["genai"], PRECISIONS["fp16"]
-    assert target_for(torch_road, half, None, [CUDA, CPU]) == CUDA
-    assert target_for(torch_road, half, "cuda", [CPU]) == CUDA  # made here for another machine
+    torch_exporter, genai, half = EXPORTERS["torch"], EXPORTERS["genai"], PRECISIONS["fp16"]
+    assert target_for(torch_exporter, half, None, [CUDA, CPU]) == CUDA
+    assert target_for(torch_exporter, half, "cuda", [CPU]) == CUDA  # made here for another machine
     assert (half.arithmetic(CUDA), half.arithmetic(CPU)) == (torch.float16, torch.float32)
     with pytest.raises(ConfigError, match="target 'tpu' is not known: expected one of cuda, cpu"):
-        target_for(torch_road, half, "tpu", [CPU])
-    with pytest.raises(UnsupportedModelError, match="cpu does not run bf16 of the road torch: the CPU provider"):
-        target_for(torch_road, PRECISIONS["bf16"], "cpu", [CUDA])
-    with pytest.raises(UnsupportedModelError, match="road genai for cuda is proven there, which is not here"):
+        target_for(torch_exporter, half, "tpu", [CPU])
+    with pytest.raises(UnsupportedModelError, match="cpu does not run bf16 of the torch exporter: the CPU provider"):
+        target_for(torch_exporter, PRECISIONS["bf16"], "cpu", [CUDA])
+    with pytest.raises(
+        UnsupportedModelError, match="graph of the genai exporter for cuda is proven there, which is not here"
+    ):
         target_for(genai, PRECISIONS["int4"], "cuda", [CPU])

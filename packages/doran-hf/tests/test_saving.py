@@ -1,4 +1,4 @@
-"""Saving and loading: every road that PEFT offers, and doran_core as a reader of what comes out."""
+"""Saving and loading: every way that PEFT offers, and doran_core as a reader of what comes out."""
 
 from __future__ import annotations
 

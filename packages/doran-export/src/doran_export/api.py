@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from doran_export.adapters.separate import compile_adapters, merged_weights, rep
 from doran_export.errors import ExportError
 from doran_export.files import GENAI_CONFIG, MODEL_FILE, REPORT_FILE, adapter_files, read_json
 from doran_export.graph.genai import require_genai
-from doran_export.graph.precision import ROADS, precision_for, proof_providers, road_for, target_for
+from doran_export.graph.precision import EXPORTERS, exporter_for, precision_for, proof_providers, target_for
 from doran_export.graph.spec import GraphSpec, make_spec
 from doran_export.graph.torch_export import check_graph
 from doran_export.key_renaming import under_module_names
@@ -29,7 +30,7 @@ from doran_export.proof.proof import Proof
 from doran_export.proof.reference import Reference
 from doran_export.report import ExportReport
 from doran_export.runtime.providers import available_providers, provider_names
-from doran_export.stage_timer import Clock, Progress
+from doran_export.stage_timer import Progress, StageTimer
 from doran_export.staging import require_free_place, staged_directory
 
 __all__ = ["Progress", "export", "verify"]
@@ -51,13 +52,14 @@ def export(
     adapter: str | Path | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     task: str | None = None,
-    road: str | None = None,
+    exporter: str | None = None,
     precision: str = "fp32",
     target: str | None = None,
     providers: Sequence[str] | None = None,
     inputs: Sequence[Any] = (),
     tolerance: float | None = None,
     progress: Progress | None = None,
+    road: str | None = None,
 ) -> ExportReport:
     """Export a model to ONNX, prove in ONNX Runtime that it equals PyTorch, and only then leave it in `out`.
 
@@ -69,15 +71,16 @@ def export(
         adapters: adapter directories by name, which stay apart: the graph of the base takes them as inputs, and each
             becomes a file ``adapters/NAME.onnx_adapter`` that `OnnxRunner.set_adapter` switches to.
         task: kind of model (a name of `TASKS`); None takes it from the architecture or the adapter.
-        road: how the graph is made, a name of `ROADS`; None takes genai for a decoder and torch for everything else.
+        exporter: what makes the graph, a name of `EXPORTERS`; None takes genai for a decoder and torch for all else.
         precision: a name of `PRECISIONS`.
         target: what the graph is made for, "cpu" or "cuda"; None takes the best provider that it is proven on. fp16 for
-            the CPU is float16 weights under arithmetic in float32; for CUDA the arithmetic is float16 too. The road
+            the CPU is float16 weights under arithmetic in float32; for CUDA the arithmetic is float16 too. The exporter
             genai makes graphs that run on their target alone.
         providers: execution providers to prove on, "cpu" or "cuda"; None takes all that are here and run the precision.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
         tolerance: what is allowed of the difference of an output, by the rule of the precision; None takes its own.
         progress: called with (stage, done, total).
+        road: the old name of `exporter`.
 
     Returns:
         What was written and every difference that was seen; also in ``export_report.json``.
@@ -86,12 +89,15 @@ def export(
         CheckpointError: a model directory cannot be read.
         ConfigError: an unknown name, or arguments that do not go together.
         ExportError: `out` is not free, the disk is full, or the graph is not valid.
-        MissingDependencyError: onnxruntime, or for the road genai onnxruntime-genai, is not installed.
+        MissingDependencyError: onnxruntime, or for the genai exporter onnxruntime-genai, is not installed.
         ProofError: the graph does not compute what the model computes; nothing is left in `out`.
-        UnsupportedModelError: there is no road for this kind of model, or the target does not run the precision.
+        UnsupportedModelError: there is no exporter for this kind of model, or the target does not run the precision.
     """
     if out is None:
         raise ConfigError("no output directory was given")
+    if road is not None:
+        warnings.warn("export(road=...) is called exporter=... now", DeprecationWarning, stacklevel=2)
+        exporter = exporter or road
     out = Path(out)
     _check_sources(model, base, adapter, adapters)
     task = task or _task_of_adapter(adapter, adapters)
@@ -102,13 +108,13 @@ def export(
     require_free_place(out)
     place = Path(model if model is not None else base or "")
     source = open_source(place, task)
-    chosen = road_for(source.task, wanted, road, multi_adapter=adapters is not None)
+    chosen = exporter_for(source.task, wanted, exporter, multi_adapter=adapters is not None)
     names = proof_providers(chosen, wanted, provider_names(providers), available)
     made_for = target_for(chosen, wanted, target, names)
     if chosen.name == "genai":
         require_genai()
         names = [made_for]  # its graph holds operators of one provider
-    clock = Clock(progress)
+    timer = StageTimer(progress)
     request = Request(chosen, wanted, made_for, names, inputs, tolerance)
     with staged_directory(out) as work:
         renamed, merged = work / "renamed", work / "merged"
@@ -119,12 +125,12 @@ def export(
             named = under_module_names(source, [adapter], renamed)
             if task is None:
                 request = replace(request, replaced=sorted(read_adapter(adapter).extra))
-            with clock.stage("merging"):
+            with timer.stage("merging"):
                 # In float32, so that PyTorch's answers are those of weights that nothing has rounded yet.
-                merge_checkpoint(named, adapter, merged, dtype=torch.float32, progress=clock.bytes("merging"))
+                merge_checkpoint(named, adapter, merged, dtype=torch.float32, progress=timer.bytes("merging"))
             source = open_source(merged, task)
         shutil.rmtree(renamed, ignore_errors=True)
-        return export_source(source, work, out, request, clock, scratch=merged if adapter is not None else None)
+        return export_source(source, work, out, request, timer, scratch=merged if adapter is not None else None)
 
 
 def _check_sources(model: object, base: object, adapter: object, adapters: object) -> None:
@@ -168,7 +174,7 @@ def verify(
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
         tolerance: as in `export`; None takes the precision's.
         providers: execution providers to run one by one, "cpu" or "cuda"; None takes all that run the precision, or
-            for the road genai the one that the graph was made for.
+            for the genai exporter the one that the graph was made for.
         progress: called with (stage, done, total).
 
     Raises:
@@ -183,11 +189,11 @@ def verify(
     report = read_json(exported / REPORT_FILE)
     wanted = precision_for(precision or report.get("precision") or "fp32")
     source = open_source(Path(model), task or report.get("task"))
-    chosen = ROADS["genai" if (exported / GENAI_CONFIG).is_file() else "torch"]
+    chosen = EXPORTERS["genai" if (exported / GENAI_CONFIG).is_file() else "torch"]
     if providers is None and chosen.name == "genai":
         providers = [check["provider"] for check in report.get("proof", {}).get("checks", [])[:1]] or None
     names = proof_providers(chosen, wanted, provider_names(providers), available_providers())
-    clock = Clock(progress)
+    timer = StageTimer(progress)
     request = Request(chosen, wanted, names[0], names, inputs, tolerance)
     check_graph(exported / MODEL_FILE)
     files = adapter_files(exported)
@@ -198,8 +204,8 @@ def verify(
         with tempfile.TemporaryDirectory() as scratch:
             named = under_module_names(source, adapters.values(), Path(scratch) / "renamed")
             compiled = compile_adapters(adapters, named)
-    references, spec = _ask_directory(source, request, files, compiled, clock)
-    return prove_directory(exported, spec, references, request, clock)
+    references, spec = _ask_directory(source, request, files, compiled, timer)
+    return prove_directory(exported, spec, references, request, timer)
 
 
 def _ask_directory(
@@ -207,18 +213,18 @@ def _ask_directory(
     request: Request,
     files: Mapping[str, Path],
     compiled: Mapping[str, CompiledAdapter],
-    clock: Clock,
+    timer: StageTimer,
 ) -> tuple[dict[str | None, Reference], GraphSpec]:
     """PyTorch's answers, alone and with each adapter; the model is gone afterwards."""
-    with clock.stage("loading"):
+    with timer.stage("loading"):
         model = load_model(source)
         spec = make_spec(model, source.task, source.path)
-    references: dict[str | None, Reference] = {None: ask(model, spec, source, request, clock)}
+    references: dict[str | None, Reference] = {None: ask(model, spec, source, request, timer)}
     for name, path in files.items():
         if name in compiled:
             weights = merged_weights(model, compiled[name])
         else:
             weights = switched_weights(model, read_adapter_file(path))
         with replaced(model, weights):
-            references[name] = ask(model, spec, source, request, clock)
+            references[name] = ask(model, spec, source, request, timer)
     return references, spec

@@ -58,9 +58,10 @@ _TASKS = (
 @click.option("--out", required=True, type=DIRECTORY, help="Directory to write; must not exist or be empty.")
 @click.option("--task", metavar="NAME", help=f"Kind of model, when it cannot be told: {', '.join(_TASKS)}.")
 @click.option(
-    "--road",
+    "--exporter",
+    "--road",  # its old name
     metavar="NAME",
-    help="How the graph is made: genai (onnxruntime-genai's builder; the default for decoders) or torch.",
+    help="What makes the graph: genai (onnxruntime-genai's builder; the default for decoders) or torch.",
 )
 @click.option(
     "--precision", default="fp32", metavar="NAME", help="fp32 (default), fp16, bf16, int8, or with genai int4."
@@ -82,7 +83,7 @@ def export(
     multi_adapter: bool,
     out: str,
     task: str | None,
-    road: str | None,
+    exporter: str | None,
     precision: str,
     target: str | None,
     providers: tuple[str, ...],
@@ -106,7 +107,7 @@ def export(
             adapter=adapter,
             adapters=named,
             task=task,
-            road=road,
+            exporter=exporter,
             providers=list(providers) or None,
             precision=precision,
             target=target,
@@ -120,7 +121,7 @@ def export(
 def _shown(report: ExportReport) -> list[str]:
     proof = report.proof
     size = sum(report.files.values()) / 1e6
-    what = f"{report.architecture}, {report.task}, {report.precision} for {report.target}, by {report.road}"
+    what = f"{report.architecture}, {report.task}, {report.precision} for {report.target}, by {report.exporter}"
     shown = [f"wrote {report.directory}: {what}, {size:.1f} MB"]
     if report.adapters:
         shown.append(f"adapters: {', '.join(report.adapters)}")

@@ -12,7 +12,7 @@ class ExportError(DoranError):
 
 
 class UnsupportedModelError(ExportError):
-    """The model is of a kind that the asked export has no road for; the message names the kind and the known ones."""
+    """No exporter makes this kind of model as asked; the message names the kind and the known ones."""
 
 
 class ProofError(ExportError, CheckFailedError):

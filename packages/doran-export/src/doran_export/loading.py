@@ -42,7 +42,7 @@ def open_source(path: Path, task: str | None = None) -> Source:
 
     Raises:
         CheckpointError: the directory, its config.json or its safetensors weights are missing or broken.
-        UnsupportedModelError: transformers or this package has no road for the model.
+        UnsupportedModelError: transformers or this package has no exporter for the model.
         ConfigError: `task` is not a known name.
     """
     _require_files(path)

@@ -1,4 +1,4 @@
-"""From an opened model directory to a proven ONNX directory, by either road."""
+"""From an opened model directory to a proven ONNX directory, by either exporter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from doran_export.adapters.separate import adapter_tensors, merged_weights, repl
 from doran_export.errors import ExportError
 from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, MODEL_FILE, copy_companions
 from doran_export.graph.genai import build_graph, require_plain_head
-from doran_export.graph.precision import Precision, Road
+from doran_export.graph.precision import Exporter, Precision
 from doran_export.graph.quantize import quantize_weights
 from doran_export.graph.spec import GraphSpec, make_spec
 from doran_export.graph.storage import store_weights
@@ -30,7 +30,7 @@ from doran_export.proof.proof import Proof, prove
 from doran_export.proof.reference import Reference, ask_pytorch
 from doran_export.report import ExportReport, versions
 from doran_export.runtime.providers import PROVIDERS
-from doran_export.stage_timer import Clock
+from doran_export.stage_timer import StageTimer
 from doran_export.tasks import TASKS
 
 __all__ = ["Request", "ask", "export_source", "prove_directory"]
@@ -41,7 +41,7 @@ class Request:
     """What is to be made and how it is to be proven.
 
     Attributes:
-        road: how the graph is made.
+        exporter: how the graph is made.
         precision: of its weights.
         target: the execution provider that the graph is made for.
         providers: execution providers to prove on.
@@ -52,7 +52,7 @@ class Request:
             must have, since nobody said which task it is to do.
     """
 
-    road: Road
+    exporter: Exporter
     precision: Precision
     target: str
     providers: Sequence[str]
@@ -72,7 +72,7 @@ class Request:
 
 
 def export_source(
-    source: Source, work: Path, out: Path, request: Request, clock: Clock, *, scratch: Path | None = None
+    source: Source, work: Path, out: Path, request: Request, timer: StageTimer, *, scratch: Path | None = None
 ) -> ExportReport:
     """Fill the directory `work`, which becomes `out`.
 
@@ -81,25 +81,25 @@ def export_source(
         work: existing directory.
         out: where it will be, for the report.
         request: what to make.
-        clock: told of every stage.
+        timer: told of every stage.
         scratch: a directory to remove as soon as it has been read.
     """
-    with clock.stage("loading"):
+    with timer.stage("loading"):
         model = load_model(source)
         _require_replaced(model, source, request.replaced)
-        if request.road.name == "genai":
+        if request.exporter.name == "genai":
             require_plain_head(model)
         spec = make_spec(model, source.task, source.path)
         spec = spec.with_adapters(union_of_targets(model, request.adapters))
     # PyTorch answers first: its weights may change dtype for the trace, and are gone when ONNX Runtime loads its own.
-    references = _ask_all(model, spec, source, request, clock)
+    references = _ask_all(model, spec, source, request, timer)
     architecture = type(model).__name__
-    if request.road.name == "torch":
-        _make_with_torch(model, spec, request, work, clock)
+    if request.exporter.name == "torch":
+        _make_with_torch(model, spec, request, work, timer)
         _write_config(model, work)
     del model
-    if request.road.name == "genai":
-        with clock.stage("building"):
+    if request.exporter.name == "genai":
+        with timer.stage("building"):
             build_graph(source.path, work, request.precision.name, request.target)
         shutil.copyfile(source.path / "config.json", work / "config.json")
     copy_companions(source.path, work)
@@ -107,19 +107,19 @@ def export_source(
         shutil.rmtree(scratch)
     _write_adapters(request, work)
     check_graph(work / MODEL_FILE)
-    proof = prove_directory(work, spec, references, request, clock)
+    proof = prove_directory(work, spec, references, request, timer)
     report = ExportReport(
         out,
         source.task.name,
         architecture,
-        request.road.name,
+        request.exporter.name,
         request.precision.name,
         next(name for name, provider in PROVIDERS.items() if provider == request.target),
         graph_opset(work / MODEL_FILE),
         {str(file.relative_to(work)): file.stat().st_size for file in _model_files(work)},
         {name: _describe(adapter) for name, adapter in request.adapters.items()},
         proof,
-        {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
+        {stage: round(seconds, 3) for stage, seconds in timer.seconds.items()},
         versions(),
     )
     report.write(work)
@@ -136,16 +136,16 @@ def _require_replaced(model: PreTrainedModel, source: Source, names: Sequence[st
         )
 
 
-def _make_with_torch(model: PreTrainedModel, spec: GraphSpec, request: Request, work: Path, clock: Clock) -> None:
+def _make_with_torch(model: PreTrainedModel, spec: GraphSpec, request: Request, work: Path, timer: StageTimer) -> None:
     _require_range(model, request)
-    with clock.stage("tracing"):
+    with timer.stage("tracing"):
         graph = trace(model.to(request.arithmetic), spec, request.arithmetic)
         if request.arithmetic != request.precision.dtype:
             store_weights(graph, request.precision.dtype)
-    with clock.stage("writing"):
+    with timer.stage("writing"):
         external = save_graph(graph, work)
     if request.precision.name == "int8":
-        with clock.stage("quantizing"):
+        with timer.stage("quantizing"):
             quantize_weights(work, external_data=external)
 
 
@@ -163,35 +163,35 @@ def _require_range(model: PreTrainedModel, request: Request) -> None:
             )
 
 
-def ask(model: PreTrainedModel, spec: GraphSpec, source: Source, request: Request, clock: Clock) -> Reference:
+def ask(model: PreTrainedModel, spec: GraphSpec, source: Source, request: Request, timer: StageTimer) -> Reference:
     """PyTorch's answers to random and given inputs, and its greedy tokens where the model is a decoder."""
-    padded = request.road.name == "torch"
+    padded = request.exporter.name == "torch"
     tokenizer = load_tokenizer(source.path, pad_left=spec.task.has_cache) if spec.task.reads == "text" else None
     cases = random_cases(spec, padded=padded) + given_cases(spec, request.inputs, tokenizer, padded=padded)
     prompts = greedy_prompts(spec, request.inputs, tokenizer) if spec.task.has_cache else None
     steps = min(GREEDY_STEPS, spec.max_length - prompts["input_ids"].shape[1]) if prompts is not None else 0
-    with clock.stage("asking PyTorch", len(cases) + (prompts is not None)) as advance:
+    with timer.stage("asking PyTorch", len(cases) + (prompts is not None)) as advance:
         return ask_pytorch(model, spec, cases, prompts, steps, advance)
 
 
 def _ask_all(
-    model: PreTrainedModel, spec: GraphSpec, source: Source, request: Request, clock: Clock
+    model: PreTrainedModel, spec: GraphSpec, source: Source, request: Request, timer: StageTimer
 ) -> dict[str | None, Reference]:
     """The answers of the model as it is and with each adapter merged in."""
-    references: dict[str | None, Reference] = {None: ask(model, spec, source, request, clock)}
+    references: dict[str | None, Reference] = {None: ask(model, spec, source, request, timer)}
     for name, adapter in request.adapters.items():
         with replaced(model, merged_weights(model, adapter)):
-            references[name] = ask(model, spec, source, request, clock)
+            references[name] = ask(model, spec, source, request, timer)
     return references
 
 
 def prove_directory(
-    directory: Path, spec: GraphSpec, references: Mapping[str | None, Reference], request: Request, clock: Clock
+    directory: Path, spec: GraphSpec, references: Mapping[str | None, Reference], request: Request, timer: StageTimer
 ) -> Proof:
     """Compare a directory with what PyTorch answered, on every provider."""
     per_provider = sum(len(reference.answers) + (reference.greedy is not None) for reference in references.values())
     tolerance = request.precision.tolerance if request.tolerance is None else request.tolerance
-    with clock.stage("proving", len(request.providers) * per_provider) as advance:
+    with timer.stage("proving", len(request.providers) * per_provider) as advance:
         return prove(
             directory, spec, references, request.precision, tolerance, providers=request.providers, advance=advance
         )

@@ -26,7 +26,7 @@ class ExportReport:
         directory: where it was written.
         task: kind of model.
         architecture: name of the architecture.
-        road: how the graph was made.
+        exporter: how the graph was made.
         precision: of the weights.
         target: what the graph was made for, cpu or cuda.
         opset: ONNX operator set.
@@ -40,7 +40,7 @@ class ExportReport:
     directory: Path
     task: str
     architecture: str
-    road: str
+    exporter: str
     precision: str
     target: str
     opset: int
@@ -50,10 +50,15 @@ class ExportReport:
     seconds: dict[str, float]
     versions: dict[str, str]
 
+    @property
+    def road(self) -> str:
+        """The old name of `exporter`."""
+        return self.exporter
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without the directory's place on this machine."""
+        """For JSON, without the directory's place on this machine; the exporter also under its old name, "road"."""
         values = {name: value for name, value in asdict(self).items() if name != "directory"}
-        return {"format_version": _FORMAT_VERSION, **values, "proof": self.proof.to_dict()}
+        return {"format_version": _FORMAT_VERSION, **values, "road": self.exporter, "proof": self.proof.to_dict()}
 
     def write(self, directory: Path) -> None:
         """Write export_report.json into a directory."""

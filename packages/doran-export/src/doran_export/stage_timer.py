@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Clock", "Progress"]
+__all__ = ["Progress", "StageTimer"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) as an export goes on."""
 
 
-class Clock:
+class StageTimer:
     """Passes progress on to a caller.
 
     Attributes:

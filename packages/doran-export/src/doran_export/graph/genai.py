@@ -1,4 +1,4 @@
-"""The road through onnxruntime-genai: its model builder makes the graph, its generator runs it.
+"""The exporter through onnxruntime-genai: its model builder makes the graph, its generator runs it.
 
 The only file that knows onnxruntime-genai, which is the extra [genai] and imported when it is used.
 """
@@ -38,7 +38,7 @@ def require_genai() -> Any:
         "onnxruntime_genai",
         package="doran-export",
         extra="genai",
-        purpose="exporting a decoder through onnxruntime-genai (the other way is the road torch)",
+        purpose="exporting a decoder through onnxruntime-genai (the other way is the torch exporter)",
     )
 
 
@@ -55,7 +55,7 @@ def require_plain_head(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Linear) and module is not head and module.out_features == vocabulary:
             raise UnsupportedModelError(
                 f"{name} has {vocabulary} outputs, as many as the vocabulary has tokens, and onnxruntime-genai's "
-                "builder takes it for the head: try the road torch"
+                "builder takes it for the head: try the torch exporter"
             )
 
 
@@ -79,7 +79,7 @@ def build_graph(model: Path, out: Path, precision: str, provider: str) -> None:
     """
     require_genai()
     if not any(model.glob("tokenizer*.json")):
-        raise CheckpointError(f"{model} has no tokenizer, which onnxruntime-genai needs; the road torch needs none")
+        raise CheckpointError(f"{model} has no tokenizer, which onnxruntime-genai needs; the torch exporter needs none")
     package = find_spec("onnxruntime_genai")
     assert package is not None
     assert package.origin is not None
@@ -95,7 +95,7 @@ def build_graph(model: Path, out: Path, precision: str, provider: str) -> None:
     if reason.startswith("NotImplementedError"):
         architecture = read_json(model / "config.json").get("architectures", ["no architecture"])[0]
         raise UnsupportedModelError(
-            f"onnxruntime-genai has no builder for {architecture} ({model}): try the road torch"
+            f"onnxruntime-genai has no builder for {architecture} ({model}): try the torch exporter"
         )
     if "No space left" in done.stderr:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["KEPT", "LayerStack", "find_layers", "portrait", "shortened"]
+__all__ = ["KEPT", "LayerStack", "find_layers", "shortened", "structural_signature"]
 
 KEPT = 3
 """Layers that are traced. The first also holds what all share; the second and third show what a step changes."""
@@ -35,11 +35,11 @@ def find_layers(model: PreTrainedModel) -> LayerStack | None:
     ]
     if len(stacks) != 1:
         return None
-    portraits = [portrait(layer, index) for index, layer in enumerate(stacks[0].layers)]
-    return stacks[0] if all(other == portraits[0] for other in portraits) else None
+    signatures = [structural_signature(layer, index) for index, layer in enumerate(stacks[0].layers)]
+    return stacks[0] if all(other == signatures[0] for other in signatures) else None
 
 
-def portrait(whole: nn.Module, index: int = -1) -> list[object]:
+def structural_signature(whole: nn.Module, index: int = -1) -> list[object]:
     """All that decides what a layer or a model computes, but for its weights and, of a layer, its number `index`."""
     parts: list[object] = []
     for path, module in whole.named_modules():

@@ -1,10 +1,10 @@
 """Tracing three layers instead of thirty: a transformer's layers are alike, so the graph of one is stamped out.
 
 torch.export takes seconds per decoder layer, most of it spent on reasoning about symbolic lengths that comes out the
-same each time. So `stack.shortened` leaves the model three layers for the trace, and `repeat_layers` copies the third
-one's nodes for each of the others, with that layer's own weights and cache. What is alike is checked, not assumed: the
-modules before the trace, and after it that the third layer's nodes are the second's, node by node. Where either does
-not hold, the model is traced whole. The proof of the export stands behind both.
+same each time. So `layer_stack.shortened` leaves the model three layers for the trace, and `repeat_layers` copies the
+third one's nodes for each of the others, with that layer's own weights and cache. Two checks show that the layers are
+alike: the modules before the trace, and after it the third layer's nodes against the second's, node by node. Where
+either does not hold, the model is traced whole. The proof of the export stands behind both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The precisions of an exported graph, the roads that make them, and which target runs which: one table for all."""
+"""The precisions of an exported graph, the exporters that make them, and which target runs which: one table for all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from doran_export.errors import UnsupportedModelError
 from doran_export.runtime.providers import PROVIDERS
 from doran_export.tasks import Task
 
-__all__ = ["PRECISIONS", "ROADS", "Precision", "Road", "precision_for", "proof_providers", "road_for", "target_for"]
+__all__ = [
+    "EXPORTERS",
+    "PRECISIONS",
+    "Exporter",
+    "Precision",
+    "exporter_for",
+    "precision_for",
+    "proof_providers",
+    "target_for",
+]
 
 _CPU, _CUDA = PROVIDERS["cpu"], PROVIDERS["cuda"]
 
@@ -46,12 +55,12 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Road:
+class Exporter:
     """One way from PyTorch to ONNX.
 
     Attributes:
         name: what users say.
-        providers: for each precision the execution providers that run what this road makes in it.
+        providers: for each precision the execution providers that run what this exporter makes in it.
         why_not: for a precision that only some providers run, the reason, for the message.
     """
 
@@ -72,19 +81,19 @@ PRECISIONS: dict[str, Precision] = {
 _BOTH = (_CUDA, _CPU)
 _NO_BF16 = "the CPU provider of onnxruntime has no bfloat16 operators"
 
-ROADS: dict[str, Road] = {
-    "torch": Road(
+EXPORTERS: dict[str, Exporter] = {
+    "torch": Exporter(
         "torch",
         {"fp32": _BOTH, "fp16": _BOTH, "bf16": (_CUDA,), "int8": (_CPU,)},
         {"bf16": _NO_BF16, "int8": "onnxruntime's dynamic int8 operators are the CPU's"},
     ),
-    "genai": Road(
+    "genai": Exporter(
         "genai",
         {"fp32": _BOTH, "fp16": (_CUDA,), "bf16": (_CUDA,), "int8": _BOTH, "int4": _BOTH},
         {"bf16": _NO_BF16, "fp16": "its float16 graph for the CPU fails when a cache grows"},
     ),
 }
-"""Every road by name: torch.onnx.export, and the model builder of onnxruntime-genai."""
+"""Every exporter by name: torch.onnx.export, and the model builder of onnxruntime-genai."""
 
 
 def precision_for(name: str) -> Precision:
@@ -99,36 +108,37 @@ def precision_for(name: str) -> Precision:
         raise ConfigError(f"precision {name!r} is not known: expected one of {', '.join(PRECISIONS)}") from None
 
 
-def road_for(task: Task, precision: Precision, requested: str | None, *, multi_adapter: bool) -> Road:
-    """The road of a kind of model: the requested one, else the builder for a decoder and torch for everything else.
+def exporter_for(task: Task, precision: Precision, requested: str | None, *, multi_adapter: bool) -> Exporter:
+    """The exporter of a kind of model: the requested one, else the builder for a decoder and torch for everything else.
 
-    Several adapters over one graph need the adapted layers as inputs, which only the torch road makes.
+    Several adapters over one graph need the adapted layers as inputs, which only the torch exporter makes.
 
     Raises:
         ConfigError: `requested` is not a known name.
-        UnsupportedModelError: the road cannot make this kind of model, this precision or several adapters.
+        UnsupportedModelError: the exporter cannot make this kind of model, this precision or several adapters.
     """
-    if requested is not None and requested not in ROADS:
-        raise ConfigError(f"road {requested!r} is not known: expected one of {', '.join(ROADS)}")
+    if requested is not None and requested not in EXPORTERS:
+        raise ConfigError(f"exporter {requested!r} is not known: expected one of {', '.join(EXPORTERS)}")
     chosen = requested or ("genai" if task.has_cache and not multi_adapter else "torch")
-    road = ROADS[chosen]
-    if road.name == "genai" and not task.has_cache:
-        raise UnsupportedModelError(f"the road genai makes text-generation models, not {task.name}: use torch")
-    if road.name == "genai" and multi_adapter:
-        raise UnsupportedModelError("the road genai does not take adapters as inputs: use torch")
-    if precision.name not in road.providers:
-        able = [name for name, other in ROADS.items() if precision.name in other.providers]
+    exporter = EXPORTERS[chosen]
+    if exporter.name == "genai" and not task.has_cache:
+        raise UnsupportedModelError(f"the genai exporter makes text-generation models, not {task.name}: use torch")
+    if exporter.name == "genai" and multi_adapter:
+        raise UnsupportedModelError("the genai exporter does not take adapters as inputs: use torch")
+    if precision.name not in exporter.providers:
+        able = [name for name, other in EXPORTERS.items() if precision.name in other.providers]
         raise UnsupportedModelError(
-            f"the road {road.name} has no {precision.name}: expected one of {', '.join(road.providers)}, "
-            f"or the road {' or '.join(able)}" + ("" if task.has_cache else ", which makes text-generation models only")
+            f"the {exporter.name} exporter has no {precision.name}: expected one of {', '.join(exporter.providers)}, "
+            f"or the {' or '.join(able)} exporter"
+            + ("" if task.has_cache else ", which makes text-generation models only")
         )
     if multi_adapter and precision.name == "int8":
         raise UnsupportedModelError("int8 does not take adapters as inputs: expected fp32, fp16 or bf16")
-    return road
+    return exporter
 
 
 def proof_providers(
-    road: Road, precision: Precision, wanted: Sequence[str] | None, available: Sequence[str]
+    exporter: Exporter, precision: Precision, wanted: Sequence[str] | None, available: Sequence[str]
 ) -> list[str]:
     """The providers to prove a graph on: those asked for, else all that are here and run it, best first.
 
@@ -136,28 +146,30 @@ def proof_providers(
         ConfigError: a provider that is not available here.
         UnsupportedModelError: a provider that does not run this precision, or none that does is here.
     """
-    able = road.providers[precision.name]
-    reason = road.why_not.get(precision.name, "")
+    able = exporter.providers[precision.name]
+    reason = exporter.why_not.get(precision.name, "")
     for name in wanted or ():
         if name not in available:
             raise ConfigError(f"execution provider {name!r} is not available: expected some of {', '.join(available)}")
         if name not in able:
-            raise UnsupportedModelError(f"{name} does not run {precision.name} of the road {road.name}: {reason}")
+            raise UnsupportedModelError(
+                f"{name} does not run {precision.name} of the {exporter.name} exporter: {reason}"
+            )
     chosen = [name for name in (wanted or available) if name in able]
     if not chosen:
         raise UnsupportedModelError(
-            f"{precision.name} of the road {road.name} runs on {', '.join(able)}, which onnxruntime does not offer "
-            f"here (it has {', '.join(available)}): {reason}"
+            f"{precision.name} of the {exporter.name} exporter runs on {', '.join(able)}, which onnxruntime does not "
+            f"offer here (it has {', '.join(available)}): {reason}"
         )
     return chosen
 
 
-def target_for(road: Road, precision: Precision, requested: str | None, proven_on: Sequence[str]) -> str:
+def target_for(exporter: Exporter, precision: Precision, requested: str | None, proven_on: Sequence[str]) -> str:
     """The provider that a graph is made for: the requested one, else the best that it is proven on.
 
     Raises:
         ConfigError: `requested` is not a known name.
-        UnsupportedModelError: the requested one does not run this precision, or the road genai, whose graphs hold
+        UnsupportedModelError: the requested one does not run this precision, or the genai exporter, whose graphs hold
             operators of one provider, could not prove its graph here.
     """
     if requested is None:
@@ -165,9 +177,11 @@ def target_for(road: Road, precision: Precision, requested: str | None, proven_o
     if requested not in PROVIDERS:
         raise ConfigError(f"target {requested!r} is not known: expected one of {', '.join(PROVIDERS)}")
     target = PROVIDERS[requested]
-    if target not in road.providers[precision.name]:
-        reason = road.why_not.get(precision.name, "")
-        raise UnsupportedModelError(f"{requested} does not run {precision.name} of the road {road.name}: {reason}")
-    if road.name == "genai" and target not in proven_on:
-        raise UnsupportedModelError(f"a graph of the road genai for {requested} is proven there, which is not here")
+    if target not in exporter.providers[precision.name]:
+        reason = exporter.why_not.get(precision.name, "")
+        raise UnsupportedModelError(
+            f"{requested} does not run {precision.name} of the {exporter.name} exporter: {reason}"
+        )
+    if exporter.name == "genai" and target not in proven_on:
+        raise UnsupportedModelError(f"a graph of the genai exporter for {requested} is proven there, which is not here")
     return target

@@ -18,7 +18,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from doran_export.graph.layer_stack import portrait
+from doran_export.graph.layer_stack import structural_signature
 from doran_export.graph.spec import GraphSpec
 
 __all__ = ["Traces", "named_weights", "trace_key"]
@@ -39,7 +39,7 @@ def trace_key(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> st
     """What decides a trace: modules with their settings and shapes, configuration, inputs and outputs, dtype."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in _UNTRACED}
     settings = json.dumps(config, sort_keys=True, default=repr)
-    return hashlib.sha256(repr((portrait(model), settings, spec, dtype)).encode()).hexdigest()
+    return hashlib.sha256(repr((structural_signature(model), settings, spec, dtype)).encode()).hexdigest()
 
 
 class Traces:

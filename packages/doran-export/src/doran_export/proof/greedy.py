@@ -23,7 +23,7 @@ class GreedyCheck:
     """Greedy generation on one provider.
 
     Attributes:
-        provider: the execution provider; for the road genai also ``"onnxruntime-genai"``, that is its own generator,
+        provider: the execution provider; for the genai exporter also ``"onnxruntime-genai"``: its own generator,
             which stops at an end token.
         adapter: name of the active adapter; None for the graph alone.
         prompts: number of prompts.
