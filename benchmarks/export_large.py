@@ -4,8 +4,8 @@
     python benchmarks/export_large.py --work DIR --layers 2   # a small try
 
 Makes a Llama-shaped checkpoint of random weights with an adapter on q and v. A process of its own exports both with the
-torch exporter: merged as a stream, traced, written with external data, proven in ONNX Runtime. Memory is the peak of the
-resident set above what importing took, read at the end of every stage. Mapped files count while their pages are in.
+torch exporter: merged as a stream, traced, written with external data, proven in ONNX Runtime. Memory is the peak of
+the resident set above what importing took, read at the end of every stage. Mapped files count while their pages are in.
 """
 
 from __future__ import annotations
