@@ -153,25 +153,6 @@ def test_compiled_without_graph_breaks(implementation, device):
         assert_same(gradients(layer, x, lambda t: compiled(t).relu_()), gradients(layer, x, lambda t: layer(t).relu_()))
 
 
-@cases.needs_triton
-@pytest.mark.parametrize("name", ["usual", "no bias", "tau per row", "detached norm", "scale near zero"])
-def test_the_operator_keeps_what_torch_asks_of_operators(name, device):
-    from doran_core.kernels import compiled
-    from doran_core.kernels.layer import Inputs
-
-    case = cases.CASES[name]
-    layer, x = case.layer(torch.float32, device), case.x(torch.float32, device)
-    adapter = layer.doran_adapter
-    A, B = (factor.detach().requires_grad_() for factor in adapter.factor_pair())
-    tau = adapter.tau.value().detach().requires_grad_()
-    weight, bias = layer.base_layer.weight, layer.base_layer.bias
-    base_output = layer.base_layer(x.detach()).detach().requires_grad_()
-    norm, magnitude = adapter.base_squared_norm, adapter.magnitude
-    inputs = Inputs(None, x, weight, base_output, None, bias, norm, magnitude, tau, (A, B))
-    arguments = (*inputs.spread()[1:], adapter.scaling, adapter.config.norm_grad == "detached", True, "triton")
-    torch.library.opcheck(compiled._forward, arguments, rtol=1e-3, atol=1e-4)
-
-
 def test_no_tokens(implementation, device):
     layer = USUAL.layer(torch.float32, device)
     with use_backend(implementation):

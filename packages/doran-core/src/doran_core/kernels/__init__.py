@@ -2,7 +2,7 @@
 
 The formulas are doran_core.functional's; what is here computes the same function and is held to it by tests.
 ``backend.py`` chooses, ``layer.py`` is the layer, ``passes.py`` and ``triton_passes.py`` its passes over memory,
-``networks.py`` the factor networks by hand, ``compiled.py`` the operator that torch.compile sees. Where layers are
+``networks.py`` the factor networks by hand. Where layers are
 computed together, ``fleet.py`` says when, ``weight_side.py`` and the families how, and ``prepared.py`` is the layer.
 Triton is imported when first used, never before.
 """

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core.kernels.backend import Implementation, choose, triton_can_run
-from doran_core.kernels.compiled import adapted_linear_op
 from doran_core.kernels.entries import Member
 from doran_core.kernels.fleet import Fleet
 from doran_core.kernels.layer import AdaptedLinear, Facts, Inputs, forward, without_autocast
@@ -28,7 +27,7 @@ def choose_for(view: BaseView, x: Tensor, magnitude: Tensor, *, norm_method: str
 
     The reference computes what the others do not: embeddings and convolutions, a trained bias, a norm that is to be
     taken directly, tensor subclasses, function transforms, modes that see or replace single operations, such as
-    selective checkpointing's, and anything under torch.compile without Triton.
+    selective checkpointing's.
 
     Raises:
         BackendError: triton was asked for by name and cannot run on these tensors.
@@ -43,9 +42,7 @@ def choose_for(view: BaseView, x: Tensor, magnitude: Tensor, *, norm_method: str
     )
     if special:
         return "reference"
-    wide = magnitude.dtype == torch.float64
-    implementation = choose(x.device, magnitude.dtype if wide else x.dtype)
-    return "reference" if implementation == "torch" and torch.compiler.is_compiling() else implementation
+    return choose(x.device, magnitude.dtype if magnitude.dtype == torch.float64 else x.dtype)
 
 
 def _is_for_autograd(x: Tensor, bias: Tensor | None) -> bool:
@@ -57,7 +54,7 @@ def _is_for_autograd(x: Tensor, bias: Tensor | None) -> bool:
         x.numel() == 0
         or (bias is not None and bias.requires_grad)
         or torch._C._are_functorch_transforms_active()
-        or (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
@@ -123,8 +120,6 @@ def run(
         factors=factors,
     )
     facts = Facts(scaling, detach_norm, repair and weight is not None, implementation, slope, raw_tau)
-    if torch.compiler.is_compiling():
-        return adapted_linear_op(facts, inputs)
     if not torch.is_grad_enabled():
         with without_autocast(magnitude):
             return forward(facts, inputs)[0]
@@ -132,12 +127,9 @@ def run(
 
 
 def makes_product(view: BaseView, x: Tensor) -> bool:
-    """Whether the kernels may compute the base layer's output themselves.
-
-    A compiled graph makes that product itself, and then it is free to write to the output later.
-    """
+    """Whether the kernels may compute the base layer's output themselves."""
     weight = view.weight()
-    return weight is not None and view.is_plain and _same_precision(x, weight) and not torch.compiler.is_compiling()
+    return weight is not None and view.is_plain and _same_precision(x, weight)
 
 
 def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dropout: float) -> Tensor | None:
@@ -153,7 +145,7 @@ def run_prepared(fleet: Fleet, member: Member, view: BaseView, x: Tensor, *, dro
         x: its input, ``[..., d_in]``.
         dropout: probability of dropping an element of the branch's input.
     """
-    if view.kind != "linear" or torch.compiler.is_compiling():
+    if view.kind != "linear":
         return None
     if not torch.is_grad_enabled():
         fleet.release()

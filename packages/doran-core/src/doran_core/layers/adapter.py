@@ -15,6 +15,7 @@ from doran_core.kernels import dispatch
 from doran_core.kernels.entries import Place, Slot
 from doran_core.kernels.layer import without_autocast
 from doran_core.kernels.networks import Networks
+from doran_core.layers import traced
 from doran_core.layers.base import BaseView
 from doran_core.method.config import DoranConfig
 from doran_core.method.experts import RankOneExperts
@@ -174,6 +175,8 @@ class DoranAdapter(nn.Module):
         Raises:
             BackendError: an implementation was asked for by name (doran_core.kernels) and cannot run here.
         """
+        if torch.compiler.is_compiling():
+            return traced.forward(self, view, x, base_output)
         dropout = self.config.dropout if self.training else 0.0
         factors = self.factors
         if base_output is None and isinstance(factors, GeneratedFactors) and not self._in_replica():
@@ -203,7 +206,7 @@ class DoranAdapter(nn.Module):
     def _networks(self, view: BaseView) -> tuple[Networks, float] | None:
         """The factor networks where the kernels can go all the way from their parameters, and back to them."""
         factors = self.factors
-        if self.experts is not None or view.weight() is None or torch.compiler.is_compiling():
+        if self.experts is not None or view.weight() is None:
             return None
         return factors.networks() if isinstance(factors, GeneratedFactors) else None
 
