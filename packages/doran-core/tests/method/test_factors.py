@@ -84,6 +84,7 @@ def test_a_shared_trunk_is_registered_once_and_gets_gradients_from_all():
 def test_model_wide_sharing_tells_blocks_apart_by_their_embedding():
     trunks = SharedTrunks(DoranConfig(rank=4, sharing="model", share_output=True))
     q0, v0, q1 = trunks.build(Q0), trunks.build(V0), trunks.build(Q1)
+    nn.init.normal_(q0.block_embedding.vector)
     assert torch.equal(q0()[0], v0()[0])
     assert not torch.allclose(q0()[0], q1()[0])
     assert not hasattr(v0, "block_embedding")

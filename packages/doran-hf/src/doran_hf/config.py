@@ -20,7 +20,7 @@ from doran_core.adapter.schema import FORMAT_VERSION
 from doran_core.errors import AdapterFormatError, ConfigError, FormatVersionError
 from doran_core.files.jsonfile import read_json
 from doran_core.files.opening import named_errors
-from doran_core.method.config import ALL_LINEAR
+from doran_core.method.config import ALL_LINEAR, NOT_SAVED
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_hf.options import AdapterOptions
 from doran_hf.register import DoranPeftType
@@ -104,7 +104,7 @@ class DoranConfig(AdapterOptions, PeftConfig):
         if not isinstance(self.module_kinds, dict):
             raise ConfigError(f"DoranConfig.module_kinds: expected names and kinds, got {self.module_kinds!r}")
         self._saved_facts: dict[str, Any] = {}
-        self.core()
+        self.embedding_dim = self.core().embedding_dim
 
     def core(self) -> CoreConfig:
         """The method's part of this configuration, validated.
@@ -128,7 +128,7 @@ class DoranConfig(AdapterOptions, PeftConfig):
         for name in ("trainable_token_indices", "layer_replication"):  # doran_core refuses both, as it should
             if values.get(name) is None:
                 values.pop(name, None)
-        return {name: _listed(value) for name, value in values.items()}
+        return {name: _listed(value) for name, value in values.items() if name not in NOT_SAVED}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json, with the digests of the adapter where its tensors are beside it."""

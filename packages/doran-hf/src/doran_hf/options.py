@@ -61,12 +61,18 @@ class AdapterOptions:
     share_output: bool = field(
         default=False, metadata={"help": "Share the networks' last layers between layers of equal size."}
     )
-    embedding_dim: int = field(default=64, metadata={"help": "Width of the networks' embeddings."})
+    embedding_dim: int | None = field(
+        default=None, metadata={"help": "Width of the networks' embeddings; default: the largest rank, at least 16."}
+    )
     hidden_dim: int | None = field(
         default=None, metadata={"help": "Width of the networks' hidden layers; default: the rank."}
     )
     depth: int = field(default=2, metadata={"help": "Linear layers of a network."})
     activation: Activation = field(default="leaky_relu", metadata={"help": "Between the networks' layers."})
+    generator_init: Literal["identity", "normal"] = field(
+        default="identity",
+        metadata={"help": "How the networks start: with A and B as LoRA's, or ('normal') from N(0, 1)."},
+    )
     block_pattern: str | None = field(default=None, metadata={"help": "Regex that finds the block in a module's name."})
     factor_penalty: float = field(
         default=0.0, metadata={"help": "Weight of the generated factors' mean square in the loss."}

@@ -9,11 +9,11 @@ from typing import Any
 
 from doran_core.adapter.digest import DIGEST, TENSORS_DIGEST
 from doran_core.errors import MissingKeyError, UnexpectedKeyError
-from doran_core.method.config import DoranConfig
+from doran_core.method.config import NOT_SAVED, DoranConfig
 
 __all__ = ["CONFIG_FIELDS", "check_fields", "peft_fields"]
 
-CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(DoranConfig))
+CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(DoranConfig)) - NOT_SAVED
 """The method's options. A reader that filled in a default for one would compute another function."""
 
 _OWN_FIELDS = frozenset(

@@ -12,12 +12,17 @@ from typing import Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
 from doran_core.errors import ConfigError
 from doran_core.support.patterns import check_ending, name_pattern, pattern_matches_ending
 
-__all__ = ["ALL_LINEAR", "Activation", "DoranConfig", "is_number", "is_positive_int", "pattern_value"]
+__all__ = ["ALL_LINEAR", "NOT_SAVED", "Activation", "DoranConfig", "is_number", "is_positive_int", "pattern_value"]
 
 ALL_LINEAR = "all-linear"
 """Value of ``target_modules`` that stands for every linear layer."""
 
 Activation = Literal["leaky_relu", "relu", "gelu", "silu", "tanh", "identity"]
+
+NOT_SAVED = frozenset({"generator_init"})
+"""Options of the start alone: an adapter's file has the values that came of them, and not the options."""
+
+_LEAST_EMBEDDING = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +53,14 @@ class DoranConfig:
         sharing: embeddings and first layers shared by the adapted layers of a "block" (paper), by the whole
             "model" (then a learned embedding tells the blocks apart), or by none.
         share_output: share the last layer, W2, too, between layers of equal size.
-        embedding_dim: e, width of the embeddings.
+        embedding_dim: e, width of the embeddings; None means the largest rank, and at least 16. The number takes the
+            place of None at once, and is saved.
         hidden_dim: h, width of the hidden layers; None means the rank, the least that can express any A and B.
         depth: linear layers in a generator, the last included (paper: 2).
         activation: between the generator's layers (paper: leaky_relu).
+        generator_init: first values of embeddings and hidden layers: "identity" makes the features start close to the
+            identity, so that A and B start as LoRA's; "normal" draws them from N(0, 1), the studies' "old start".
+            Not saved with an adapter.
         block_pattern: a regex that finds the block in a module's name (its group 1, or the whole match); by default
             the name up to its last number, "model.layers.3" of "model.layers.3.self_attn.q_proj".
         factor_penalty: weight of the mean square of the generated factors, for the loss.
@@ -80,10 +89,11 @@ class DoranConfig:
     factors: Literal["generated", "static"] = "generated"
     sharing: Literal["block", "model", "none"] = "block"
     share_output: bool = False
-    embedding_dim: int = 64
+    embedding_dim: int | None = None
     hidden_dim: int | None = None
     depth: int = 2
     activation: Activation = "leaky_relu"
+    generator_init: Literal["identity", "normal"] = "identity"
     block_pattern: str | None = None
     factor_penalty: float = 0.0
     experts: bool = False
@@ -99,11 +109,11 @@ class DoranConfig:
                 raise ConfigError(
                     f"DoranConfig.{entry.name}: expected true or false, got {getattr(self, entry.name)!r}"
                 )
-        for name in ("rank", "embedding_dim", "depth"):
+        for name in ("rank", "depth"):
             value = getattr(self, name)
             if not is_positive_int(value):
                 raise ConfigError(f"DoranConfig.{name}: expected a positive integer, got {value!r}")
-        for name in ("hidden_dim", "head_dim"):
+        for name in ("embedding_dim", "hidden_dim", "head_dim"):
             value = getattr(self, name)
             if value is not None and not is_positive_int(value):
                 raise ConfigError(f"DoranConfig.{name}: expected a positive integer or None, got {value!r}")
@@ -119,6 +129,9 @@ class DoranConfig:
             raise ConfigError(f"DoranConfig.alpha: expected a finite number, got {self.alpha!r}")
         for name, check in (("rank_pattern", is_positive_int), ("alpha_pattern", is_number)):
             self._require_pattern(name, check)
+        if self.embedding_dim is None:
+            widest = max([self.rank, *self.rank_pattern.values(), _LEAST_EMBEDDING])
+            object.__setattr__(self, "embedding_dim", widest)
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self._normalise_names(name, regex=name != "modules_to_save")
         if self.block_pattern is not None:
@@ -159,6 +172,12 @@ class DoranConfig:
                 raise ConfigError(f"DoranConfig.{name}[{pattern!r}]: expected {expected}, got {number!r}")
         object.__setattr__(self, name, dict(value))
 
+    @property
+    def embedding_width(self) -> int:
+        """``embedding_dim``, which is a number once the configuration is made."""
+        assert self.embedding_dim is not None
+        return self.embedding_dim
+
     def rank_for(self, module: str) -> int:
         """The rank of the module of this name."""
         return int(pattern_value(self.rank_pattern, module, self.rank))
@@ -170,10 +189,11 @@ class DoranConfig:
         return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready data."""
+        """The fields that a file keeps, as JSON-ready data: all but those in :data:`NOT_SAVED`."""
         return {
             entry.name: dict(value) if isinstance(value := getattr(self, entry.name), Mapping) else value
             for entry in dataclasses.fields(self)
+            if entry.name not in NOT_SAVED
         }
 
     @classmethod

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +20,7 @@ from doran_core.kernels.entries import Place, Slot
 from doran_core.kernels.fleet import Fleet
 from doran_core.kernels.networks import SLOPES, Networks, are_uniform
 from doran_core.method.config import DoranConfig
+from doran_core.method.factor_start import first_output_weight, first_values
 
 __all__ = [
     "FactorBuilder",
@@ -97,21 +97,18 @@ class StaticFactors(nn.Module):
 class _HiddenLayers(nn.Module):
     """Embedding and all layers but the last of one factor's network: ``H [r, h] = act(E @ W1.T / sqrt(e)) / h``.
 
-    The paper gives no scales; these are our choice. Weights start as N(0, 1), a layer divides by the square root of its
-    inputs, and the last layer's inputs are divided by their number. Then a step of Adam moves A and B about as far as
-    it moves LoRA's, whatever the widths, and LoRA's learning rates can be used. Without them a step moves B by a
-    multiple of h more, and rates that suit LoRA diverge.
+    The paper gives neither scales nor first values; these are our choice, and
+    :mod:`doran_core.method.factor_start` has the values. A layer divides by the square root of its inputs, and the last
+    layer's inputs are divided by their number: then a step of Adam moves H by about the same, whatever the widths.
     """
 
     def __init__(self, rank: int, config: DoranConfig) -> None:
         super().__init__()
-        hidden = config.hidden_dim or rank
-        widths = [config.embedding_dim] + [hidden] * (config.depth - 1)
-        self.embedding = nn.Parameter(torch.randn(rank, config.embedding_dim, dtype=torch.float32))
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(wide, narrow, dtype=torch.float32)) for narrow, wide in pairwise(widths)
-        )
         self.activation = _ACTIVATIONS[config.activation]
+        widths = [config.embedding_width] + [config.hidden_dim or rank] * (config.depth - 1)
+        embedding, *weights = first_values(config.generator_init, rank, widths, self.activation)
+        self.embedding = nn.Parameter(embedding)
+        self.weights = nn.ParameterList(map(nn.Parameter, weights))
 
     def forward(self, offset: Tensor | None) -> Tensor:
         hidden = self.embedding if offset is None else self.embedding + offset.to(self.embedding)
@@ -149,18 +146,9 @@ class FactorTrunk(nn.Module):
         with torch.no_grad():
             hidden_A, hidden_B = self()
         if str(d_in) not in self.output_A:
-            self.output_A[str(d_in)] = nn.Parameter(_output_weight(hidden_A, d_in))
+            self.output_A[str(d_in)] = nn.Parameter(first_output_weight(hidden_A, d_in))
         if str(d_out) not in self.output_B:
             self.output_B[str(d_out)] = nn.Parameter(hidden_B.new_zeros(d_out, hidden_B.shape[1]))
-
-
-def _output_weight(hidden: Tensor, d_in: int) -> Tensor:
-    """W2_A ``[d_in, h]`` such that ``hidden @ W2_A.T`` has the spread of LoRA's A, whatever the network."""
-    weight = torch.randn(d_in, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-    if hidden.is_meta:
-        return weight
-    spread = (hidden @ weight.T).square().mean().sqrt().clamp_min(1e-12)
-    return weight * (1.0 / math.sqrt(3.0 * d_in) / spread)
 
 
 class GeneratedFactors(nn.Module):
@@ -209,7 +197,7 @@ class GeneratedFactors(nn.Module):
             return
         with torch.no_grad():
             hidden_A, hidden_B = self._hidden()
-        self.w2_A = nn.Parameter(_output_weight(hidden_A, spec.d_in))
+        self.w2_A = nn.Parameter(first_output_weight(hidden_A, spec.d_in))
         self.w2_B = nn.Parameter(hidden_B.new_zeros(spec.d_out, hidden_B.shape[1]))
 
     def _hidden(self) -> tuple[Tensor, Tensor]:
@@ -278,8 +266,13 @@ class GeneratedFactors(nn.Module):
 
 
 class BlockEmbedding(nn.Module):
-    """The vector ``[e]`` that tells one block from the others in a model-wide trunk."""
+    """The vector ``[e]`` that tells one block from the others in a model-wide trunk.
+
+    It starts at 0, so that every block's features start close to the identity; the blocks' gradients part them.
+    """
 
     def __init__(self, config: DoranConfig) -> None:
         super().__init__()
-        self.vector = nn.Parameter(torch.randn(config.embedding_dim, dtype=torch.float32))
+        self.vector = nn.Parameter(torch.zeros(config.embedding_width, dtype=torch.float32))
+        if config.generator_init == "normal":
+            nn.init.normal_(self.vector)
