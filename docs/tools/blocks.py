@@ -26,7 +26,7 @@ __all__ = ["Block", "blocks_of", "evaluate"]
 _FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*)(?P<attributes>[^\n]*)\n"))
 _MARK = re.compile(r"<!-- checked only: (?P<reason>.+?) -->\s*$")
 _TITLE = re.compile(r'title="([^"]+)"')
-_SHOWN = ("text", "ini", "dockerfile")
+_SHOWN = ("text", "ini", "dockerfile", "math")
 """Languages of what is only shown: formulas, outputs."""
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -21,6 +22,8 @@ from places import PACKAGES, REPOSITORY
 from public_names import names_of_module, public_names
 
 NAMES = re.compile(r"^<!-- names: (\S+) -->$", re.MULTILINE)
+FORMULA = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""LaTeX, as GitHub typesets it too. Browsers draw MathML themselves, so that a page loads no script for it."""
 IDENTIFIER = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 
@@ -47,8 +50,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Write out the names of modules, each where the page first has it."""
+    """Write out the names of modules, each where the page first has it, and formulas as MathML."""
     shown: set[str] = set()
+    markdown = FORMULA.sub(lambda match: convert(match[1].strip(), display="block"), markdown)
     return NAMES.sub(lambda match: _identifiers(match[1], shown), markdown)
 
 
