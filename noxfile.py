@@ -182,8 +182,8 @@ def serve(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The site, built strictly; its links and its reference checked; every code block that can run without vLLM run."""
     install(session, *PACKAGES, extra={"hf": "[train,plot]", "export": "[cpu,genai]"})
-    session.install("mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "latex2mathml>=3.77,<4", "sybil>=10,<11", "pytest>=8")
-    session.install("trl>=0.20", "bitsandbytes>=0.48", "scikit-learn>=1.4")
+    session.install("mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "latex2mathml>=3.77,<4")
+    session.install("sybil>=10,<11", "pytest>=8", "trl>=0.20", "bitsandbytes>=0.48", "scikit-learn>=1.4")
     # Material for MkDocs ends in May 2027, and says so at each build. Until then its 9.x is kept up and builds this
     # site without a warning; what comes after it is another program.
     session.env["NO_MKDOCS_2_WARNING"] = "1"
