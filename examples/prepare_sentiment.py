@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from end_to_end import prepare_base, read_data
+from demo.data import prepare_base, read_data
 
 HELD_OUT = 500
 

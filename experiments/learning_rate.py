@@ -48,9 +48,8 @@ def main() -> None:
             for seed in args.seeds:
                 torch.manual_seed(seed)
                 training = demo.Training(config(args.method), rate, seed)
-                run = demo.fine_tune_sentiment(
-                    base, tokenizer, sentences, demo.Sizes(), device, demo.Checks(), training
-                )
+                task = demo.sentiment_task(tokenizer, sentences, demo.Sizes())
+                run = demo.fine_tune(task, base, tokenizer, device, training, demo.Checks())
                 facts = {"method": args.method, "rate": rate, "seed": seed, "base": run.base_score}
                 print(json.dumps({**facts, "accuracy": run.score, "seconds": round(run.seconds, 1)}), flush=True)
 
