@@ -42,6 +42,10 @@ SPREAD = 0.17
 """Of the random weights: 1 / sqrt(width), so that what an adapter changes shows in the logits."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-architectures", action="store_true", help="every family of tests/architectures")
+
+
 def pytest_sessionfinish() -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 

@@ -31,6 +31,7 @@ from doran_hf.mixed_batch import adapter_per_row
 from doran_hf.penalty import PenaltyHook
 from doran_hf.register import PREFIX
 from doran_hf.targets import check_targets, fill_targets
+from doran_hf.untying import keep_untied
 
 __all__ = ["DoranModel"]
 
@@ -164,7 +165,7 @@ class DoranModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         PenaltyHook.detach(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
-        _note_untied(model)
+        keep_untied(model)
         return model
 
     @classmethod
@@ -254,17 +255,6 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             BaseTunerLayer.delete_adapter(layer, adapter_name)
         if not layer.doran_adapter:
             model.set_submodule(name, layer.view.layer)
-
-
-def _note_untied(model: Any) -> None:
-    """A head that was tied to the embedding and got its own merged weight must not be tied again on loading."""
-    config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
-        return
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weight = getattr(embedding, "weight", None)
-    if weight is not None and getattr(head, "weight", weight) is not weight:
-        config.tie_word_embeddings = False
 
 
 def _fill_head_dim(config: DoranConfig, model: nn.Module) -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from doran_core.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["OUTPUT_KEY", "tied_embedding"]
+__all__ = ["FLAG_IN_FORWARD", "OUTPUT_KEY", "tied_embedding"]
 
 OUTPUT_KEY = "lm_head.weight"
 """transformers' name of the output layer in causal language models."""
+
+FLAG_IN_FORWARD = frozenset(
+    ("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "t5gemma", "t5gemma_module", "udop", "umt5")
+)
+"""transformers' model types that also scale or choose their outputs by ``tie_word_embeddings``, or by a field made of it:
+the flag must stay as it is there, whatever is tied."""
 
 _INPUT_KEYS = tuple(
     f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
