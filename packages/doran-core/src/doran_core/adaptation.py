@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from torch import nn
 
 from doran_core.errors import TargetError
 from doran_core.handle import DoranHandle, read_trainable, set_trained
 from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
+from doran_core.layers.uncalled import pad_encoders
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import FactorBuilder
 from doran_core.targets import find_targets, matches
@@ -31,9 +33,15 @@ def adapt(model: nn.Module, config: DoranConfig, *, factor_builder: FactorBuilde
     Raises:
         TargetError: if the targets match nothing, or a module that cannot be adapted, or the model is adapted already.
     """
+    return _adapt(model, config, factor_builder)
+
+
+def _adapt(
+    model: nn.Module, config: DoranConfig, factor_builder: FactorBuilder | None, known: Collection[str] = ()
+) -> DoranHandle:
     if any(isinstance(module, DoranLayer) for module in model.modules()):
         raise TargetError(f"this {type(model).__name__} is adapted already; call remove() on its handle first")
-    names = find_targets(model, config)
+    names = find_targets(model, config, known)
     saved = _modules_to_save(model, config)
     builder = factor_builder or make_factor_builder(config)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -49,6 +57,7 @@ def adapt(model: nn.Module, config: DoranConfig, *, factor_builder: FactorBuilde
     model.requires_grad_(False)
     for place, layer in places:
         model.set_submodule(place, layer)
+    pad_encoders(model, layers.values())
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
     return DoranHandle(model, config, layers, saved, places, trained)
@@ -84,7 +93,7 @@ def load(
         BaseMismatchError: if the fingerprints of the base weights differ.
     """
     saved = read_trainable(path)
-    handle = adapt(model, saved.config, factor_builder=factor_builder)
+    handle = _adapt(model, saved.config, factor_builder, saved.modules)
     try:
         handle.load_record(saved, path, allow_base_mismatch)
     except Exception:

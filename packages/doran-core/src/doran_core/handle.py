@@ -24,6 +24,7 @@ from doran_core.checkpoint.fingerprint import fingerprint_weights
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
 from doran_core.layers.base import BaseView
 from doran_core.layers.modules import DoranLayer
+from doran_core.layers.uncalled import unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig
 
 __all__ = ["DoranHandle", "read_trainable", "set_trained"]
@@ -119,6 +120,7 @@ class DoranHandle:
             DoranError: after :meth:`remove`.
         """
         self._refuse_removed()
+        self._warn_uncalled("merging changes their weights all the same")
         try:
             for layer in self.layers.values():
                 layer.merge(check_finite=check_finite)
@@ -147,6 +149,7 @@ class DoranHandle:
         (self.merge if merged else self.unmerge)()
         for place, layer in self._places:
             self.model.set_submodule(place, layer.base_layer)
+        unpad_encoders(self.model)
         set_trained(self._trained)
         self._removed = True
         return self.model
@@ -154,6 +157,9 @@ class DoranHandle:
     def _refuse_removed(self) -> None:
         if self._removed:
             raise DoranError("this handle's adapters were removed from the model; call adapt() for a new one")
+
+    def _warn_uncalled(self, doing: str) -> None:
+        warn_uncalled((layer.doran_adapter for layer in self.layers.values()), doing)
 
     def base_fingerprint(self) -> str | None:
         """Fingerprint of the weights that are adapted; None if one is quantized or float16 and so not exact."""
@@ -186,6 +192,7 @@ class DoranHandle:
             AdapterFormatError: if a parameter is not finite; nothing is written then.
             DoranError: if an adapter is there already and ``overwrite`` is not set.
         """
+        self._warn_uncalled("their adapters are saved as they are")
         if form == "trainable":
             write_trainable(self._trainable(base_model), path, overwrite=overwrite)
         elif form == "compiled":

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from doran_core.errors import TargetError
 from doran_core.layers.base import is_adaptable, is_linear
+from doran_core.layers.uncalled import read_not_called
 from doran_core.method.config import ALL_LINEAR, DoranConfig
-from doran_core.support.patterns import name_pattern
+from doran_core.support.patterns import name_pattern, pattern_matches_ending
 
-__all__ = ["find_targets", "matches", "nearest_names"]
+__all__ = [
+    "find_targets",
+    "matches",
+    "nearest_names",
+    "refuse_read",
+    "shortened",
+    "warn_left_out",
+    "warn_unused_patterns",
+]
 
 
 def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
@@ -24,12 +34,17 @@ def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in patterns)
 
 
-def find_targets(model: nn.Module, config: DoranConfig) -> list[str]:
+def find_targets(model: nn.Module, config: DoranConfig, known: Collection[str] = ()) -> list[str]:
     """Names of the modules to adapt, in the model's order.
+
+    Args:
+        model: the model.
+        config: the options.
+        known: names that are adapted though the model may not call them: those of an adapter that is there already.
 
     Raises:
         TargetError: if no ``target_modules`` are given, one of them matches nothing (with the nearest names), or one
-            matches a module that DoRAN cannot adapt.
+            matches a module that DoRAN cannot adapt, or that the model does not call.
     """
     candidates = {name: module for name, module in model.named_modules() if name and is_adaptable(module)}
     targets = config.target_modules
@@ -38,8 +53,11 @@ def find_targets(model: nn.Module, config: DoranConfig) -> list[str]:
             f"DoranConfig.target_modules is {targets!r}; expected name endings, a regex or {ALL_LINEAR!r}. "
             f"This model has {_summary(candidates)}"
         )
+    read = {name: reason for name, reason in read_not_called(model).items() if name not in known}
     if targets == ALL_LINEAR:
-        found = [name for name, module in candidates.items() if is_linear(module)]
+        linear = [name for name, module in candidates.items() if is_linear(module)]
+        found = [name for name in linear if name not in read]
+        warn_left_out(model, (name for name in linear if name in read), read)
     else:
         found = _named_targets(model, candidates, targets)
     for name in config.exclude_modules if isinstance(config.exclude_modules, list) else []:
@@ -57,7 +75,63 @@ def find_targets(model: nn.Module, config: DoranConfig) -> list[str]:
             f"target_modules={targets!r} without exclude_modules={config.exclude_modules!r} and "
             f"modules_to_save={config.modules_to_save!r} leaves no module"
         )
+    for name in kept:
+        refuse_read(name, read)
+    warn_unused_patterns(config, kept)
     return kept
+
+
+def refuse_read(name: str, read: Mapping[str, str]) -> None:
+    """Refuse to adapt a layer that is not called.
+
+    Args:
+        name: of the layer.
+        read: what :func:`~doran_core.layers.uncalled.read_not_called` says of the model.
+
+    Raises:
+        TargetError: naming the layer and the reason.
+    """
+    if name in read:
+        raise TargetError(
+            f"{name}: this layer is never called ({read[name]}), so an adapter around it would do nothing; leave it "
+            "out of target_modules, or exclude it with exclude_modules"
+        )
+
+
+def warn_left_out(model: nn.Module, names: Iterable[str], read: Mapping[str, str]) -> None:
+    """Say in one line what "all-linear" leaves out: layers that are not called, and weights that are in no layer.
+
+    Args:
+        model: the model.
+        names: of the layers that are left out because they are not called.
+        read: the reason for each, as above.
+    """
+    parts = []
+    if uncalled := list(names):
+        parts.append(f"{shortened(uncalled)}, never called ({read[uncalled[0]]})")
+    if experts := expert_weights(model):
+        parts.append(f"{shortened(experts)}, weights of experts that are in no linear layer")
+    if parts:
+        warnings.warn(f"target_modules={ALL_LINEAR!r} leaves out {'; '.join(parts)}", stacklevel=4)
+
+
+def expert_weights(model: nn.Module) -> list[str]:
+    """Names of parameters that hold the matrices of several experts, ``[experts, rows, columns]``."""
+    return [name for name, parameter in model.named_parameters() if "expert" in name and parameter.dim() == 3]
+
+
+def shortened(names: Sequence[str]) -> str:
+    """A few names of many."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def warn_unused_patterns(config: DoranConfig, names: Collection[str]) -> None:
+    """Say in one line which entries of ``rank_pattern``, and of ``alpha_pattern``, decide for no adapted module."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        entries = sorted(getattr(config, field))
+        unused = [entry for entry in entries if not any(pattern_matches_ending(entry, name) for name in names)]
+        if unused:
+            warnings.warn(f"{field}: {unused} match no adapted module", RuntimeWarning, stacklevel=4)
 
 
 def _named_targets(model: nn.Module, candidates: dict[str, nn.Module], targets: str | list[str]) -> list[str]:

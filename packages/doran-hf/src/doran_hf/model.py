@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraModel
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 
 from doran_core.adapter.schema import FORMAT_VERSION, created_by
 from doran_core.adapter.validate import check_tensors
-from doran_core.errors import ConfigError, MissingKeyError, UnexpectedKeyError
+from doran_core.errors import ConfigError, MissingKeyError, TargetError, UnexpectedKeyError
 from doran_core.layers.modules import make_factor_builder
+from doran_core.layers.uncalled import pad_encoders, read_not_called, unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
-from doran_core.support.patterns import pattern_matches_ending
-from doran_core.targets import matches
+from doran_core.targets import matches, refuse_read, warn_unused_patterns
 from doran_hf.base_check import base_fingerprint, check_base, module_kinds
 from doran_hf.combine import add_weighted_adapter
 from doran_hf.config import DoranConfig
@@ -30,12 +29,20 @@ from doran_hf.layer import DoranLayer, doran_layers, layer_class
 from doran_hf.mixed_batch import adapter_per_row
 from doran_hf.penalty import PenaltyHook
 from doran_hf.register import PREFIX
-from doran_hf.targets import check_targets, fill_targets
+from doran_hf.targets import check_exclusions, check_targets, expand_all_linear, fill_targets
 from doran_hf.untying import keep_untied
 
 __all__ = ["DoranModel"]
 
 _MARK = ".doran_adapter."
+
+
+class _Plan(NamedTuple):
+    """What the layers of an adapter that is being put in have in common; `read` are the layers that are not called."""
+
+    core: CoreConfig
+    builder: FactorBuilder
+    read: Mapping[str, str]
 
 
 class DoranModel(BaseTuner):
@@ -63,19 +70,24 @@ class DoranModel(BaseTuner):
     ) -> None:
         """Put one adapter into the model; see the base class for the arguments."""
         config = self.peft_config[adapter_name]
+        is_new = config.created_by is None
+        read = read_not_called(model) if is_new else {}  # a saved adapter is loaded as it is
         fill_targets(config, model)
         if state_dict is None:
+            expand_all_linear(config, model, read)
             check_targets(config, model)
+            check_exclusions(config, model)
         _fill_head_dim(config, model)
         core = config.core()
         # One builder for all layers of the adapter: the first of each sharing group becomes the group's owner.
-        self._plan: tuple[CoreConfig, FactorBuilder] = (core, make_factor_builder(core))
+        self._plan = _Plan(core, make_factor_builder(core), read)
         try:
             with _patterns_hidden(config):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            _warn_of_unmatched(config, [layer.name for layer in doran_layers(model, adapter_name)])
+            warn_unused_patterns(core, [layer.name for layer in doran_layers(model, adapter_name)])
             _check_adapter_name(model, adapter_name)
             check_base(model, adapter_name, config)
+            pad_encoders(model, doran_layers(model))
         except Exception:
             _withdraw(model, adapter_name)
             raise
@@ -135,7 +147,9 @@ class DoranModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        core, builder = self._plan
+        refuse_read(current_key, self._plan.read)
+        _refuse_saved(current_key, config)
+        core, builder = self._plan.core, self._plan.builder
         layer = target if isinstance(target, DoranLayer) else layer_class(target, current_key)(target, current_key)
         layer.add(adapter_name, core, builder, inference_mode=config.inference_mode)
         if layer is target:
@@ -162,9 +176,23 @@ class DoranModel(BaseTuner):
         ):
             yield
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the model in place; see the base class for the arguments."""
+        _warn_uncalled(self.model, adapter_names or self.active_adapters, _MERGING)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            _warn_uncalled(self.model, adapter_names or self.active_adapters, _MERGING)
         PenaltyHook.detach(self.model)
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unpad_encoders(model)
         keep_untied(model)
         return model
 
@@ -179,6 +207,7 @@ class DoranModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # PEFT calls this first of all in saving: the moment at which the model and the configuration are both at hand.
         if isinstance(config, DoranConfig):
+            _warn_uncalled(model, [adapter_name], "their adapters are saved as they are")
             config.record(
                 format_version=FORMAT_VERSION,
                 base_fingerprint=base_fingerprint(model, adapter_name),
@@ -230,7 +259,7 @@ def _resolved(patterns: Any, key: str) -> Any:
 
 @contextmanager
 def _patterns_hidden(config: DoranConfig) -> Iterator[None]:
-    """PEFT matches these with a matcher that backtracks, for a warning; :func:`_warn_of_unmatched` does without."""
+    """PEFT matches these with a matcher that backtracks, for a warning; ours does without."""
     before = config.rank_pattern, config.alpha_pattern
     config.rank_pattern, config.alpha_pattern = {}, {}
     try:
@@ -239,12 +268,22 @@ def _patterns_hidden(config: DoranConfig) -> Iterator[None]:
         config.rank_pattern, config.alpha_pattern = before
 
 
-def _warn_of_unmatched(config: DoranConfig, names: Sequence[str]) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, field)
-        unmatched = sorted(p for p in patterns if not any(pattern_matches_ending(p, name) for name in names))
-        if unmatched:
-            warnings.warn(f"{field}: {unmatched} match no adapted module", RuntimeWarning, stacklevel=2)
+_MERGING = "merging changes their weights all the same"
+
+
+def _warn_uncalled(model: nn.Module, adapter_names: Sequence[str], doing: str) -> None:
+    for name in adapter_names:
+        warn_uncalled((layer.adapter(name) for layer in doran_layers(model, name)), doing)
+
+
+def _refuse_saved(name: str, config: DoranConfig) -> None:
+    """PEFT takes modules_to_save for endings of names, and cannot train in full what is adapted."""
+    for entry in config.modules_to_save or []:
+        if name.endswith(entry):
+            raise TargetError(
+                f"{name}: modules_to_save={entry!r} means this module, too (PEFT compares the ends of names), so that "
+                "it trains in full; leave it out of target_modules, or exclude it with exclude_modules"
+            )
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:

@@ -1,20 +1,25 @@
-"""Makes PEFT know DORAN. PEFT's own ``register_peft_method`` refuses names outside its enum, hence this file.
+"""Makes PEFT know DORAN, and holds the private names of PEFT and transformers that doran-hf uses.
 
-To be removed when PEFT accepts methods from other packages: then one call of its function does all of this.
+PEFT's own ``register_peft_method`` refuses names outside its enum. When PEFT accepts methods from other packages, one
+call of its function replaces ``register``. The other names go when PEFT offers what they do under public ones:
+``_maybe_include_all_linear_layers`` (which layers "all-linear" means), and when transformers says of a model which
+parameters were not in its checkpoint: ``_is_hf_initialized``, its mark of a parameter that was loaded.
 """
 
 from __future__ import annotations
 
+import copy
 import enum
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from torch import Tensor, nn
 
 from doran_core.errors import DoranError
 
-__all__ = ["PREFIX", "DoranPeftType", "register"]
+__all__ = ["PREFIX", "DoranPeftType", "linear_layers", "register", "was_loaded"]
 
 PREFIX = "doran_"
 """What the names of DORAN's submodules begin with in an adapted layer."""
@@ -53,3 +58,13 @@ def _same(old: Any, new: Any) -> bool:
     if isinstance(old, type) and isinstance(new, type):
         return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
     return bool(old == new)
+
+
+def linear_layers(config: PeftConfig, model: nn.Module) -> set[str]:
+    """Names of the layers that "all-linear" means in a model, for a configuration with these target_modules."""
+    return set(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules)
+
+
+def was_loaded(tensor: Tensor) -> bool:
+    """Whether transformers has read this parameter from a checkpoint. False also where it has read none."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))

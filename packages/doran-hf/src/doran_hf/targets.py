@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from doran_core.errors import TargetError
 from doran_core.layers import is_adaptable
 from doran_core.method.config import ALL_LINEAR
-from doran_core.targets import matches, nearest_names
+from doran_core.targets import matches, nearest_names, shortened, warn_left_out
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
+from doran_hf.register import linear_layers
 
-__all__ = ["check_targets", "fill_targets"]
+__all__ = ["check_exclusions", "check_targets", "expand_all_linear", "fill_targets"]
 
 
 def fill_targets(config: DoranConfig, model: nn.Module) -> None:
@@ -46,6 +51,12 @@ def check_targets(config: DoranConfig, model: nn.Module) -> None:
     if targets is None or targets == ALL_LINEAR:
         return
     modules = _base_modules(model)
+    for name in modules:
+        if matches(name, targets) and _cannot_be_saved(name, model):
+            raise TargetError(
+                f"target_modules: with an adapter on {name!r} PEFT saves the embeddings, too, of which this "
+                f"{type(model).__name__} has none; put it into modules_to_save instead"
+            )
     entries: list[str | list[str]] = [targets] if isinstance(targets, str) else [[entry] for entry in sorted(targets)]
     for entry in entries:
         if not any(matches(name, entry) for name in modules):
@@ -55,6 +66,64 @@ def check_targets(config: DoranConfig, model: nn.Module) -> None:
                 f"target_modules: {shown!r} matches no module of {type(model).__name__}; "
                 f"{nearest_names(shown, adaptable)}"
             )
+
+
+def expand_all_linear(config: DoranConfig, model: nn.Module, read: Mapping[str, str]) -> None:
+    """Put the names of the layers in place of "all-linear", without those that no adapter can be around.
+
+    Args:
+        config: whose ``target_modules`` are changed if they are "all-linear".
+        model: the model.
+        read: its layers that are not called, with the reasons.
+
+    Raises:
+        TargetError: if no layer is left.
+    """
+    if config.target_modules != ALL_LINEAR:
+        return
+    linear = linear_layers(config, model)
+    named = [
+        name
+        for name, _ in model.named_modules()
+        if name in linear and not _is_saved(name, config) and not _cannot_be_saved(name, model)
+    ]
+    kept = [name for name in named if name not in read]
+    warn_left_out(model, (name for name in named if name in read), read)
+    if not kept:
+        raise TargetError(f"target_modules={ALL_LINEAR!r}: this {type(model).__name__} has no linear layer to adapt")
+    config.target_modules = set(kept)
+
+
+def check_exclusions(config: DoranConfig, model: nn.Module) -> None:
+    """Say in one line which entries of ``exclude_modules`` exclude none of the target modules."""
+    targets = [name for name in _base_modules(model) if matches(name, config.target_modules)]
+    excluded = config.exclude_modules or []
+    entries = [excluded] if isinstance(excluded, str) else [[entry] for entry in sorted(excluded)]
+    unused = [
+        repr(entry if isinstance(entry, str) else entry[0])
+        for entry in entries
+        if not any(matches(name, entry) for name in targets)
+    ]
+    if unused:
+        warnings.warn(f"exclude_modules: none of the target modules is meant by {shortened(unused)}", stacklevel=5)
+
+
+def _is_saved(name: str, config: DoranConfig) -> bool:
+    """Whether PEFT trains this module in full: modules_to_save are endings of names to PEFT."""
+    parts = name.split(".")
+    places = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(place.endswith(entry) for entry in config.modules_to_save or [] for place in places)
+
+
+def _cannot_be_saved(name: str, model: nn.Module) -> bool:
+    """Whether PEFT takes a layer for an output embedding, by its name, in a model that has no embeddings: CTC heads."""
+    if name.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES or not hasattr(model, "get_input_embeddings"):
+        return False
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _base_modules(model: nn.Module) -> dict[str, bool]:

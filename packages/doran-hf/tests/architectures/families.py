@@ -134,6 +134,8 @@ VISION: dict[str, Any] = {
     "intermediate_size": 40,
     "initializer_range": SPREAD,
 }
+HEADLESS = {"vision_use_head": False}
+"""A vision tower without its pooling head, which the language model has no use for."""
 BART: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
@@ -329,7 +331,8 @@ VISION_LANGUAGE = {
     ),
     "llava": Family(
         "LlavaForConditionalGeneration", "LlavaConfig",
-        {"text_config": {"model_type": "llama", **TEXT_PART}, "vision_config": {"model_type": "clip_vision_model", **VISION},
+        {"text_config": {"model_type": "llama", **TEXT_PART},
+         "vision_config": {"model_type": "clip_vision_model", **VISION},
          "image_token_index": IMAGE_TOKEN, "vision_feature_layer": -1},
         image_in_text(4, pixels(16)),
     ),
@@ -350,14 +353,14 @@ VISION_LANGUAGE = {
     ),
     "gemma3": Family(
         "Gemma3ForConditionalGeneration", "Gemma3Config",
-        {"text_config": TEXT_PART | {"head_dim": 8}, "vision_config": VISION, "mm_tokens_per_image": 4,
+        {"text_config": TEXT_PART | {"head_dim": 8}, "vision_config": VISION | HEADLESS, "mm_tokens_per_image": 4,
          "image_token_id": IMAGE_TOKEN, "image_token_index": IMAGE_TOKEN, "boi_token_index": 3, "eoi_token_index": 59},
         image_in_text(4, lambda: pixels(16)() | {"token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0]] * 2)}),
     ),
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration", "PaliGemmaConfig",
         {"text_config": {"model_type": "gemma", **TEXT_PART, "head_dim": 8},
-         "vision_config": {"model_type": "siglip_vision_model", **VISION}, "projection_dim": 32,
+         "vision_config": {"model_type": "siglip_vision_model", **VISION, **HEADLESS}, "projection_dim": 32,
          "image_token_index": IMAGE_TOKEN},
         image_in_text(4, pixels(16)),
     ),

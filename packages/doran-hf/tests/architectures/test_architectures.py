@@ -79,9 +79,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def distance(found: list[Tensor], expected: list[Tensor]) -> float:
     """The largest error, in units of the largest value (of at least 1)."""
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
-    return max(
-        float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) for a, b in zip(found, expected, strict=True)
-    )
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) for a, b in zip(found, expected, strict=True))
 
 
 def train(model: nn.Module, family: Family) -> None:

@@ -12,8 +12,8 @@ OUTPUT_KEY = "lm_head.weight"
 FLAG_IN_FORWARD = frozenset(
     ("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "t5gemma", "t5gemma_module", "udop", "umt5")
 )
-"""transformers' model types that also scale or choose their outputs by ``tie_word_embeddings``, or by a field made of it:
-the flag must stay as it is there, whatever is tied."""
+"""transformers' model types that also scale or choose their outputs by ``tie_word_embeddings``, or by a field made of
+it: the flag must stay as it is there, whatever is tied."""
 
 _INPUT_KEYS = tuple(
     f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")

@@ -75,9 +75,6 @@ class DoranLayer(nn.Module):
             parameter.requires_grad_(False)
         self.enabled = True
         self._swap = WeightSwap()
-        # PyTorch's fused encoder layers read weights past the modules that hold them, unless a module in them has a
-        # hook: a seldom called one has it here, for a hook doubles what a call costs.
-        self.doran_adapter.tau.register_forward_pre_hook(_no_operation)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -155,10 +152,6 @@ class DoranLayer(nn.Module):
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
             self._swap.refuse_loading(self.doran_adapter.spec.name)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _no_operation(module: nn.Module, args: object) -> None:
-    """A hook that is only there to be seen."""
 
 
 class DoranLinear(DoranLayer):
