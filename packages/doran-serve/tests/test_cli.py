@@ -48,7 +48,8 @@ def test_check_lists_every_adapter(folder: Path, capsys: pytest.CaptureFixture[s
         ["c", "trainable", "rank", "4"],
     ]
     # 16 (24 + 16) numbers of 4 bytes, and 24 scales: 2,656 bytes.
-    assert lines[3:] == ["3 slots of 0.0 MiB for 3 adapters"]
+    assert lines[3] == "3 slots of 0.0 MiB for 3 adapters"
+    assert lines[4] == f"adapters that are put into {folder / 'adapters'} from now on are found by name"
 
 
 def test_check_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +110,7 @@ def test_flags_follow_the_adapters_and_the_user_wins(folder: Path, called: list[
         [
             *("serve", base, "--enable-lora", "--max-lora-rank", "16", "--max-cpu-loras", "3"),
             *("--lora-target-modules", "up_proj", "--lora-modules"),
-            *(f"{name}={folder / 'adapters' / name}" for name in "abc"),
+            *(json.dumps({"name": name, "path": str(folder / "adapters" / name)}) for name in "abc"),
             *("--port", "8123", "--max-loras=2"),
         ]
     ]
@@ -131,19 +132,93 @@ def test_merged_mode(folder: Path, called: list[Any], capsys: pytest.CaptureFixt
         run(base, "--mode", "merged")
 
 
-def test_many_adapters_are_found_by_name(
-    folder: Path, called: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DORAN_ADAPTERS_DIR", "before")  # so that both are put back
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0")
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables that a start sets are put back."""
+    for name in ("DORAN_ADAPTERS_DIR", "DORAN_CLOSED_ENDPOINTS", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_many_adapters_are_found_by_name(folder: Path, called: list[Any], variables: None) -> None:
     for index in range(flags.LISTED + 1):
         shutil.copytree(folder / "adapters" / "a", folder / "adapters" / f"tenant-{index}")
     run(str(folder / "base"), "--adapters", str(folder / "adapters"))
     assert "--lora-modules" not in called[0]
     assert called[0][called[0].index("--max-loras") + 1] == "8"
     assert os.environ["DORAN_ADAPTERS_DIR"] == str(folder / "adapters")
+    with pytest.raises(DoranError, match="add --api-server-count 1"):
+        run(str(folder / "base"), "--adapters", str(folder / "adapters"), "--data-parallel-size", "2")
+
+
+def test_later_adapters_are_found_and_clients_load_none_by_path(
+    folder: Path,
+    called: list[Any],
+    variables: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = [str(folder / "base"), "--adapters", str(folder / "adapters")]
+    run(*where)
+    assert os.environ["DORAN_ADAPTERS_DIR"] == str(folder / "adapters")
     assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
-    assert "36 adapters: found by name" in capsys.readouterr().out
+    assert os.environ.pop("DORAN_CLOSED_ENDPOINTS") == "1"
+    run(*where)  # now the variable is the user's own wish
+    assert "DORAN_CLOSED_ENDPOINTS" not in os.environ
+    monkeypatch.delenv("DORAN_ADAPTERS_DIR")
+    run(*where, "--api-server-count", "2")
+    assert "DORAN_ADAPTERS_DIR" not in os.environ
+    assert "are served after a restart" in capsys.readouterr().out
+
+
+def test_the_good_adapters_are_served_and_the_bad_ones_named(
+    folder: Path, called: list[Any], variables: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "adapters" / "b" / "adapter_model.safetensors").write_bytes(b"cut off")
+    run(str(folder / "base"), "--adapters", str(folder / "adapters"))
+    modules = called[0][called[0].index("--lora-modules") + 1 :]
+    assert [json.loads(module)["name"] for module in modules] == ["a", "c"]
+    assert "not served: b: " in capsys.readouterr().err
+    for name in "ac":
+        (folder / "adapters" / name / "adapter_model.safetensors").unlink()
+    run(str(folder / "base"), "--adapters", str(folder / "adapters"))
+    assert "--lora-modules" not in called[1]
+    assert called[1][called[1].index("--max-lora-rank") + 1] == "16"
+
+
+def test_check_knows_the_limits_that_are_given(folder: Path) -> None:
+    where = [str(folder / "base"), "--adapters", str(folder / "adapters"), "--check"]
+    with pytest.raises(DoranError, match=r"1 of 3 .*: a: .*rank 9, but .* max_lora_rank=8"):
+        run(*where, "--max-lora-rank", "8")
+    with pytest.raises(DoranError, match=r"3 of 3 .*lora_target_modules=q_proj"):
+        run(*where, "--lora-target-modules", "q_proj", "--port", "1")
+    with pytest.raises(DoranError, match=r"1 of 3 .*: a: .*'a' is the base model's own name"):
+        run(*where, "--served-model-name", "x", "a")
+
+
+def test_names_of_any_kind(folder: Path, called: list[Any], variables: None) -> None:
+    for name in ("a=b", "c,d", ".a.1234.tmp"):
+        shutil.copytree(folder / "adapters" / "a", folder / "adapters" / name)
+    run(str(folder / "base"), "--adapters", str(folder / "adapters"))
+    modules = [json.loads(module) for module in called[0][called[0].index("--lora-modules") + 1 :]]
+    assert {module["name"]: Path(module["path"]).name for module in modules} == {
+        n: n for n in ("a", "a=b", "b", "c", "c,d")
+    }
+
+
+def test_a_layer_that_is_not_linear_is_refused(folder: Path) -> None:
+    base = {"lm_head": torch.randn(24, 16)}
+    save_file({"lm_head.weight": base["lm_head"]}, folder / "base/model.safetensors")
+    where = [str(folder / "base"), "--adapters", str(folder / "adapters"), "--check"]
+    shutil.rmtree(folder / "adapters")
+    make_adapter("lora", base, ("lm_head",), rank=3, seed=1, size=0.4).write(folder / "adapters" / "lora")
+    assert run(*where) == 0
+    with pytest.raises(DoranError, match=r"1 of 1 .*lm_head; merged mode cannot swap"):
+        run(*where, "--mode", "merged")
+    for form in ("compiled", "dora", "trainable"):
+        make_adapter(form, base, ("lm_head",), rank=3, seed=1, size=0.4).write(folder / "adapters" / form)
+    with pytest.raises(DoranError, match=r"3 of 4 .*lm_head: vLLM serves this layer as output head"):
+        run(*where)
 
 
 @pytest.mark.parametrize(("gib", "size"), [(7, "1"), (24, "3"), (512, "4")])

@@ -88,7 +88,9 @@ class StockLinear(nn.Module):
 
 def in_the_interpreters_place(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, *rest: Any) -> None:
     """The operator on the CPU, token by token."""
-    bias, sizes, order, ids, counts, starts, idle = rest
+    bias, blocks, order, ids, counts, starts, idle = rest
+    ends = {index: end for index, _, end in blocks.tolist()}  # of each projection's columns, in order
+    sizes = [end - ends.get(index - 1, 0) for index, end in ends.items()]
     if idle.item():
         return
     for slot, count, start in zip(ids.tolist(), counts.tolist(), starts.tolist(), strict=False):
@@ -100,7 +102,7 @@ def in_the_interpreters_place(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale:
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_the_fused_path_under_torch_compile(batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reaches the operator: joined factors, sizes, bias, slots; and torch.compile keeps what it changes."""
+    """What reaches the operator: joined factors, columns, bias, slots; and torch.compile keeps what it changes."""
     library: Any = torch.library.Library("doran", "IMPL")
     library.impl("add_adapters", in_the_interpreters_place, "CPU")
     monkeypatch.setattr(fused, "usable", lambda device: True)
@@ -140,3 +142,17 @@ def test_the_fused_path_under_torch_compile(batched: bool, monkeypatch: pytest.M
                 ]
                 expected[token] = scales[slot] * (expected[token] + torch.cat(delta) - bias) + bias
     torch.testing.assert_close(found.view(5, -1), expected)
+
+
+def test_the_fused_path_keeps_nothing_that_sleep_mode_would_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's sleep level 2 discards a model's memory and restores its buffers alone; slots are filled anew."""
+    monkeypatch.setattr(fused, "usable", lambda device: True)
+    monkeypatch.setattr(fused, "prepare", lambda *args: None)
+    layer: Any = with_scaled_output(StockLinear)((6, 10), 12)
+    layer.create_lora_weights(3, SimpleNamespace(max_lora_rank=4, fully_sharded_loras=False))
+    buffers = {name for name, _ in layer.named_buffers()}
+    kept = {
+        name for name, value in vars(layer).items() if name.startswith("doran_") and isinstance(value, torch.Tensor)
+    }
+    assert buffers >= {"doran_scale", "doran_blocks"}
+    assert kept == {"doran_a", "doran_b"}, "the slots' factors, which the next request loads again"

@@ -9,15 +9,15 @@ import click
 from doran_core.cli.command import Outcome, command, wants_json
 from doran_core.errors import ConfigError
 
-__all__ = ["serve"]
+__all__ = ["publish", "serve"]
 
 
 @command(
     group="serve",
     short_help="serve a base model with many adapters at once through vLLM",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    epilog="Exit code 1: an adapter cannot be served. What is no flag of doran's is handed to vLLM as it stands, so a "
-    "misspelt flag is vLLM's to refuse.",
+    epilog="Adapters that cannot be served are named and left out; with --check they make the exit code 1. What is no "
+    "flag of doran's is handed to vLLM as it stands, so a misspelt flag is vLLM's to refuse.",
     examples=(
         "doran serve base --adapters adapters",
         "doran serve base --adapters adapters --check --json",
@@ -52,9 +52,32 @@ def serve(ctx: click.Context, base: str, adapters: Path | None, mode: str, check
     planned = launch.plan(base, adapters, mode, ctx.args)
     if not check:
         launch.start(planned)
+    elif planned.adapters:
+        planned.adapters.require_all()
     infos = planned.adapters.infos if planned.adapters else {}
     found = {
         name: {"path": str(info.path), "form": info.form, "rank": info.rank, "layers": info.modules}
         for name, info in infos.items()
     }
     return Outcome({"base": planned.base, "mode": mode, "adapters": found, "vllm_arguments": planned.arguments})
+
+
+@command(
+    group="serve",
+    short_help="put an adapter into a directory that is served, in one step",
+    examples=(
+        "doran publish sentiment/adapter adapters/sentiment",
+        "doran publish sentiment/adapter adapters/sentiment --base base",
+    ),
+)
+@click.argument("adapter", metavar="ADAPTER_DIR", type=click.Path(path_type=Path))
+@click.argument("target", metavar="TARGET_DIR", type=click.Path(path_type=Path))
+@click.option("--base", metavar="BASE_DIR", help="Check the adapter against this base model first.")
+def publish(adapter: Path, target: Path, base: str | None) -> Outcome:
+    """Copy an adapter to TARGET_DIR, the directory by whose name clients ask for it. An adapter that is there is
+    replaced in one step, so that a running server never sees half of it.
+    """
+    from doran_serve.publish import publish_adapter
+
+    published = publish_adapter(adapter, target, base)
+    return Outcome({"adapter": str(adapter), "published": str(published)})

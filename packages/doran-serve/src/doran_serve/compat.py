@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ from unittest import mock
 
 import torch
 
-from doran_serve import cpu_ops, frontend
+from doran_serve import cpu_ops, frontend, processes
+from doran_serve.guard import GuardedScheduler, with_guard
 from doran_serve.layers import with_scaled_output
 from doran_serve.merged.mode import is_merged
 from doran_serve.merged.scheduler import SwitchingScheduler, with_switching
+from doran_serve.resolver import CLOSED_VARIABLE
 from doran_serve.versions import UnsupportedVllmError, installed
 from doran_serve.vllm_symbols import NAMES, exists, locate, lookup
-from doran_serve.worker import with_doran_loading, with_doran_scales
+from doran_serve.worker import forget_adapters, with_doran_loading, with_doran_scales
 
 __all__ = ["PATCHES", "Patch", "apply", "missing_names", "run_vllm"]
 
@@ -62,7 +65,7 @@ def _replace_by(replacement: Any) -> Callable[[Any], Any]:
     return lambda stock: replacement
 
 
-def _switching(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _scheduling(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Around `SchedulerConfig.get_scheduler_cls`, whose result is called with the engine's configuration."""
 
     @functools.wraps(stock)
@@ -70,8 +73,10 @@ def _switching(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
         scheduler = stock(self)
 
         def create(*args: Any, **kwargs: Any) -> Any:
-            switching = is_merged(kwargs["vllm_config"])
-            return (with_switching(scheduler) if switching else scheduler)(*args, **kwargs)
+            config = kwargs["vllm_config"]
+            if is_merged(config):
+                return with_switching(scheduler)(*args, **kwargs)
+            return (with_guard(scheduler) if config.lora_config is not None else scheduler)(*args, **kwargs)
 
         return create
 
@@ -79,15 +84,41 @@ def _switching(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _with_executor(stock: Callable[..., None]) -> Callable[..., None]:
-    """Around `EngineCore.add_request`: the scheduler of merged mode reaches the workers."""
+    """Around `EngineCore.add_request`: this package's schedulers reach the workers."""
 
     @functools.wraps(stock)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.scheduler, SwitchingScheduler):
+        if isinstance(self.scheduler, SwitchingScheduler | GuardedScheduler):
             self.scheduler.executor = self.model_executor
         stock(self, *args, **kwargs)
 
     return add_request
+
+
+def _reloading(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Around what changes the workers' adapters between two steps."""
+
+    @functools.wraps(stock)
+    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.scheduler, GuardedScheduler):
+            self.scheduler.forget_loaded()
+        return stock(self, *args, **kwargs)
+
+    return change
+
+
+def _forgetting(stock: Callable[..., bool]) -> Callable[..., bool]:
+    """Around `EngineCore.wake_up`: every slot is filled anew, since from sleep level 2 on none of them comes back."""
+
+    @functools.wraps(stock)
+    def wake_up(self: Any, *args: Any, **kwargs: Any) -> bool:
+        awake = stock(self, *args, **kwargs)
+        if isinstance(self.scheduler, GuardedScheduler):
+            self.scheduler.forget_loaded()
+            self.model_executor.collective_rpc(forget_adapters)
+        return awake
+
+    return wake_up
 
 
 def _plain_weights(stock: Callable[..., None]) -> Callable[..., None]:
@@ -104,9 +135,21 @@ def _plain_weights(stock: Callable[..., None]) -> Callable[..., None]:
     return dispatch
 
 
+def _unless_closed(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Around `attach_router` of /v1/load_lora_adapter: a resolver alone opens it to nobody."""
+
+    @functools.wraps(stock)
+    def attach_router(app: Any) -> None:
+        if CLOSED_VARIABLE not in os.environ:
+            stock(app)
+
+    return attach_router
+
+
 _CPU_REASON = "the slot -1 of a token without an adapter indexes the last slot: base requests get its adapter"
 _CPU_GOES = "vLLM's torch_ops skip negative slots"
 _FRONT_REASON = "an adapter that fails to load inside the engine's step kills the engine: refuse it before it is sent"
+_STREAM_REASON = "an adapter that is refused after the answer has begun to stream ends in status 200 and a traceback"
 _FRONT_GOES = "vLLM turns a failed adapter load into a failed request"
 _MERGED_GOES = "vLLM swaps weights per request by itself"
 _BOTH = ("0.25.1", "0.32.0")
@@ -142,17 +185,50 @@ PATCHES = (
     ),
     Patch(
         "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls",
-        _switching,
-        "merged mode holds requests back until the weights of their adapter are in place",
+        _scheduling,
+        "an adapter that fails to load inside the step ends the engine; and merged mode holds requests back until the "
+        "weights of their adapter are in place",
         _BOTH,
-        _MERGED_GOES,
+        f"{_FRONT_GOES}, and {_MERGED_GOES}",
     ),
     Patch(
         "vllm.v1.engine.core:EngineCore.add_request",
         _with_executor,
-        "a scheduler cannot reach the workers, whose weights it has to swap",
+        "a scheduler cannot reach the workers, which have to load adapters or swap weights before the step",
         _BOTH,
         "vLLM hands its scheduler the executor",
+    ),
+    *(
+        Patch(
+            f"vllm.v1.engine.core:EngineCore.{name}",
+            _reloading,
+            "it changes which adapters the workers have, which the scheduler remembers",
+            _BOTH,
+            _FRONT_GOES,
+        )
+        for name in ("add_lora", "remove_lora", "collective_rpc")
+    ),
+    Patch(
+        "vllm.v1.engine.core:EngineCore.wake_up",
+        _forgetting,
+        "level 2 of sleep discards the slots' factors, and vLLM goes on taking the adapters for loaded",
+        ("0.32.0",),
+        "vLLM empties its slots at level 2",
+    ),
+    *(
+        Patch(target, frontend.checked_model, _STREAM_REASON, _BOTH, _FRONT_GOES, optional=True)
+        for target in (
+            "vllm.entrypoints.openai.engine.serving:OpenAIServing._check_model",
+            "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
+            "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+        )
+    ),
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor.__init__",
+        frontend.with_known_config,
+        "a resolver is not told the engine's limits, by which it has to refuse an adapter with a reason",
+        _BOTH,
+        "vLLM hands its resolvers the engine's configuration",
     ),
     Patch(
         "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
@@ -160,6 +236,20 @@ PATCHES = (
         "on the CPU vLLM packs a linear layer's weight and drops it, so that it cannot be swapped",
         _BOTH,
         "vLLM can pack a changed weight again",
+    ),
+    Patch(
+        "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
+        processes.answering_at_shutdown,
+        "after SIGTERM open requests wait for outputs that never come, and the server for them",
+        ("0.32.0",),
+        "vLLM ends open requests when it ends their engine",
+    ),
+    Patch(
+        "vllm.entrypoints.serve.lora.api_router:attach_router",
+        _unless_closed,
+        "one variable of vLLM turns on resolvers and lets every client load any directory of the server's machine",
+        ("0.32.0",),
+        "vLLM has a switch for each",
     ),
     Patch(
         "vllm.v1.engine.llm_engine:LLMEngine.add_lora",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,28 @@ from pathlib import Path
 from doran_core.errors import DoranError
 from doran_serve.merged.mode import merged_options
 
-__all__ = ["LISTED", "MOST_SLOTS", "given_value", "merged_flags", "mixed_flags", "names_memory", "served_rank"]
+__all__ = [
+    "HIGHEST_RANK",
+    "LISTED",
+    "MOST_SLOTS",
+    "api_servers",
+    "given_value",
+    "given_values",
+    "merged_flags",
+    "mixed_flags",
+    "names_memory",
+    "served_rank",
+]
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of max_lora_rank that vLLM takes (and 1)."""
+HIGHEST_RANK = _RANKS[-1]
+_STOCK_RANK = 16
+"""vLLM's own max_lora_rank, where no adapter says what is needed."""
 MOST_SLOTS = 8
 """Slots reserved by default; each has room for max_lora_rank in every layer. Further adapters take turns."""
 LISTED = 32
-"""Up to so many adapters are named to vLLM at the start; beyond, they are found by name when asked for."""
+"""Up to so many adapters are named to vLLM at the start; the others are found by name when asked for."""
 _AT_HAND = 32
 """Adapters kept in host memory, so that one that takes turns is not read again each time."""
 
@@ -44,6 +59,23 @@ def given_value(flags: Sequence[str], name: str) -> str | None:
     return None
 
 
+def given_values(flags: Sequence[str], name: str) -> list[str]:
+    """The values that the user gave for a flag of several (``--lora-target-modules``); none if it is not there."""
+    for index, flag in enumerate(flags):
+        key, equals, value = flag.partition("=")
+        if key.replace("_", "-") == name:
+            values = [value] if equals else []
+            values += itertools.takewhile(lambda word: not word.startswith("--"), flags[index + 1 :])
+            return values
+    return []
+
+
+def api_servers(flags: Sequence[str]) -> int:
+    """HTTP servers that vLLM will start: as many as it has data-parallel engines, unless the user says otherwise."""
+    chosen = (given_value(flags, name) for name in ("--api-server-count", "-asc", "--data-parallel-size", "-dp"))
+    return int(next((value for value in chosen if value), "1"))
+
+
 def names_memory(flags: Sequence[str]) -> bool:
     """Whether the user's flags say how much memory vLLM may take."""
     return any(given_value(flags, name) is not None for name in ("--gpu-memory-utilization", "--kv-cache-memory-bytes"))
@@ -60,7 +92,10 @@ def _add(derived: Mapping[str, Sequence[str]], given: Sequence[str]) -> list[str
 def _modules(adapters: Mapping[str, Path]) -> dict[str, list[str]]:
     if not adapters or len(adapters) > LISTED:
         return {}
-    return {"--lora-modules": [f"{name}={path.resolve()}" for name, path in adapters.items()]}
+    # As JSON, since vLLM cuts NAME=PATH at the first "=" and takes a "," for JSON.
+    return {
+        "--lora-modules": [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in adapters.items()]
+    }
 
 
 def mixed_flags(
@@ -70,13 +105,13 @@ def mixed_flags(
 
     Args:
         adapters: directories by name.
-        rank: the largest of them.
+        rank: the largest of them; 0 if unknown.
         slots: adapters in one batch.
         targets: ends of the module names that they adapt; empty if unknown. Other layers then cost what the base's do.
         given: the user's own flags.
     """
     derived: dict[str, Sequence[str]] = {"--enable-lora": []}
-    derived["--max-lora-rank"] = [str(served_rank(rank))]
+    derived["--max-lora-rank"] = [str(served_rank(rank or _STOCK_RANK))]
     derived["--max-loras"] = [str(slots)]
     slots = int(given_value(given, "--max-loras") or slots)
     derived["--max-cpu-loras"] = [str(max(slots, min(len(adapters), _AT_HAND)))]

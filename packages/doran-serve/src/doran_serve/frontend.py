@@ -1,13 +1,14 @@
-"""Adapters are checked in the process that takes requests, before an engine sees them. Does not import vLLM.
+"""Adapters are admitted in the process that takes requests, before an engine sees them. Does not import vLLM.
 
-vLLM loads an adapter inside the engine's step, where an error ends the engine for everybody. The check also notices an
-adapter whose files were replaced: later requests get it under a name and a number of its own, so that requests in
-flight keep the weights that they started with, and cached prefixes are not mixed up.
+Admission checks an adapter's files and keeps a private copy by digest; the engine is asked for that version. A
+replaced adapter goes to the engine under a name and a number of its own, so that requests in flight keep the weights
+that they started with, and cached prefixes are not mixed up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -15,23 +16,29 @@ from typing import Any
 
 from doran_core.errors import DoranError
 from doran_serve import metrics
+from doran_serve.admission import marked, unmarked
 from doran_serve.merged.mode import is_merged
-from doran_serve.store import AdapterStore
+from doran_serve.records import AdapterInfo
+from doran_serve.store import AdapterStore, check_mergeable
 from doran_serve.vllm_symbols import lookup
 
 __all__ = [
+    "EngineNames",
     "adapter_id",
-    "check_request",
+    "admit",
     "checked_add",
     "checked_async_add",
+    "checked_model",
     "current_request",
+    "engine_config",
     "refused_error",
     "unless_merged",
     "with_current_adapter",
+    "with_known_config",
 ]
 
-_first: dict[tuple[str, int], tuple[str, str]] = {}
-"""Directory and version that an adapter's name and number first stood for."""
+_configs: dict[str, Any] = {}
+"""vLLM's configuration of each engine of this process, by the name of its model."""
 
 
 def adapter_id(name: str) -> int:
@@ -46,44 +53,109 @@ def refused_error() -> type[DoranError]:
     return type("AdapterRefusedError", bases, {"__module__": __name__, "__doc__": "An adapter cannot be served."})
 
 
-def check_request(vllm_config: Any, lora_request: Any) -> tuple[str, str]:
-    """Refuse a request whose adapter the engine could not load; cheap for an adapter that was checked before.
+class EngineNames:
+    """The name and the number under which the engine knows each version of an adapter.
 
-    Returns:
-        Directory and version of the adapter.
+    The first version of a name keeps what vLLM gave it. Any other, and one whose number another adapter has, gets a
+    name with its digest and a number made of that. No name and no number ever stands for two versions.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, tuple[int, str]] = {}
+        self._numbers: dict[int, tuple[str, str]] = {}
+
+    def __call__(self, name: str, number: int, digest: str) -> tuple[str, int]:
+        """The name and number for the version `digest` of the adapter that a client calls `name`."""
+        for candidate in (name, f"{name}@{digest[:16]}", f"{name}@{digest}"):
+            chosen = number if candidate == name else adapter_id(candidate)
+            if (
+                self._names.setdefault(candidate, (chosen, digest)) == (chosen, digest)
+                and self._numbers.setdefault(chosen, (candidate, digest)) == (candidate, digest)
+            ):  # fmt: skip
+                return candidate, chosen
+        raise refused_error()(f"adapter {name!r}: every name and number for this version stands for another adapter")
+
+
+_engine_names = EngineNames()
+
+
+def admit(vllm_config: Any, name: str, path: str) -> AdapterInfo:
+    """Check and keep an adapter's files; cheap while they are those of the last time.
+
+    Args:
+        vllm_config: of the engine that shall serve it.
+        name: the adapter's, for messages and counters.
+        path: its directory.
 
     Raises:
-        AdapterRefusedError: the adapter's directory is not fit to be served; the message says why.
+        AdapterRefusedError: the directory is not fit to be served; the message says why.
         LoRAAdapterNotFoundError: vLLM's own, if there is no such directory.
     """
-    path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
     try:
         store = AdapterStore.for_engine(vllm_config)
-        store.require_directory(path, lora_request.lora_name)
-        return path, store.check(path).version
+        store.require_directory(path, name)
+        info = store.admit(path)
+        if is_merged(vllm_config):
+            check_mergeable(info)
+        return info
     except DoranError as error:
-        metrics.refused(lora_request.lora_name)
-        raise refused_error()(f"adapter {lora_request.lora_name!r} refused: {error}") from error
+        metrics.refused(name)
+        raise refused_error()(f"adapter {name!r} refused: {error}") from error
 
 
 def current_request(vllm_config: Any, lora_request: Any) -> Any:
     """The request to send to the engine for an adapter as its files are now.
 
-    Returns:
-        `lora_request` itself, while its files are those that its name and number first stood for; else one for the
-        same directory under another name and number.
-
     Raises:
-        AdapterRefusedError: as `check_request` does.
-        LoRAAdapterNotFoundError: as `check_request` does.
+        AdapterRefusedError: as `admit` does.
+        LoRAAdapterNotFoundError: as `admit` does.
     """
-    path, version = now = check_request(vllm_config, lora_request)
-    if _first.setdefault((lora_request.lora_name, lora_request.lora_int_id), now) == now:
-        if lora_request.load_inplace:  # vLLM would read it again for every request
-            return lookup("LoRARequest")(lora_request.lora_name, lora_request.lora_int_id, path)
+    if unmarked(lora_request.lora_path)[1] is not None:  # it has been here
         return lora_request
-    name = f"{lora_request.lora_name}@{version}"
-    return lookup("LoRARequest")(name, adapter_id(f"{name} {path}"), path)
+    if hasattr(lora_request, "lora_tensors"):  # another package's request, which brings tensors instead of files
+        return lora_request
+    path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
+    version = admit(vllm_config, lora_request.lora_name, path).version
+    current = copy.copy(lora_request)
+    current.lora_name, current.lora_int_id = _engine_names(lora_request.lora_name, lora_request.lora_int_id, version)
+    current.lora_path = marked(path, version)
+    current.load_inplace = False  # a version never changes; vLLM would read it again for every request
+    return current
+
+
+def engine_config(model: str) -> Any | None:
+    """vLLM's configuration of this process's engine for `model`; None if there is none."""
+    return _configs.get(model)
+
+
+def with_known_config(stock: Callable[..., None]) -> Callable[..., None]:
+    """Around `InputProcessor.__init__`: the engine's limits are known before its first request."""
+
+    @functools.wraps(stock)
+    def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, vllm_config, *args, **kwargs)
+        _configs[vllm_config.model_config.model] = vllm_config
+
+    return initialise
+
+
+def checked_model(stock: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    """Around the HTTP server's `_check_model`: a bad adapter is refused before an answer begins to stream.
+
+    The files are read in a thread, so that the server answers others meanwhile.
+    """
+
+    @functools.wraps(stock)
+    async def check_model(self: Any, request: Any) -> Any:
+        answer = await stock(self, request)
+        requests = getattr(self.models, "lora_requests", {})
+        lora_request = requests.get(request.model) if answer is None else None
+        config = engine_config(self.model_config.model)
+        if lora_request is not None and config is not None:
+            await asyncio.to_thread(current_request, config, lora_request)
+        return answer
+
+    return check_model
 
 
 def with_current_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,6 @@ changes from batch to batch (who has which slot) is read on the device.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from doran_serve.tile_config import FEW_TOKENS, expand_config
 
-__all__ = ["add_adapters", "prepare", "usable"]
+__all__ = ["add_adapters", "column_blocks", "prepare", "usable"]
 
 _NAME = "add_adapters"
 _library: Any = torch.library.Library("doran", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -26,7 +25,17 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def prepare(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, sizes: list[int]) -> None:
+def column_blocks(sizes: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What each program of `add_adapters` works on, for a layer of projections with `sizes` columns in `dtype`.
+
+    It belongs to the layer as a buffer: what vLLM's sleep mode discards and restores are a model's buffers.
+    """
+    from doran_serve import kernels
+
+    return kernels.column_blocks(tuple(sizes), expand_config(1, 1, dtype).columns, device)
+
+
+def prepare(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, blocks: Tensor) -> None:
     """Compile and allocate what the operator needs for a layer, so that no request and no CUDA graph waits for it.
 
     vLLM's trial runs at its start have no adapter except for the few tokens of a graph. The arguments are those of
@@ -39,7 +48,7 @@ def prepare(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, sizes: lis
         x, y = (torch.zeros(tokens, width, dtype=b.dtype, device=b.device) for width in (a.shape[2], d_out))
         order = torch.zeros(tokens, dtype=torch.int32, device=b.device)
         _add_adapters(
-            y, x, a, b, scale, bias, sizes, order, ids, none[:-1], none, torch.zeros(1, dtype=torch.bool, device="cpu")
+            y, x, a, b, scale, bias, blocks, order, ids, none[:-1], none, torch.zeros(1, dtype=torch.bool, device="cpu")
         )
 
 
@@ -50,7 +59,7 @@ def _add_adapters(
     b: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    sizes: list[int],
+    blocks: Tensor,
     order: Tensor,
     ids: Tensor,
     counts: Tensor,
@@ -66,7 +75,7 @@ def _add_adapters(
         b: `[slots, d_out, r]`.
         scale: c, `[slots + 1, d_out]` float32.
         bias: `[d_out]` the bias that is in y, or None.
-        sizes: columns of y that belong to each projection.
+        blocks: from `column_blocks`, for the dtype of y.
         order: with `ids`, `counts` and `starts`: which token has which slot, see `kernels.shrink`.
         ids: see `order`.
         counts: see `order`.
@@ -80,15 +89,7 @@ def _add_adapters(
     x = x if x.stride(1) == 1 else x.contiguous()
     h = kernels.shrink(x, a, order, ids, counts, starts)
     config = expand_config(x.shape[0], b.shape[2], y.dtype)
-    blocks = _column_blocks(tuple(sizes), config.columns, y.device)
     kernels.expand(h, b, scale, bias, y, order, ids, counts, starts, blocks, config)
-
-
-@functools.cache
-def _column_blocks(sizes: tuple[int, ...], columns: int, device: torch.device) -> Tensor:
-    from doran_serve import kernels
-
-    return kernels.column_blocks(sizes, columns, device)
 
 
 _library.define(_NAME + torch.library.infer_schema(_add_adapters, mutates_args=["y"]))

@@ -6,17 +6,19 @@ Imports vLLM only to run it, so that `--check` works on a machine without.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from doran_core.adapter.schema import CONFIG_FILE
 from doran_core.errors import CheckFailedError, CheckpointError, DoranError
+from doran_core.files.opening import is_plain_name
 from doran_serve import flags, memory
 from doran_serve.base import local_directory
 from doran_serve.records import AdapterInfo
-from doran_serve.resolver import VARIABLE
-from doran_serve.store import AdapterStore
+from doran_serve.resolver import CLOSED_VARIABLE, VARIABLE
+from doran_serve.store import AdapterStore, check_mergeable
 
 __all__ = ["CACHE_VARIABLE", "Checked", "Plan", "cache_size", "check_adapters", "find_adapters", "plan", "start"]
 
@@ -25,7 +27,7 @@ CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:
-    """Adapter directories below `folder` by name, sorted; `folder` itself if it is one.
+    """Adapter directories below `folder` by name, sorted; `folder` itself if it is one. Hidden names are none.
 
     Raises:
         DoranError: there is no such directory, or no adapter in it.
@@ -34,7 +36,8 @@ def find_adapters(folder: Path) -> dict[str, Path]:
         raise DoranError(f"{folder}: no such directory of adapters")
     if (folder / CONFIG_FILE).exists():
         return {folder.resolve().name: folder}
-    found = {path.name: path for path in sorted(folder.iterdir()) if (path / CONFIG_FILE).exists()}
+    entries = (path for path in sorted(folder.iterdir()) if is_plain_name(path.name))
+    found = {path.name: path for path in entries if (path / CONFIG_FILE).exists()}
     if not found:
         raise DoranError(f"{folder}: no adapter in it (no subdirectory with {CONFIG_FILE})")
     return found
@@ -42,42 +45,63 @@ def find_adapters(folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Checked:
-    """A directory of adapters that all can be served.
+    """What of a directory of adapters can be served.
 
     Attributes:
-        paths: by name.
-        rank: the largest.
-        targets: ends of the module names that they adapt; empty if one is of a kind that only vLLM reads.
+        folder: the directory.
+        paths: of the adapters that can be served, by name.
+        rank: the largest; 0 if none is known.
+        targets: ends of the module names that they adapt; empty if unknown.
         infos: what is known of each.
+        refused: the reason for each adapter that cannot be served, by name.
     """
 
+    folder: Path
     paths: dict[str, Path]
     rank: int
     targets: frozenset[str]
     infos: dict[str, AdapterInfo]
+    refused: dict[str, str]
+
+    def require_all(self) -> None:
+        """Raise CheckFailedError, which names each with its reason, if one or more cannot be served."""
+        if self.refused:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
+            count = len(self.refused) + len(self.paths)
+            raise CheckFailedError(f"{len(self.refused)} of {count} adapters cannot be served: {reasons}")
 
 
-def check_adapters(store: AdapterStore, folder: Path) -> Checked:
+def check_adapters(store: AdapterStore, folder: Path, mode: str, reserved: Collection[str]) -> Checked:
     """Check every adapter of a directory and print a line on each.
 
+    Args:
+        store: of the base model.
+        folder: the directory.
+        mode: "mixed" or "merged".
+        reserved: names that the base model is asked for by.
+
     Raises:
-        CheckFailedError: one or more cannot be served; names each with its reason.
+        DoranError: there is no such directory, or no adapter in it.
     """
-    paths, bad, infos = find_adapters(folder), [], dict[str, AdapterInfo]()
+    infos, refused = dict[str, AdapterInfo](), dict[str, str]()
+    paths = find_adapters(folder)
     for name, path in paths.items():
         try:
+            if name in reserved:
+                raise DoranError(f"{path}: {name!r} is the base model's own name, and requests for it get the base")
             info = store.check(path)
+            if mode == "merged":
+                check_mergeable(info)
         except DoranError as error:
-            bad.append(f"{name}: {error}")
+            refused[name] = str(error)
             print(f"{name:24} REFUSED", flush=True)
         else:
             infos[name] = info
             print(f"{name:24} {_line(info)}", flush=True)
-    if bad:
-        raise CheckFailedError(f"{len(bad)} of {len(paths)} adapters cannot be served: " + "; ".join(bad))
     known = all(info.targets for info in infos.values())
     targets = frozenset().union(*(info.targets for info in infos.values())) if known else frozenset()
-    return Checked(paths, max(info.rank or 1 for info in infos.values()), targets, infos)
+    rank = max((info.rank or 0 for info in infos.values()), default=0)
+    return Checked(folder, {name: paths[name] for name in infos}, rank, targets, infos, refused)
 
 
 def _line(info: AdapterInfo) -> str:
@@ -90,7 +114,7 @@ class Plan:
 
     Attributes:
         base: as it was given.
-        adapters: those that were checked.
+        adapters: what was checked.
         arguments: of `vllm serve`, after the base.
         variables: of the environment.
     """
@@ -111,7 +135,7 @@ def plan(base: str, adapters: Path | None, mode: str, given: Sequence[str]) -> P
         given: the user's own flags for vLLM.
 
     Raises:
-        DoranError: there is no such base, no adapter, one that cannot be served, or flags that do not go together.
+        DoranError: there is no such base, no adapter, or flags that do not go together.
     """
     directory = local_directory(base)
     if directory is None and (Path(base).is_absolute() or base.startswith((".", "~"))):
@@ -120,18 +144,34 @@ def plan(base: str, adapters: Path | None, mode: str, given: Sequence[str]) -> P
         if mode == "merged":
             raise DoranError("--mode merged needs --adapters")
         return Plan(base, None, list(given), cache_size(flags.names_memory(given)))
-    store = AdapterStore(directory)
-    checked = check_adapters(store, adapters)
+    rank = flags.given_value(given, "--max-lora-rank")
+    store = AdapterStore(
+        directory,
+        max_rank=None if mode == "merged" else int(rank or flags.HIGHEST_RANK),
+        targets=flags.given_values(given, "--lora-target-modules") or None,
+    )
+    if mode == "merged" and store.base.quantized:
+        raise DoranError(f"{base}: --mode merged writes adapted weights in place, which a quantized base cannot hold")
+    checked = check_adapters(store, adapters, mode, flags.given_values(given, "--served-model-name") or [base])
     arguments = _flags(mode, store, checked, given)
-    variables = cache_size(flags.names_memory(given))
-    if len(checked.paths) > flags.LISTED:
-        variables |= {VARIABLE: str(adapters.resolve()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        print(
-            f"{len(checked.paths)} adapters: found by name when a request asks for one. This takes "
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, so every client may also use /v1/load_lora_adapter.",
-            flush=True,
-        )
-    return Plan(base, checked, arguments, variables)
+    return Plan(base, checked, arguments, cache_size(flags.names_memory(given)) | _by_name(checked, given))
+
+
+def _by_name(checked: Checked, given: Sequence[str]) -> dict[str, str]:
+    """Variables by which vLLM finds the directory's adapters by name when a request asks for one."""
+    if flags.api_servers(given) > 1:  # vLLM refuses it there
+        print(f"adapters that are put into {checked.folder} from now on are served after a restart", flush=True)
+        if len(checked.paths) > flags.LISTED:
+            raise DoranError(
+                f"{len(checked.paths)} adapters, of which up to {flags.LISTED} are named to vLLM; the others are found "
+                "by name, which vLLM does in one HTTP server only: add --api-server-count 1"
+            )
+        return {}
+    print(f"adapters that are put into {checked.folder} from now on are found by name", flush=True)
+    variables = {VARIABLE: str(checked.folder.resolve())}
+    if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in os.environ:  # else it is the user's wish that clients load adapters
+        variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", CLOSED_VARIABLE: "1"}
+    return variables
 
 
 def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str]) -> list[str]:
@@ -142,9 +182,9 @@ def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str
             kept = memory.base_row_bytes(shapes, width)
             print(f"merged mode keeps {kept / 2**30:.2f} GiB of base weights beside the model", flush=True)
         return flags.merged_flags(checked.paths, given)
-    slots = min(len(checked.paths), flags.MOST_SLOTS)
+    slots = min(max(1, len(checked.paths)), flags.MOST_SLOTS)
     if shapes and flags.given_value(given, "--max-loras") is None:
-        each = memory.slot_bytes(shapes, flags.served_rank(checked.rank), width)
+        each = memory.slot_bytes(shapes, flags.served_rank(checked.rank or 1), width)
         ranks = int(flags.given_value(given, "--tensor-parallel-size") or flags.given_value(given, "-tp") or 1)
         slots = memory.fitting_slots(slots, each, base, memory.device_memory(ranks))
         print(f"{slots} slots of {each / 2**20:.1f} MiB for {len(checked.paths)} adapters", flush=True)
@@ -191,6 +231,8 @@ def start(plan: Plan) -> None:
     """
     from doran_serve import compat, versions
 
+    for name, reason in (plan.adapters.refused if plan.adapters else {}).items():
+        print(f"doran: not served: {name}: {reason}", file=sys.stderr, flush=True)
     versions.check(versions.installed())
     versions.check_companions()
     allowed = os.environ.get("VLLM_PLUGINS")

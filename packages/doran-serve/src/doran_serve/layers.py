@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         _enable_aux_cuda_stream: bool
         base_layer: Any
         device: torch.device
+        doran_blocks: torch.Tensor
         doran_scale: torch.Tensor
         lora_a_stacked: tuple[torch.Tensor, ...]
         lora_b_stacked: tuple[torch.Tensor, ...]
@@ -90,10 +91,14 @@ class ScaledOutput(StockLayer):
     def _join_buffers(self) -> None:
         a, b = self.lora_a_stacked, self.lora_b_stacked
         self.doran_a, self.doran_b = torch.cat(a, dim=2).squeeze(1), torch.cat(b, dim=2).squeeze(1)
-        self.doran_sizes = [part.shape[2] for part in b]
+        sizes = [part.shape[2] for part in b]
         self.lora_a_stacked = tuple(torch.split(self.doran_a.unsqueeze(1), [part.shape[2] for part in a], dim=2))
-        self.lora_b_stacked = tuple(torch.split(self.doran_b.unsqueeze(1), self.doran_sizes, dim=2))
-        fused.prepare(self.doran_a, self.doran_b, self.doran_scale, self._bias_in_output(), self.doran_sizes)
+        self.lora_b_stacked = tuple(torch.split(self.doran_b.unsqueeze(1), sizes, dim=2))
+        # vLLM's LoRA factors have the dtype of the layer's output.
+        self.register_buffer(
+            "doran_blocks", fused.column_blocks(sizes, self.doran_b.dtype, self.device), persistent=False
+        )
+        fused.prepare(self.doran_a, self.doran_b, self.doran_scale, self._bias_in_output(), self.doran_blocks)
 
     def reset_lora(self, index: int) -> None:
         """Empty slot `index`: zero factors, scale 1. vLLM calls this before every `set_lora`, too."""
@@ -141,7 +146,7 @@ class ScaledOutput(StockLayer):
             self.doran_b,
             self.doran_scale,
             self._bias_in_output(),
-            self.doran_sizes,
+            self.doran_blocks,
             meta.token_indices_sorted_by_lora_ids,
             meta.active_lora_ids,
             meta.num_tokens_per_lora,

@@ -13,8 +13,9 @@ def register() -> None:
         DoranError: $DORAN_ADAPTERS_DIR is no directory.
         UnsupportedVllmError: the installed vLLM is too old, or lacks a name that this package builds on.
     """
-    from doran_serve import compat, resolver, versions
+    from doran_serve import compat, processes, resolver, versions
 
     versions.check(versions.installed())
     compat.apply()
     resolver.register_resolver()
+    processes.end_with_parent()

@@ -56,7 +56,8 @@ class AdapterInfo:
         modules: how many layers it adapts.
         values: how many numbers a slot has to hold for it.
         targets: ends of the names of these layers; empty if only vLLM can read it.
-        version: of the files that were checked, see `store.adapter_version`.
+        others: names of the layers that vLLM does not serve as linear ones.
+        version: digest of the files, see `admission`; empty if they were checked without being admitted.
     """
 
     path: Path
@@ -65,4 +66,5 @@ class AdapterInfo:
     modules: int
     values: int
     targets: frozenset[str] = frozenset()
+    others: tuple[str, ...] = ()
     version: str = ""

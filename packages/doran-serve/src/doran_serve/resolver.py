@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
 from doran_core.adapter.schema import CONFIG_FILE
 from doran_core.errors import DoranError
+from doran_core.files.opening import is_plain_name
 from doran_serve.base import local_directory
-from doran_serve.frontend import adapter_id, refused_error
-from doran_serve.metrics import refused
+from doran_serve.frontend import adapter_id, admit, engine_config, refused_error
 from doran_serve.store import AdapterStore
 from doran_serve.vllm_symbols import lookup
 
-__all__ = ["VARIABLE", "DirectoryResolver", "register_resolver"]
+__all__ = ["CLOSED_VARIABLE", "VARIABLE", "DirectoryResolver", "register_resolver"]
 
 _logger = logging.getLogger("vllm.doran_serve")
 VARIABLE = "DORAN_ADAPTERS_DIR"
+CLOSED_VARIABLE = "DORAN_CLOSED_ENDPOINTS"
+"""Set: clients may not load adapters by path, though VLLM_ALLOW_RUNTIME_LORA_UPDATING is on for the resolver."""
 
 
 class DirectoryResolver:
@@ -35,7 +38,6 @@ class DirectoryResolver:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._stores: dict[str, AdapterStore] = {}
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """The request for an adapter by its name, checked; None if there is no such subdirectory.
@@ -43,18 +45,28 @@ class DirectoryResolver:
         Raises:
             AdapterRefusedError: it is there and cannot be served; the server answers 400 with the reason.
         """
-        path = self.folder / lora_name
-        # A name comes from a client: it may not lead out of the directory.
-        if Path(lora_name).name != lora_name or not (path / CONFIG_FILE).is_file():
+        path = self._find(lora_name)
+        if path is None:
             return None
-        if base_model_name not in self._stores:
-            self._stores[base_model_name] = AdapterStore(local_directory(base_model_name))
+        config = engine_config(base_model_name)
         try:
-            await asyncio.to_thread(self._stores[base_model_name].check, path)
+            if config is not None:
+                await asyncio.to_thread(admit, config, lora_name, str(path))
+            else:
+                await asyncio.to_thread(AdapterStore(local_directory(base_model_name)).check, path)
         except DoranError as error:
-            refused(lora_name)
-            raise refused_error()(f"adapter {lora_name!r} refused: {error}") from error
+            raise error if isinstance(error, refused_error()) else refused_error()(f"{lora_name!r}: {error}") from error
         return lookup("LoRARequest")(lora_name, adapter_id(lora_name), str(path))
+
+    def _find(self, name: str) -> Path | None:
+        """The adapter's directory; None for a name that is no plain one. Names come from clients."""
+        if not is_plain_name(name):
+            return None
+        path = self.folder / name
+        try:
+            return path if stat.S_ISREG((path / CONFIG_FILE).stat().st_mode) else None
+        except (OSError, ValueError):
+            return None
 
 
 def register_resolver() -> None:

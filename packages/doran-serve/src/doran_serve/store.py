@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from doran_core.adapter import (
-    AnyAdapter,
     CompiledAdapter,
     PeftAdapter,
     read_adapter,
@@ -26,16 +26,28 @@ from doran_core.adapter import (
 )
 from doran_core.adapter.schema import ADAPTER_FILES, CONFIG_FILE, SCALE_FILE, TENSOR_FILE
 from doran_core.convert import compile_adapter, from_peft
-from doran_core.errors import AdapterFormatError, CheckpointError, RankError, TargetError, UnexpectedKeyError
+from doran_core.errors import (
+    AdapterFormatError,
+    CheckpointError,
+    DoranError,
+    RankError,
+    TargetError,
+    UnexpectedKeyError,
+)
+from doran_serve.admission import AdmittedCopies, unmarked
 from doran_serve.base import BaseModel, local_directory
+from doran_serve.layer_rules import LayerRules
 from doran_serve.records import AdapterForm, AdapterInfo, ServedAdapter, ServedModule
 from doran_serve.vllm_symbols import lookup
 
-__all__ = [
-    "AdapterStore",
-    "adapter_version",
-    "default_cache_directory",
-]
+__all__ = ["AdapterStore", "check_mergeable", "default_cache_directory"]
+
+_Factored = CompiledAdapter | PeftAdapter
+
+_CLASSIFIERS = ("score", "classifier")
+"""Heads of cross-encoders that vLLM swaps per request."""
+_TRIES = 5
+"""Times that files which change while they are checked are read again."""
 
 _PACKED = (
     frozenset({"qkv_proj", "q_proj", "k_proj", "v_proj"}),
@@ -73,8 +85,9 @@ class AdapterStore:
         self.max_rank = max_rank
         self.targets = None if targets is None else frozenset(targets)
         self.cache_directory = cache_directory or default_cache_directory()
-        self._checked: dict[Path, tuple[_Signature, AdapterInfo]] = {}
-        self._lock = threading.Lock()
+        self.copies = AdmittedCopies(self.cache_directory / "admitted")
+        self._checked: dict[tuple[Path, bool], tuple[_Signature, AdapterInfo]] = {}
+        self._locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
     @classmethod
     def for_engine(cls, vllm_config: Any) -> AdapterStore:
@@ -99,14 +112,44 @@ class AdapterStore:
             BaseMismatchError: it was made for other base weights.
             CheckpointError: it adapts what the base does not have, or needs base weights that are not at hand.
         """
-        folder = Path(path)
-        signature = _signature(folder)
-        with self._lock:
-            known = self._checked.get(folder)
-            if known is None or known[0] != signature:
-                info = replace(self._info(folder), version=_short(signature))
-                known = self._checked[folder] = (signature, info)
-        return known[1]
+        return self._current(Path(path), None)
+
+    def admit(self, path: str | Path) -> AdapterInfo:
+        """As `check`, with a private copy of the files; `AdapterInfo.version` is their digest.
+
+        Raises:
+            as `check`.
+        """
+        for _ in range(_TRIES):
+            info = self._current(Path(path), self.copies.keep)
+            # A copy may have been removed to make room, or there is no room for any.
+            if self.copies.touch(info.version) or self.copies.keep(Path(path)) == info.version:
+                return info
+        raise _restless(Path(path))
+
+    def _current(self, folder: Path, keep: Callable[[Path], str] | None) -> AdapterInfo:
+        """What is known of the files as they are now; they are read if they are not those of the last check."""
+        key = (folder, keep is not None)
+        known = self._checked.get(key)
+        if known is not None and known[0] == _signature(folder):
+            return known[1]
+        with self._locks[folder]:
+            for attempt in range(_TRIES):
+                signature = _signature(folder)
+                known = self._checked.get(key)
+                if known is not None and known[0] == signature:
+                    return known[1]
+                try:
+                    info = self._info(folder)
+                    info = info if keep is None else replace(info, version=keep(folder))
+                except DoranError:
+                    if attempt + 1 < _TRIES and _signature(folder) != signature:
+                        continue
+                    raise
+                if _signature(folder) == signature:
+                    self._checked[key] = (signature, info)
+                    return info
+        raise _restless(folder)
 
     def load(self, path: str | Path) -> ServedAdapter | None:
         """The adapter's tensors, checked against its own files; compiled on the way if it has to be.
@@ -119,37 +162,74 @@ class AdapterStore:
         """
         return self._load(Path(path))[0]
 
-    def _load(self, folder: Path) -> tuple[ServedAdapter | None, AnyAdapter | None]:
-        """The adapter, and the record that it was made of; None both if only vLLM may be able to read it."""
+    def load_admitted(self, path: str) -> tuple[ServedAdapter | None, Path]:
+        """The adapter behind a path that `admission.marked` made, and the directory that it was read from.
+
+        Raises:
+            as `load`; AdapterFormatError, too, if that version is gone.
+        """
+        source, digest = unmarked(path)
+        folder = Path(source) if digest is None else self.copies.find(Path(source), digest)
+        adapter = self.load(folder)
+        return (None if adapter is None else replace(adapter, path=Path(source))), folder
+
+    def _load(self, folder: Path) -> tuple[ServedAdapter | None, _Factored | None]:
+        """The adapter, None if only vLLM may serve it; and the record of its files, None if only vLLM may read them."""
         form = _form(folder)
+        served: ServedAdapter | None
+        record: _Factored | None
         if form == "lora":
             served, record = self._load_lora(folder)
         else:
             record = read_compiled(folder) if form == "compiled" else self._compiled(folder, form)
             served = _served(folder, form, record)
+        if record is not None:
+            self._check_rank(folder, record)
         if served is not None:
-            self._check_rank(served)
             self._check_targets(served)
         return served, record
 
     def _info(self, folder: Path) -> AdapterInfo:
         served, record = self._load(folder)
-        if served is None or record is None:
+        if record is None:
             return AdapterInfo(folder, "lora", None, 0, 0)
-        if served.form in ("lora", "compiled"):  # the converters have held the other forms against the base
+        form = "lora" if served is None else served.form
+        if form in ("lora", "compiled"):  # the converters have held the other forms against the base
             self.base.check(folder, record)
+        others = self._check_layers(folder, form, record)
+        modules = record.modules.values() if served is None else served.modules.values()
         values = sum(
-            module.A.numel() + module.B.numel() + (0 if module.scale is None else module.scale.numel())
-            for module in served.modules.values()
+            module.A.numel() + module.B.numel() + (0 if getattr(module, "scale", None) is None else module.B.shape[0])
+            for module in modules
         )
-        targets = frozenset(name.rpartition(".")[2] for name in served.modules)
-        return AdapterInfo(folder, served.form, served.rank, len(served.modules), values, targets)
+        rank = max(module.A.shape[0] for module in modules)
+        targets = frozenset() if served is None else frozenset(name.rpartition(".")[2] for name in served.modules)
+        return AdapterInfo(folder, form, rank, len(modules), values, targets, others)
 
-    def _check_rank(self, adapter: ServedAdapter) -> None:
-        if self.max_rank is not None and adapter.rank > self.max_rank:
-            raise RankError(
-                f"{adapter.path}: rank {adapter.rank}, but the engine was started with max_lora_rank={self.max_rank}"
-            )
+    def _check_layers(self, folder: Path, form: AdapterForm, record: _Factored) -> tuple[str, ...]:
+        """Refuse layers that vLLM does not adapt in this form; the names of those that are not linear."""
+        rules, others = LayerRules(self.base.checkpoint), []
+        for module in record.modules.values():
+            served_as = rules.served_as(module.name, module.B.shape[0], module.kind)
+            if served_as == "another tower":
+                raise TargetError(
+                    f"{folder}: {module.name}: vLLM adapts the language model of this base, not its other parts; merge "
+                    "the adapter with `doran merge` and serve the merged checkpoint"
+                )
+            if served_as != "linear":
+                others.append(module.name)
+                if form != "lora":
+                    raise TargetError(
+                        f"{folder}: {module.name}: vLLM serves this layer as {served_as}, where a {form} adapter's "
+                        "scale of the output has no place; leave the layer out of target_modules, or merge the adapter "
+                        "with `doran merge` and serve the merged checkpoint"
+                    )
+        return tuple(others)
+
+    def _check_rank(self, folder: Path, record: _Factored) -> None:
+        rank = max(module.A.shape[0] for module in record.modules.values())
+        if self.max_rank is not None and rank > self.max_rank:
+            raise RankError(f"{folder}: rank {rank}, but the engine was started with max_lora_rank={self.max_rank}")
 
     def _check_targets(self, adapter: ServedAdapter) -> None:
         for name in adapter.modules if self.targets is not None else ():
@@ -161,18 +241,22 @@ class AdapterStore:
                     f"{','.join(sorted(self.targets))}"
                 )
 
-    def _load_lora(self, folder: Path) -> tuple[ServedAdapter | None, AnyAdapter | None]:
+    def _load_lora(self, folder: Path) -> tuple[ServedAdapter | None, PeftAdapter | None]:
         try:
             adapter = read_adapter(folder)
         except AdapterFormatError as error:
             if type(error) in (AdapterFormatError, UnexpectedKeyError):  # sound files, but not a plain LoRA
                 return None, None
             raise
-        if not isinstance(adapter, PeftAdapter) or adapter.extra:
+        if not isinstance(adapter, PeftAdapter):
             return None, None
+        if adapter.extra:
+            if not all(name.rpartition(".")[0].rpartition(".")[2] in _CLASSIFIERS for name in adapter.extra):
+                _refuse_replaced(folder, adapter.extra)
+            return None, adapter
         parts = adapter.modules.values()
         if any(part.kind is not None or ".experts" in part.name for part in parts):
-            return None, None
+            return None, adapter
         modules = {part.name: ServedModule(part.name, part.A, part.B.float() * part.scaling, None) for part in parts}
         return ServedAdapter(folder, "lora", modules), adapter
 
@@ -223,10 +307,7 @@ def _form(folder: Path) -> AdapterForm:
 def _served(folder: Path, form: AdapterForm, adapter: CompiledAdapter) -> ServedAdapter:
     """Refuse what one batch cannot hold: replaced base parameters, and layers that are not linear."""
     if adapter.extra:
-        raise UnexpectedKeyError(
-            f"{folder}: replaces base parameters in full ({', '.join(sorted(adapter.extra))}), which requests of one "
-            "batch share; merge it with `doran merge` and serve the merged checkpoint"
-        )
+        _refuse_replaced(folder, adapter.extra)
     for module in adapter.modules.values():
         if module.kind not in ("linear", "conv1d"):
             raise AdapterFormatError(
@@ -237,13 +318,25 @@ def _served(folder: Path, form: AdapterForm, adapter: CompiledAdapter) -> Served
     return ServedAdapter(folder, form, modules)
 
 
-def adapter_version(path: str | Path) -> str:
-    """A short name for the files of an adapter as they are now; another one once any of them is replaced."""
-    return _short(_signature(Path(path)))
+def _refuse_replaced(folder: Path, names: Collection[str]) -> NoReturn:
+    raise UnexpectedKeyError(
+        f"{folder}: replaces base parameters in full ({', '.join(sorted(names))}), which requests of one batch share; "
+        "merge it with `doran merge` and serve the merged checkpoint"
+    )
 
 
-def _short(signature: _Signature) -> str:
-    return hashlib.sha256(repr(signature).encode()).hexdigest()[:16]
+def check_mergeable(info: AdapterInfo) -> None:
+    """Raise TargetError if merged mode cannot swap the adapter in: it writes weights of linear layers alone."""
+    if info.rank is None or info.others:
+        layers = f": {', '.join(info.others[:3])}" if info.others else ""
+        raise TargetError(
+            f"{info.path}: adapts more than linear layers{layers}; merged mode cannot swap them; serve it in mixed "
+            "mode, or the checkpoint that `doran merge` makes"
+        )
+
+
+def _restless(folder: Path) -> AdapterFormatError:
+    return AdapterFormatError(f"{folder}: its files changed each of the {_TRIES} times that they were read")
 
 
 _Signature = tuple[tuple[str, int, int, int], ...]

@@ -9,6 +9,7 @@ __all__ = ["NAMES", "exists", "locate", "lookup"]
 
 NAMES = {
     "BaseLinearLayerWithLoRA": "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA",
+    "EngineDeadError": "vllm.v1.engine.exceptions:EngineDeadError",
     "EngineCoreOutput": "vllm.v1.engine:EngineCoreOutput",
     "EngineCoreOutputs": "vllm.v1.engine:EngineCoreOutputs",
     "LinearBase": "vllm.model_executor.layers.linear:LinearBase",

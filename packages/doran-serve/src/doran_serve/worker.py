@@ -1,17 +1,21 @@
 """vLLM's adapter managers, taught to read doran's forms and to hand each layer its scale. Does not import vLLM.
 
 Loading checks everything, names, shapes, ranks, before vLLM registers the adapter: an error after that would leave it
-registered and half loaded.
+registered and half loaded. `prepare_adapters` loads what a step needs before the step, where an error harms nobody:
+see `guard`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from doran_core.errors import TargetError, TensorShapeError
+from doran_core.errors import AdapterFormatError, DoranError, TargetError, TensorShapeError
+from doran_serve.admission import unmarked
 from doran_serve.layer_map import nearest, output_sizes, renamer
 from doran_serve.layers import ScaledOutput
 from doran_serve.records import ServedAdapter, ServedModule
@@ -28,8 +32,17 @@ if TYPE_CHECKING:
         modules: dict[str, Any]
         packed_modules: dict[str, list[str]]
 
+        _registered_adapters: Any
+        capacity: int
+
+        def _add_adapter(self, lora: Any) -> None: ...
+        def __len__(self) -> int: ...
         def activate_adapter(self, lora_id: int) -> bool: ...
+        def add_adapter(self, adapter: Any) -> bool: ...
         def get_adapter(self, adapter_id: int) -> Any: ...
+        def list_adapters(self) -> dict[int, Any]: ...
+        def remove_adapter(self, adapter_id: int) -> bool: ...
+        def remove_oldest_adapter(self) -> bool: ...
 
     class StockWorkerManager:
         """What `DoranLoading` relies on in vLLM's `LRUCacheWorkerLoRAManager`."""
@@ -38,15 +51,28 @@ if TYPE_CHECKING:
         lora_config: Any
 
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None: ...
+        def _apply_adapters(self, lora_requests: set[Any]) -> None: ...
         def _load_adapter(self, lora_request: Any) -> Any: ...
+        def add_adapter(self, lora_request: Any) -> bool: ...
 
 else:
     StockModelManager = StockWorkerManager = object
 
-__all__ = ["DoranLoading", "DoranScales", "with_doran_loading", "with_doran_scales"]
+__all__ = [
+    "DoranLoading",
+    "DoranScales",
+    "forget_adapters",
+    "prepare_adapters",
+    "with_doran_loading",
+    "with_doran_scales",
+]
 
 _SCALES = "doran_scales"
 """Attribute of vLLM's LoRAModel: vLLM layer name to the full scale `[d_out_i]` of each projection packed in it."""
+
+_SOURCE = "doran_source"
+"""Attribute of vLLM's LoRAModel: the path that it was loaded from, or `_STAND_IN`."""
+_STAND_IN = "stand-in"
 
 
 class DoranScales(StockModelManager):
@@ -64,6 +90,13 @@ class DoranScales(StockModelManager):
                 layer.set_scale(slot, parts)
         return activated
 
+    def _add_adapter(self, lora: Any) -> None:
+        """As vLLM's, which looks at the first layer of an adapter, for one that has none on this worker, too."""
+        if lora.loras:
+            super()._add_adapter(lora)
+        else:
+            self._registered_adapters[lora.id] = lora
+
 
 class DoranLoading(StockWorkerManager):
     """Mixin over vLLM's worker manager: reads an adapter through an `AdapterStore`."""
@@ -74,31 +107,115 @@ class DoranLoading(StockWorkerManager):
         # With pipeline parallelism a worker has some of the layers; the front process has checked the names.
         self._partial = vllm_config.parallel_config.pipeline_parallel_size > 1
 
-    def _load_adapter(self, lora_request: Any) -> Any:
-        path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
-        self._store.require_directory(path, lora_request.lora_name)
-        adapter = self._store.load(path)
-        if adapter is None:  # a LoRA of a kind that only vLLM knows
-            return super()._load_adapter(lora_request)
-        return self._build(adapter, lora_request.lora_int_id)
+    def prepare(self, lora_requests: Sequence[Any]) -> tuple[dict[int, str], dict[int, str]]:
+        """Load the adapters of the next step and give them slots.
 
-    def _build(self, adapter: ServedAdapter, adapter_id: int) -> Any:
+        An adapter that fails gets an empty stand-in, so that the step can run; `guard` discards what it computes.
+
+        Returns:
+            By number: the error of each adapter that failed, and the path of each adapter that is loaded now.
+        """
+        errors = {}
+        for request in lora_requests:
+            try:
+                self.add_adapter(request)
+            except Exception as error:
+                errors[request.lora_int_id] = f"{type(error).__name__}: {error}"
+                self._stand_in(request.lora_int_id)
+        loaded = self._adapter_manager.list_adapters()
+        return errors, {number: getattr(model, _SOURCE, "") for number, model in loaded.items()}
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        """As vLLM's, but two versions never share a number, and what failed before is tried again."""
+        number = lora_request.lora_int_id
+        loaded = self._adapter_manager.list_adapters().get(number)
+        source = getattr(loaded, _SOURCE, None)
+        if source == _STAND_IN:
+            self._adapter_manager.remove_adapter(number)
+        elif source not in (None, lora_request.lora_path) and not lora_request.load_inplace:
+            raise AdapterFormatError(
+                f"{lora_request.lora_path}: its number {number} stands for {source}; two adapters need two numbers"
+            )
+        try:
+            added = super().add_adapter(lora_request)
+        except Exception:
+            if loaded is None:  # vLLM may have registered it before its layers refused it
+                self._adapter_manager.remove_adapter(number)
+            raise
+        setattr(self._adapter_manager.list_adapters()[number], _SOURCE, lora_request.lora_path)
+        return added
+
+    def _apply_adapters(self, lora_requests: set[Any]) -> None:
+        loaded = self._adapter_manager.list_adapters()
+        super()._apply_adapters(
+            {
+                request
+                for request in lora_requests
+                if request and getattr(loaded.get(request.lora_int_id), _SOURCE, None) != _STAND_IN
+            }
+        )
+
+    def _stand_in(self, number: int) -> None:
+        manager = self._adapter_manager
+        manager.remove_adapter(number)
+        if len(manager) + 1 > manager.capacity:
+            manager.remove_oldest_adapter()
+        empty = lookup("LoRAModel")(number, 1, {})
+        setattr(empty, _SOURCE, _STAND_IN)
+        manager.add_adapter(empty)
+        manager.activate_adapter(number)
+
+    def _load_adapter(self, lora_request: Any) -> Any:
+        if hasattr(lora_request, "lora_tensors"):  # another package's, whose own loader is what we extend
+            return self._load_foreign(lora_request)
+        path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
+        source, digest = unmarked(path)
+        if digest is None:
+            self._store.require_directory(path, lora_request.lora_name)
+        adapter, folder = self._store.load_admitted(path)
+        places = _places(self._adapter_manager)
+        if adapter is not None and (
+            adapter.form != "lora" or set(self._names(adapter, places).values()) <= places.keys()
+        ):
+            return self._build(adapter, places, lora_request.lora_int_id)
+        model = super()._load_adapter(_from_folder(lora_request, folder))  # layers that only vLLM adapts
+        if not self._partial:
+            _check_adapted(source, model, self._adapter_manager)
+        return model
+
+    def _load_foreign(self, lora_request: Any) -> Any:
+        config = getattr(lora_request, "peft_config", None) or {}
+        if config.get("use_dora") or config.get("peft_type") == "DORAN":
+            raise AdapterFormatError(
+                f"adapter {lora_request.lora_name!r}: another package (such as verl) hands vLLM an adapter's tensors, "
+                "and loads LoRA alone that way; load a DoRA or DoRAN adapter with doran_serve.reload_adapter"
+            )
+        return super()._load_adapter(lora_request)
+
+    def _names(self, adapter: ServedAdapter, places: Mapping[str, Any]) -> dict[str, str]:
+        """The adapter's module names to vLLM's."""
+        rename = renamer(self._adapter_manager.model, lookup("parse_fine_tuned_lora_name"))
+        names = {name: rename(name) for name in adapter.modules}
+        # Embedding models are adapted without their wrapper.
+        return {
+            name: f"model.{new}" if new not in places and f"model.{new}" in places else new
+            for name, new in names.items()
+        }
+
+    def _build(self, adapter: ServedAdapter, places: Mapping[str, tuple[str, int]], adapter_id: int) -> Any:
         """vLLM's record of the adapter: factors by vLLM's module names, and the scales by layer."""
         manager = self._adapter_manager
-        places = _places(manager)
-        rename = renamer(manager.model, lookup("parse_fine_tuned_lora_name"))
+        names = self._names(adapter, places)
         weights: dict[str, Any] = {}
         scales: dict[str, dict[int, torch.Tensor]] = {}
         for module in adapter.modules.values():
-            name = rename(module.name)
-            if name not in places and f"model.{name}" in places:  # embedding models are adapted without their wrapper
-                name = f"model.{name}"
+            name = names[module.name]
             if name not in places:
                 if self._partial:
                     continue
                 raise TargetError(
-                    f"{adapter.path}: {module.name}: the served model has no adaptable layer of this name"
-                    + nearest(name, places)
+                    f"{adapter.path}: {module.name}: the served model has no layer of this name that takes a "
+                    f"{adapter.form} adapter" + nearest(name, places)
                 )
             layer_name, position = places[name]
             layer = manager.modules[layer_name]
@@ -116,6 +233,28 @@ class DoranLoading(StockWorkerManager):
         model = lookup("LoRAModel")(adapter_id, adapter.rank, weights)
         setattr(model, _SCALES, {name: _fill(manager.modules[name], parts) for name, parts in scales.items()})
         return model
+
+
+def prepare_adapters(worker: Any, lora_requests: Sequence[Any]) -> tuple[dict[int, str], dict[int, str]]:
+    """`DoranLoading.prepare` of a vLLM worker; run on every one of them by `collective_rpc`."""
+    manager = worker.model_runner.lora_manager
+    if not isinstance(manager, DoranLoading) or type(manager)._load_adapter is not DoranLoading._load_adapter:
+        raise DoranError(
+            f"another package has replaced vLLM's adapter loading after doran-serve ({type(manager).__qualname__}), so "
+            "that DoRA and DoRAN adapters would lose their scales; use one of the two"
+        )
+    return manager.prepare(lora_requests)
+
+
+def forget_adapters(worker: Any) -> None:
+    """Empty every slot of a vLLM worker, whose memory may have been lost; run by `collective_rpc`."""
+    worker.model_runner.lora_manager.remove_all_adapters()
+
+
+def _from_folder(lora_request: Any, folder: Path) -> Any:
+    request = copy.copy(lora_request)
+    request.lora_path = str(folder)
+    return request
 
 
 def with_doran_scales(stock: type) -> type:
@@ -137,6 +276,18 @@ def _places(manager: StockModelManager) -> dict[str, tuple[str, int]]:
             for position, name in enumerate(manager.packed_modules.get(layer_name, [layer_name])):
                 places[name] = (layer_name, position)
     return places
+
+
+def _check_adapted(path: str, model: Any, manager: StockModelManager) -> None:
+    """Refuse an adapter of which vLLM would silently leave a part out."""
+    known = set(manager.modules)
+    for names in manager.packed_modules.values():
+        known.update(names)
+    known |= {name.removeprefix("model.") for name in known}  # embedding models are adapted without their wrapper
+    for name in model.loras:
+        owner = name.partition(".experts")[0] + ".experts" if ".experts" in name else name
+        if name not in known and owner not in known:
+            raise TargetError(f"{path}: {name}: vLLM adapts no layer of this name" + nearest(name, known))
 
 
 def _check_shapes(adapter: ServedAdapter, module: ServedModule, layer: Any, position: int, packed: int) -> None:

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from doran_serve.guard import report_failures
 from doran_serve.merged.weights import swap_weights
-from doran_serve.store import adapter_version
 from doran_serve.vllm_symbols import lookup
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ __all__ = ["SwitchingScheduler", "with_switching"]
 
 _logger = logging.getLogger("vllm.doran_serve")
 
-_Version = tuple[str, str] | None
-"""Directory and content of the adapter that a request asks for; None for the base model."""
+_Version = str | None
+"""Directory and digest of the adapter that a request asks for, see `admission`; None for the base model."""
 
 
 class SwitchingScheduler(StockScheduler):
@@ -102,13 +102,7 @@ class SwitchingScheduler(StockScheduler):
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
         """vLLM's outputs, and an error for each request whose adapter could not be put in place."""
         outputs = super().update_from_output(*args, **kwargs)
-        for request in self._failed:
-            failure = lookup("EngineCoreOutput")(
-                request_id=request.request_id, new_token_ids=[], finish_reason=request.get_finished_reason()
-            )
-            if request.client_index not in outputs:
-                outputs[request.client_index] = lookup("EngineCoreOutputs")()
-            outputs[request.client_index].outputs.append(failure)
+        report_failures(outputs, self._failed)
         self._failed = []
         return outputs
 
@@ -121,7 +115,7 @@ class SwitchingScheduler(StockScheduler):
             if wanted != self._active:
                 self._put_in_place(wanted)
         except Exception:
-            _logger.exception("could not switch to %s: %d requests fail", wanted[0] if wanted else "base", len(turn))
+            _logger.exception("could not switch to %s: %d requests fail", wanted or "base", len(turn))
             for request in turn:
                 self._release(request)
             status = lookup("RequestStatus").FINISHED_ERROR
@@ -134,13 +128,13 @@ class SwitchingScheduler(StockScheduler):
     def _put_in_place(self, wanted: _Version) -> None:
         start = time.perf_counter()
         # What is in place is unknown until every worker has answered; a failed one is mended by the next swap.
-        self._active = ("", "unknown")
+        self._active = "unknown"
         if not self.reset_prefix_cache():
             raise RuntimeError("the prefix cache is in use, so what it holds for other weights cannot be dropped")
-        self.executor.collective_rpc(swap_weights, args=(wanted and wanted[0],))
+        self.executor.collective_rpc(swap_weights, args=(wanted,))
         self._active = wanted
         milliseconds = 1e3 * (time.perf_counter() - start)
-        _logger.info("switched to %s in %.1f ms", wanted[0] if wanted else "the base model", milliseconds)
+        _logger.info("switched to %s in %.1f ms", wanted or "the base model", milliseconds)
 
     def _release(self, request: Any) -> None:
         # The weights are the adapter's own: what follows, CUDA graphs above all, must see a plain request.
@@ -149,10 +143,7 @@ class SwitchingScheduler(StockScheduler):
 
 
 def _wanted(lora_request: Any) -> _Version:
-    if lora_request is None:
-        return None
-    path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
-    return path, adapter_version(path)
+    return None if lora_request is None else str(lora_request.lora_path)
 
 
 def with_switching(stock: type) -> type:

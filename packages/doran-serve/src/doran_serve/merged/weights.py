@@ -18,7 +18,7 @@ from doran_core.errors import AdapterFormatError, TargetError, TensorShapeError
 from doran_core.functional import direction
 from doran_serve.layer_map import Place, nearest, places_of, renamer
 from doran_serve.records import ServedModule
-from doran_serve.store import AdapterStore, adapter_version
+from doran_serve.store import AdapterStore
 from doran_serve.vllm_symbols import lookup
 
 __all__ = ["MergedWeights", "swap_weights"]
@@ -47,11 +47,11 @@ class MergedWeights:
         self._rename = renamer(model, lookup("parse_fine_tuned_lora_name"))
         self._base: dict[str, Tensor] = {}
         self._adapted: set[str] = set()
-        self._ready: OrderedDict[tuple[str, str], dict[str, ServedModule]] = OrderedDict()
+        self._ready: OrderedDict[str, dict[str, ServedModule]] = OrderedDict()
 
     @torch.no_grad()
     def swap(self, path: str | None) -> float:
-        """Put the adapter at `path` in place, or the base model for None.
+        """Put the adapter at `path`, from `admission.marked`, in place, or the base model for None.
 
         Returns:
             Seconds that it took.
@@ -75,11 +75,10 @@ class MergedWeights:
 
     def _read(self, path: str) -> dict[str, ServedModule]:
         """The adapter's modules by place, read if it is not at hand."""
-        key = (path, adapter_version(path))
-        if key in self._ready:
-            self._ready.move_to_end(key)
-            return self._ready[key]
-        adapter = self._store.load(path)
+        if path in self._ready:
+            self._ready.move_to_end(path)
+            return self._ready[path]
+        adapter, _ = self._store.load_admitted(path)
         if adapter is None:
             raise AdapterFormatError(f"{path}: adapts more than linear layers; merged mode cannot swap it")
         modules: dict[str, ServedModule] = {}
@@ -99,7 +98,7 @@ class MergedWeights:
                     f"but the served layer's is {list(expected)}"
                 )
             modules[name] = _pinned(module)
-        self._ready[key] = modules
+        self._ready[path] = modules
         while len(self._ready) > _READY:
             self._ready.popitem(last=False)
         return modules

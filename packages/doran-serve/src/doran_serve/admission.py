@@ -1,0 +1,185 @@
+"""Private copies of admitted adapters, by the digest of their files: what was checked is what is loaded. No vLLM here.
+
+A request may wait while the directory that it was admitted from is damaged, replaced or removed. The server therefore
+copies an adapter when it admits it, and sends the engine the directory with the digest of its files. The engine reads
+the copy, after it has compared the digest; on a machine without that copy it reads a directory of the same digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
+from doran_core.errors import AdapterFormatError
+from doran_core.files.opening import open_regular
+
+__all__ = ["AdmittedCopies", "content_digest", "marked", "unmarked"]
+
+_FILES = (CONFIG_FILE, TENSOR_FILE, SCALE_FILE)
+_MARK = "#sha256="
+_CHUNK = 2**20
+_LIMIT_VARIABLE = "DORAN_ADMITTED_GIB"
+_LIMIT = 20.0
+"""GiB of copies; beyond it the copies that were admitted longest ago are removed."""
+_KEPT_SECONDS = 600
+"""A copy that was admitted within so many seconds is never removed: requests for it may still wait."""
+
+_logger = logging.getLogger("vllm.doran_serve")
+
+
+def marked(path: str | Path, digest: str) -> str:
+    """The path of an adapter directory with the digest of the files that were admitted from it."""
+    return f"{path}{_MARK}{digest}"
+
+
+def unmarked(path: str) -> tuple[str, str | None]:
+    """Directory and digest of a path from `marked`; None for a plain path."""
+    directory, mark, digest = path.rpartition(_MARK)
+    return (directory, digest) if mark else (path, None)
+
+
+def content_digest(folder: Path) -> str:
+    """SHA-256 of the adapter's files: names and bytes.
+
+    Raises:
+        AdapterFormatError: a file is no regular file.
+        OSError: a file cannot be read.
+    """
+    return _digest(folder, lambda name, data: None)
+
+
+def _digest(folder: Path, take: Callable[[str, bytes], None]) -> str:
+    """The digest of the adapter files in `folder`; `take` gets each piece with its file's name, in order."""
+    total = hashlib.sha256()
+    for name in _FILES:
+        one = hashlib.sha256()
+        try:
+            for data in _pieces(folder / name):
+                one.update(data)
+                take(name, data)
+        except FileNotFoundError:
+            continue
+        total.update(f"{name}\0{one.hexdigest()}\0".encode())
+    return total.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open_regular(path) as descriptor:
+        while data := os.read(descriptor, _CHUNK):
+            yield data
+
+
+class AdmittedCopies:
+    """The copies in one directory, each in a subdirectory named by its digest. Several processes may share it.
+
+    Args:
+        directory: where the copies are; made when the first one is.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def keep(self, source: Path) -> str:
+        """Copy the adapter files of `source`, unless there is a copy, and return their digest.
+
+        Where there is no room for a copy, the engine reads `source` itself; one warning says so.
+
+        Raises:
+            AdapterFormatError: a file is missing, unreadable, or no regular file.
+        """
+        try:
+            return self._copy(source)
+        except OSError as error:
+            _logger.warning("no private copy of %s (%s): the engine reads the directory itself", source, error)
+        try:
+            return content_digest(source)
+        except OSError as error:
+            raise AdapterFormatError(f"{source}: {error.strerror or error}") from error
+
+    def touch(self, digest: str) -> bool:
+        """Note that the copy was admitted now; False if there is none."""
+        try:
+            os.utime(self.directory / digest)
+        except OSError:
+            return False
+        return True
+
+    def find(self, source: Path, digest: str) -> Path:
+        """The directory to read the version `digest` from: its copy, made anew where `source` still is this version.
+
+        Raises:
+            AdapterFormatError: there is no sound copy, and `source` holds something else.
+        """
+        copy = self.directory / digest
+        if self._sound(digest):
+            return copy
+        shutil.rmtree(copy, ignore_errors=True)
+        if self.keep(source) == digest:
+            return copy if copy.exists() else source
+        raise AdapterFormatError(
+            f"{source}: the admitted version (sha256 {digest[:16]}...) is gone: the directory holds another one, and "
+            f"there is no sound copy in {self.directory}; ask again, or set DORAN_CACHE_DIR to a directory that all "
+            "nodes of the server share"
+        )
+
+    def _copy(self, source: Path) -> str:
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._make_room()
+        staging = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.directory))
+        try:
+            files: dict[str, int] = {}
+
+            def write(name: str, data: bytes) -> None:
+                if name not in files:
+                    files[name] = os.open(staging / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o400)
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(files[name], view) :]
+
+            try:
+                digest = _digest(source, write)
+            finally:
+                for descriptor in files.values():
+                    os.close(descriptor)
+            target = self.directory / digest
+            if not (self.touch(digest) and self._sound(digest)):
+                shutil.rmtree(target, ignore_errors=True)
+                try:
+                    staging.rename(target)
+                except OSError:
+                    if not self._sound(digest):  # another process has put the same one there
+                        raise
+            return digest
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _sound(self, digest: str) -> bool:
+        try:
+            return content_digest(self.directory / digest) == digest
+        except (OSError, AdapterFormatError):
+            return False
+
+    def _make_room(self) -> None:
+        """Remove the copies that were admitted longest ago, while all together are above the limit."""
+        limit = float(os.environ.get(_LIMIT_VARIABLE) or _LIMIT) * 2**30
+        folders = []
+        for entry in os.scandir(self.directory):
+            try:
+                size = sum(file.stat().st_size for file in os.scandir(entry.path))
+                folders.append((entry.stat().st_mtime, size, entry.path))
+            except OSError:  # removed by another process, or no directory
+                continue
+        total = sum(size for _, size, _ in folders)
+        oldest = time.time() - _KEPT_SECONDS
+        for admitted, size, path in sorted(folders):
+            if admitted >= oldest or (total <= limit and not path.endswith(".tmp")):
+                continue
+            shutil.rmtree(path, ignore_errors=True)
+            total -= size

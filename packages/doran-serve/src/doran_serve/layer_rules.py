@@ -1,0 +1,59 @@
+"""Which layers of a base model a served adapter may change, by the base's files alone. No vLLM here.
+
+vLLM adapts linear layers, and with LoRA also embeddings, the output head and experts. The output scale of DoRA and
+DoRAN goes into linear layers only. The engine has the last word; these rules give its verdict before it is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from doran_core.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["LayerRules", "ServedAs"]
+
+ServedAs = Literal["linear", "embedding", "output head", "experts", "another tower"]
+"""How vLLM serves a layer."""
+
+_TOWERS = ("vision_config", "audio_config")
+"""Sections of a configuration by which a model has more than its language model."""
+
+
+class LayerRules:
+    """The rules for one base.
+
+    Args:
+        checkpoint: its files; without them names alone decide.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        config: Mapping[str, Any] = {} if checkpoint is None else checkpoint.config()
+        text = config.get("text_config")
+        self._vocabulary = (text if isinstance(text, dict) else config).get("vocab_size")
+        self._language: str | None = None
+        if checkpoint is not None and any(section in config for section in _TOWERS):
+            self._language = next((k.partition("embed_tokens")[0] for k in checkpoint if "embed_tokens" in k), None)
+
+    def served_as(self, name: str, rows: int, kind: str | None) -> ServedAs:
+        """How vLLM serves a layer.
+
+        Args:
+            name: of the module.
+            rows: d_out; of an embedding, d_out of its transpose.
+            kind: how the base keeps the weight, if the adapter says so.
+        """
+        parts = name.split(".")
+        if self._language is not None and not name.startswith(self._language) and "language_model" not in parts:
+            return "output head" if self._is_head(parts, rows) else "another tower"
+        if kind == "embedding":
+            return "embedding"
+        if "experts" in parts:
+            return "experts"
+        return "output head" if self._is_head(parts, rows) else "linear"
+
+    def _is_head(self, parts: list[str], rows: int) -> bool:
+        """Whether it maps to the vocabulary, outside of the numbered blocks."""
+        if any(part.isdigit() for part in parts):
+            return False
+        return parts[-1] == "lm_head" or (self._vocabulary is not None and rows == self._vocabulary)

@@ -1,0 +1,71 @@
+"""New versions of an adapter for an engine that runs, as a training loop makes them. Does not import vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from pathlib import Path
+from typing import Any
+
+from doran_serve.frontend import adapter_id, current_request
+from doran_serve.merged.mode import is_merged
+from doran_serve.vllm_symbols import lookup
+
+__all__ = ["reload_adapter", "reload_adapter_async"]
+
+_loaded: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def reload_adapter(llm: Any, name: str, directory: str | Path) -> Any:
+    """Load an adapter directory as it is now into a running engine, and drop the version of this name before it.
+
+    The base model is not touched, and no cached prefix of another version is used. Requests in flight keep the version
+    that they were sent with.
+
+    Args:
+        llm: `vllm.LLM` or vLLM's `LLMEngine`, made with ``enable_lora=True``, or in merged mode.
+        name: of the adapter; its versions follow each other under one name.
+        directory: an adapter of any form. It may be overwritten or removed once this returns.
+
+    Returns:
+        vLLM's LoRARequest for this version, to be passed to `generate`.
+
+    Raises:
+        AdapterRefusedError: the directory cannot be served; the message says why. The version before it stays.
+        LoRAAdapterNotFoundError: vLLM's own, if there is no such directory.
+    """
+    engine = getattr(llm, "llm_engine", llm)
+    request = _request(engine, name, directory)
+    engine.add_lora(request)
+    last = _replaced(engine, request, name)
+    if last is not None:
+        engine.remove_lora(last.lora_int_id)
+    return request
+
+
+async def reload_adapter_async(llm: Any, name: str, directory: str | Path) -> Any:
+    """As `reload_adapter`, for vLLM's `AsyncLLM`.
+
+    Raises:
+        as `reload_adapter`.
+    """
+    request = await asyncio.to_thread(_request, llm, name, directory)
+    await llm.add_lora(request)
+    last = _replaced(llm, request, name)
+    if last is not None:
+        await llm.remove_lora(last.lora_int_id)
+    return request
+
+
+def _request(engine: Any, name: str, directory: str | Path) -> Any:
+    path = str(Path(directory).resolve())
+    return current_request(engine.vllm_config, lookup("LoRARequest")(name, adapter_id(name), path))
+
+
+def _replaced(engine: Any, request: Any, name: str) -> Any | None:
+    """Note that `request` is the version of `name` now; the one before it, if the engine holds another."""
+    versions = _loaded.setdefault(engine, {})
+    last, versions[name] = versions.get(name), request
+    if last is None or last.lora_int_id == request.lora_int_id or is_merged(engine.vllm_config):
+        return None
+    return last

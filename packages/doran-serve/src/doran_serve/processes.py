@@ -1,0 +1,52 @@
+"""A server's processes end together: no engine outlives its server, no request its engine. Does not import vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from doran_serve.vllm_symbols import lookup
+
+__all__ = ["answering_at_shutdown", "end_with_parent"]
+
+_NAMES = ("ApiServer", "EngineCore", "VllmWorker")
+"""How vLLM's own processes are called; other children of multiprocessing are none of our business."""
+_PERIOD = 1.0
+_GRACE = 10.0
+"""Seconds that a process has to end by itself after its parent."""
+
+
+def end_with_parent() -> None:
+    """In a process of vLLM's: end when the process that started it is gone, which may have been killed."""
+    if multiprocessing.parent_process() is not None and multiprocessing.current_process().name.startswith(_NAMES):
+        threading.Thread(target=_watch, args=(os.getppid(),), name="doran-parent", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PERIOD)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def answering_at_shutdown(stock: Callable[..., None]) -> Callable[..., None]:
+    """Around `AsyncLLM.shutdown`: requests that are still open are answered with an error instead of left waiting."""
+
+    @functools.wraps(stock)
+    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
+        handler = getattr(self, "output_handler", None)
+        stock(self, *args, **kwargs)
+        if handler is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and every request with it
+                error = lookup("EngineDeadError")()
+                handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, error)
+
+    return shutdown
