@@ -103,7 +103,7 @@ def share_what_is_not_there() -> None:
 
 def mix_ranks() -> None:
     spec = LayerSpec("layer", "", 8, 8, rank=16, scaling=1.0)
-    GeneratedFactors(spec, config(), FactorTrunk(8, config()), owns_trunk=True)
+    GeneratedFactors(spec, config(), FactorTrunk(8, config()))
 
 
 def load_on_another_base_with_peft() -> None:

@@ -197,7 +197,7 @@ def test_one_trunk_serves_layers_of_two_precisions():
     x = torch.randn(2, 4)
     assert model[0](x).dtype == torch.float32
     assert model[1](x.double()).dtype == torch.float64
-    assert handle.layers["0"].doran_adapter.factors._trunk[0] is handle.layers["1"].doran_adapter.factors._trunk[0]
+    assert handle.layers["0"].doran_adapter.factors.trunk is handle.layers["1"].doran_adapter.factors.trunk
 
 
 def test_a_model_wide_trunk_with_several_ranks_can_be_saved_and_evaluated(tmp_path):

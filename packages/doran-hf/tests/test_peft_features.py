@@ -21,6 +21,7 @@ from peft import (
 from transformers import AutoModelForCausalLM
 
 from doran_core import read_adapter
+from doran_core.adapter.digest import seal_directory
 from doran_core.errors import BaseMismatchError, ConfigError, DoranError, NonFiniteError, TensorShapeError
 from doran_hf import DoranConfig, hotswap_adapter
 from doran_hf.layer import doran_layers
@@ -166,6 +167,7 @@ class TestHotSwap:
         key = next(key for key in tensors if key.endswith("layers.2.self_attn.v_proj.doran_adapter.magnitude"))
         tensors[key] = tensors[key][:-1].clone()
         save_file(tensors, path, metadata={"format": "pt"})
+        seal_directory(path.parent)
         model = PeftModel.from_pretrained(make_llama(), tmp_path / "one")
         with pytest.raises(TensorShapeError, match=r"magnitude' has shape \[15\], expected \[16\]"):
             hotswap_adapter(model, str(tmp_path / "two"))

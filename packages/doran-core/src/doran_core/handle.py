@@ -234,10 +234,7 @@ class DoranHandle:
     def _trainable(self, base_model: str | None) -> TrainableAdapter:
         return TrainableAdapter(
             config=self.config,
-            modules={
-                name: {key: value.detach().cpu() for key, value in layer.doran_adapter.state_dict().items()}
-                for name, layer in self.layers.items()
-            },
+            modules=self._tensors(),
             extra=self._extra(),
             base_fingerprint=self.base_fingerprint(),
             base_model=base_model,
@@ -245,6 +242,16 @@ class DoranHandle:
                 name: kind for name, layer in self.layers.items() if (kind := _file_kind(layer.view)) != "linear"
             },
         )
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each layer, shared ones with the first layer that has them."""
+        seen: dict[int, str] = {}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, layer in self.layers.items():
+            held = layer.doran_adapter.state_dict(keep_vars=True)
+            own = {key: value for key, value in held.items() if seen.setdefault(id(value), name) == name}
+            tensors[name] = {key: value.detach().cpu() for key, value in own.items()}
+        return tensors
 
     def _extra(self) -> dict[str, Tensor]:
         return {

@@ -248,7 +248,7 @@ def test_a_generators_own_forward_and_hooks_are_called(derived, implementation, 
 
 def test_model_wide_sharing_with_the_trunk_in_another_dtype(implementation, device):
     layer = cases.Case(options={"sharing": "model"}).layer(torch.float32, device)
-    trunk = layer.doran_adapter.factors._trunk[0]
+    trunk = layer.doran_adapter.factors.trunk
     trunk.to(torch.float64)
     with use_backend(implementation):
         assert layer(USUAL.x(torch.float32, device)).isfinite().all()

@@ -243,7 +243,7 @@ def test_base_stays_frozen_and_deepcopy_keeps_sharing():
     layer = wrap(nn.Linear(24, 12), DoranConfig(rank=4))
     assert not any(p.requires_grad for p in layer.base_layer.parameters())
     twin = copy.deepcopy(layer)
-    assert twin.doran_adapter.factors._trunk[0] is twin.doran_adapter.factors.trunk
+    assert twin.doran_adapter.factors.trunk is not layer.doran_adapter.factors.trunk
 
 
 class Padded(nn.Conv2d):

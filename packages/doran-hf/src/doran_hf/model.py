@@ -236,15 +236,17 @@ class DoranModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        expected = {key for key in model.state_dict() if f"{_MARK}{adapter_name}." in key}
-        missing = sorted(expected - remapped.keys())
+        held = _tensors_by_name(model, adapter_name)
+        unknown = sorted(key for key in remapped if _MARK in key and key not in held)
+        if unknown:
+            raise UnexpectedKeyError(f"adapter {adapter_name!r}: no layer of this model has the tensor {unknown[0]!r}")
+        # A shared network's tensors have a name in each layer that holds it; a file has one of them.
+        given = {id(held[key]) for key in remapped if key in held}
+        missing = sorted(key for key, tensor in held.items() if id(tensor) not in given)
         if missing:
             raise MissingKeyError(
                 f"adapter {adapter_name!r}: {len(missing)} tensors are missing, such as {missing[0]!r}"
             )
-        unknown = sorted(key for key in remapped if _MARK in key and key not in expected)
-        if unknown:
-            raise UnexpectedKeyError(f"adapter {adapter_name!r}: no layer of this model has the tensor {unknown[0]!r}")
         # With low_cpu_mem_usage these very tensors become the parameters. In a safetensors buffer they lie unaligned,
         # and sums over them then differ in the last bit from those of the model that was saved.
         return {key: tensor.clone() if _MARK in key else tensor for key, tensor in remapped.items()}
@@ -284,6 +286,16 @@ def _refuse_saved(name: str, config: DoranConfig) -> None:
                 f"{name}: modules_to_save={entry!r} means this module, too (PEFT compares the ends of names), so that "
                 "it trains in full; leave it out of target_modules, or exclude it with exclude_modules"
             )
+
+
+def _tensors_by_name(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's tensors under all names that the model has for them."""
+    return {
+        f"{name}{_MARK}{adapter_name}.{key}": tensor
+        for name, layer in model.named_modules()
+        if isinstance(layer, DoranLayer) and adapter_name in layer.doran_adapter
+        for key, tensor in layer.adapter(adapter_name).state_dict(keep_vars=True).items()
+    }
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:

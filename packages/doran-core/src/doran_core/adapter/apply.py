@@ -12,7 +12,7 @@ from doran_core.adapter.schema import TrainableAdapter
 from doran_core.errors import AdapterFormatError, BaseMismatchError
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.method.config import DoranConfig
-from doran_core.method.sharing import with_owners_of
+from doran_core.method.sharing import with_shared
 
 __all__ = ["apply_adapter"]
 
@@ -48,8 +48,7 @@ def apply_adapter(
             f"{path}: made for base weights {saved.base_fingerprint}, this model has {base_fingerprint}"
         )
     _check_same_function(config, saved.config, layers, path)
-    owners = {name: adapter.state_dict().keys() for name, adapter in layers.items()}
-    values = with_owners_of(owners, saved.modules, config)
+    values = with_shared(saved.modules, config)
     states: list[tuple[str, nn.Module, dict[str, Tensor]]] = [
         (name, adapter, values[name]) for name, adapter in layers.items()
     ]

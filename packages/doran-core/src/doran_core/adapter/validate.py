@@ -18,7 +18,7 @@ from doran_core.errors import (
     UnexpectedKeyError,
 )
 from doran_core.method.config import DoranConfig
-from doran_core.method.sharing import BLOCK_EMBEDDING, TRUNK, sharing_group
+from doran_core.method.sharing import BLOCK_EMBEDDING, TRUNK, shared_parts, sharing_group
 from doran_core.method.tau import tau_size
 
 __all__ = [
@@ -116,6 +116,7 @@ def check_trainable_modules(where: str, config: DoranConfig, modules: Mapping[st
     if config.factors == "generated" and not own_generator_parts(config, modules):
         for name, tensors in modules.items():
             _check_generated(where, config, name, tensors)
+        _check_stored_once(where, config, modules)
         _check_trunks(where, config, modules)
 
 
@@ -188,6 +189,20 @@ def _check_generated(where: str, config: DoranConfig, module: str, tensors: Mapp
     if "factors.w2_B" in tensors and tensors["factors.w2_B"].shape[0] != rows:
         found = tensors["factors.w2_B"].shape[0]
         raise TensorShapeError(f"{where}: {module}.factors.w2_B: {found} rows, magnitude has {rows}")
+
+
+def _check_stored_once(where: str, config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse a tensor that layers share and that two of them bring: which one counts would be a guess."""
+    for start, group_of in shared_parts(config).items():
+        holders: dict[tuple[object, str], str] = {}
+        for name, tensors in modules.items():
+            for part in tensors:
+                holder = holders.setdefault((group_of(name), part), name) if part.startswith(start) else name
+                if holder != name:
+                    raise UnexpectedKeyError(
+                        f"{where}: {name}: tensor {part!r}, which {holder} brings, too; layers that share a network "
+                        "store it once (a layer that was copied apart has networks of its own)"
+                    )
 
 
 def _check_trunks(where: str, config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> None:

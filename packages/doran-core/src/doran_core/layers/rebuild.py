@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from doran_core.errors import MissingKeyError, TensorShapeError, UnexpectedKeyEr
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import FactorBuilder, LayerSpec, StaticFactors
-from doran_core.method.sharing import SharedTrunks, block_of
+from doran_core.method.sharing import SharedTrunks, block_of, with_shared
 
 __all__ = ["build_adapters"]
 
@@ -48,8 +47,9 @@ def build_adapters(
     Raises:
         MissingKeyError, UnexpectedKeyError, TensorShapeError: naming the module and the tensor.
     """
-    trunks = SharedTrunks(config)
+    builder = factor_builder or (StaticFactors if config.factors == "static" else SharedTrunks(config).build)
     adapters = {}
+    tensors = with_shared(tensors, config)
     for module in tensors:
         d_out, columns = _sizes(tensors[module], module)
         columns = columns or (d_in or {}).get(module)
@@ -64,23 +64,12 @@ def build_adapters(
             config.scaling_for(module),
         )
         with torch.random.fork_rng(devices=[]):
-            factors = (factor_builder or _saved_factors(trunks, config, tensors[module]))(spec)
+            factors = builder(spec)
             adapters[module] = DoranAdapter(config, spec, factors).eval()
     # Only now does each trunk hold every shared output of its group.
     for module, adapter in adapters.items():
         _load(adapter, tensors[module], module)
     return adapters
-
-
-def _saved_factors(trunks: SharedTrunks, config: DoranConfig, tensors: Mapping[str, Tensor]) -> FactorBuilder:
-    """The builder of one module's factors; who owns what is shared is as in the file."""
-    if config.factors == "static":
-        return StaticFactors
-    return partial(
-        trunks.build,
-        owns_trunk=any(key.startswith("factors.trunk.") for key in tensors),
-        owns_block_embedding="factors.block_embedding.vector" in tensors,
-    )
 
 
 def _load(adapter: DoranAdapter, tensors: Mapping[str, Tensor], module: str) -> None:

@@ -21,6 +21,7 @@ from doran_core.kernels.fleet import Fleet
 from doran_core.kernels.networks import SLOPES, Networks, are_uniform
 from doran_core.method.config import DoranConfig
 from doran_core.method.factor_start import first_output_weight, first_values
+from doran_core.method.shared_network import SharedNetwork
 
 __all__ = [
     "FactorBuilder",
@@ -121,7 +122,7 @@ class _HiddenLayers(nn.Module):
         return self.embedding, self.weights[0]
 
 
-class FactorTrunk(nn.Module):
+class FactorTrunk(SharedNetwork):
     """What the layers of a sharing group share: embeddings, first layers and, if asked for, last layers.
 
     Args:
@@ -154,16 +155,13 @@ class FactorTrunk(nn.Module):
 class GeneratedFactors(nn.Module):
     """``A = H_A @ W2_A.T`` and ``B = (H_B @ W2_B.T).T`` with H from a trunk that other layers may share.
 
-    The first layer of a sharing group owns the trunk: it is a submodule there, and elsewhere a plain reference, so
-    that each parameter has one name, is saved once and is seen once by an optimizer.
+    Every layer of a sharing group registers the trunk, see :class:`~doran_core.method.shared_network.SharedNetwork`.
 
     Args:
         spec: the layer.
         config: the method's options.
         trunk: the group's trunk.
-        owns_trunk: register the trunk here.
         block_embedding: holder of the block's embedding ``[e]``, for ``sharing="model"``, or None.
-        owns_block_embedding: register it here.
         fleet: of the layers whose kernels are to be launched together; None for one of its own.
     """
 
@@ -173,21 +171,14 @@ class GeneratedFactors(nn.Module):
         config: DoranConfig,
         trunk: FactorTrunk,
         *,
-        owns_trunk: bool,
         block_embedding: BlockEmbedding | None = None,
-        owns_block_embedding: bool = False,
         fleet: Fleet | None = None,
     ) -> None:
         super().__init__()
         if trunk.rank != spec.rank:
             raise ConfigError(f"{spec.name}: rank {spec.rank} cannot use a trunk of rank {trunk.rank}")
-        # In a tuple, a module is out of nn.Module's sight: neither saved nor moved nor trained twice.
-        self._trunk = (trunk,)
-        self._block_embedding = (block_embedding,)
-        if owns_trunk:
-            self.trunk = trunk
-        if owns_block_embedding and block_embedding is not None:
-            self.block_embedding = block_embedding
+        self.trunk = trunk
+        self.block_embedding = block_embedding
         self.fleet = Fleet() if fleet is None else fleet
         self.d_in, self.d_out = spec.d_in, spec.d_out
         self.share_output = config.share_output
@@ -201,8 +192,8 @@ class GeneratedFactors(nn.Module):
         self.w2_B = nn.Parameter(hidden_B.new_zeros(spec.d_out, hidden_B.shape[1]))
 
     def _hidden(self) -> tuple[Tensor, Tensor]:
-        block = self._block_embedding[0]
-        hidden: tuple[Tensor, Tensor] = self._trunk[0](None if block is None else block.vector)
+        block = self.block_embedding
+        hidden: tuple[Tensor, Tensor] = self.trunk(None if block is None else block.vector)
         return hidden
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -214,7 +205,7 @@ class GeneratedFactors(nn.Module):
     def _output_weights(self) -> tuple[Tensor, Tensor]:
         if not self.share_output:
             return self.w2_A, self.w2_B
-        trunk = self._trunk[0]
+        trunk = self.trunk
         return trunk.output_A[str(self.d_in)], trunk.output_B[str(self.d_out)]
 
     def networks(self) -> tuple[Networks, float] | None:
@@ -223,7 +214,7 @@ class GeneratedFactors(nn.Module):
         None where that is something else: other depths and activations, mixed dtypes or devices, a class derived from
         this one, a hook that sees the networks' calls.
         """
-        trunk, block, slope = self._trunk[0], self._block_embedding[0], self.slope
+        trunk, block, slope = self.trunk, self.block_embedding, self.slope
         if slope is None or any(self._hooks()):
             return None
         w2_A, w2_B = self._output_weights()
@@ -237,23 +228,24 @@ class GeneratedFactors(nn.Module):
     @property
     def slope(self) -> float | None:
         """Of the activation left of 0, if the networks are of the form in doran_core.kernels.networks; else None."""
-        ordinary = len(self._trunk[0].A.weights) == 1 and type(self) is GeneratedFactors
+        ordinary = len(self.trunk.A.weights) == 1 and type(self) is GeneratedFactors
         return SLOPES.get(self.activation) if ordinary else None
 
     def _hooks(self) -> list[Mapping[Any, Any]]:
         """The dictionaries of hooks that would see a call of the networks."""
-        trunk = self._trunk[0]
+        trunk = self.trunk
         parts = (self, trunk, trunk.A, trunk.B)
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         return [getattr(part, kind) for part in parts for kind in kinds]
 
     def place(self) -> Place | None:
         """Where the parameters of :class:`~doran_core.kernels.networks.Networks` are, if W2 is this layer's own."""
-        if self.slope is None or self.share_output or self._block_embedding[0] is not None:
+        if self.slope is None or self.share_output or self.block_embedding is not None:
             return None
-        trunk, own = self._trunk[0], vars(self)
+        trunk, own = self.trunk, vars(self)
         slots: list[Slot] = []
-        others: list[Slot] = [(own, name) for name in ("_trunk", "_block_embedding", "share_output", "activation")]
+        others: list[Slot] = [(self._modules, name) for name in ("trunk", "block_embedding")]
+        others += [(own, name) for name in ("share_output", "activation")]
         for name in ("A", "B"):
             part = getattr(trunk, name)
             slots += [
@@ -265,7 +257,7 @@ class GeneratedFactors(nn.Module):
         return Place(slots, others, self._hooks())
 
 
-class BlockEmbedding(nn.Module):
+class BlockEmbedding(SharedNetwork):
     """The vector ``[e]`` that tells one block from the others in a model-wide trunk.
 
     It starts at 0, so that every block's features start close to the identity; the blocks' gradients part them.

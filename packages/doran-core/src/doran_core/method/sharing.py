@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from doran_core.kernels.fleet import Fleet
@@ -11,10 +11,10 @@ from doran_core.method.config import DoranConfig
 from doran_core.method.factors import BlockEmbedding, FactorTrunk, GeneratedFactors, LayerSpec
 from doran_core.support.patterns import name_pattern
 
-__all__ = ["BLOCK_EMBEDDING", "TRUNK", "SharedTrunks", "block_of", "sharing_group", "with_owners_of"]
+__all__ = ["BLOCK_EMBEDDING", "TRUNK", "SharedTrunks", "block_of", "shared_parts", "sharing_group", "with_shared"]
 
 TRUNK = "factors.trunk."
-"""Start of the names of what a sharing group's first layer owns for all of it, among a layer's tensors."""
+"""Start of the names of what a sharing group shares, among a layer's tensors."""
 BLOCK_EMBEDDING = "factors.block_embedding."
 """Likewise for the vector of a block, with ``sharing="model"``."""
 
@@ -48,42 +48,34 @@ def _group(config: DoranConfig, name: str, block: str, rank: int) -> tuple[str, 
     return {"block": block, "model": "", "none": name}[config.sharing], rank
 
 
-def with_owners_of(
-    owners: Mapping[str, Collection[str]], tensors: Mapping[str, Mapping[str, _T]], config: DoranConfig
-) -> dict[str, dict[str, _T]]:
-    """Saved tensors with what is shared under the layers that own it in a model.
-
-    The first layer of a group owns its trunk, and models may register the same layers in another order.
-
-    Args:
-        owners: names of each layer's tensors in the model.
-        tensors: saved tensors by name, of the same layers.
-        config: the options that decide the groups.
-    """
-    moved = {layer: dict(parts) for layer, parts in tensors.items()}
-    groups: dict[str, Callable[[str], object]] = {
+def shared_parts(config: DoranConfig) -> dict[str, Callable[[str], object]]:
+    """What layers share, by the start of its names among a layer's tensors: the function from layer to group."""
+    return {
         TRUNK: lambda layer: sharing_group(layer, config),
         BLOCK_EMBEDDING: lambda layer: block_of(layer, config.block_pattern),
     }
-    for start, group_of in groups.items():
-        here = {group_of(layer): layer for layer, names in owners.items() if _any_starts(names, start)}
+
+
+def with_shared(tensors: Mapping[str, Mapping[str, _T]], config: DoranConfig) -> dict[str, dict[str, _T]]:
+    """Saved tensors of layers, each with those of the networks that it shares: a file holds them under one layer.
+
+    Args:
+        tensors: by name, by layer. Any layer of a group may hold what the group shares.
+        config: the options that decide the groups.
+    """
+    full = {layer: dict(parts) for layer, parts in tensors.items()}
+    for start, group_of in shared_parts(config).items():
+        shared: dict[object, dict[str, _T]] = {}
         for layer, parts in tensors.items():
-            owner = here.get(group_of(layer), layer)
-            for name in parts:
-                if name.startswith(start) and name not in moved[owner]:
-                    moved[owner][name] = moved[layer].pop(name)
-    return moved
-
-
-def _any_starts(names: Collection[str], start: str) -> bool:
-    return any(name.startswith(start) for name in names)
+            own = {name: tensor for name, tensor in parts.items() if name.startswith(start)}
+            shared.setdefault(group_of(layer), {}).update(own)
+        for layer in full:
+            full[layer] |= shared[group_of(layer)]
+    return full
 
 
 class SharedTrunks:
-    """Builds generated factors layer by layer, giving each sharing group one trunk.
-
-    The first layer of a group that asks owns the trunk.
-    """
+    """Builds generated factors layer by layer, giving each sharing group one trunk."""
 
     def __init__(self, config: DoranConfig) -> None:
         self._config = config
@@ -91,33 +83,15 @@ class SharedTrunks:
         self._embeddings: dict[str, BlockEmbedding] = {}
         self._fleet = Fleet()
 
-    def build(
-        self, spec: LayerSpec, *, owns_trunk: bool | None = None, owns_block_embedding: bool | None = None
-    ) -> GeneratedFactors:
-        """The factors of one layer.
-
-        Args:
-            spec: the layer.
-            owns_trunk: register the group's trunk here; None for "if this is the group's first layer".
-            owns_block_embedding: likewise for the block's embedding.
-        """
+    def build(self, spec: LayerSpec) -> GeneratedFactors:
+        """The factors of one layer."""
         config = self._config
         group = _group(config, spec.name, spec.block, spec.rank)
-        first_of_group = group not in self._trunks
-        if first_of_group:
+        if group not in self._trunks:
             self._trunks[group] = FactorTrunk(spec.rank, config)
-        embedding, first_of_block = None, False
+        embedding = None
         if config.sharing == "model":
-            first_of_block = spec.block not in self._embeddings
-            if first_of_block:
+            if spec.block not in self._embeddings:
                 self._embeddings[spec.block] = BlockEmbedding(config)
             embedding = self._embeddings[spec.block]
-        return GeneratedFactors(
-            spec,
-            config,
-            self._trunks[group],
-            owns_trunk=first_of_group if owns_trunk is None else owns_trunk,
-            block_embedding=embedding,
-            owns_block_embedding=first_of_block if owns_block_embedding is None else owns_block_embedding,
-            fleet=self._fleet,
-        )
+        return GeneratedFactors(spec, config, self._trunks[group], block_embedding=embedding, fleet=self._fleet)

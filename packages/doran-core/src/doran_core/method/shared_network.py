@@ -1,0 +1,81 @@
+"""A network that several layers hold at once: one module under many names, whose tensors a state dict holds once.
+
+Every layer of a sharing group registers the group's networks. So ``parameters()`` gives each once as long as any layer
+is there, a copy of a layer takes its networks along, and a layer taken out leaves them with the others.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+__all__ = ["SharedNetwork", "shared_networks"]
+
+
+class SharedNetwork(nn.Module):
+    """Base of the networks that layers share.
+
+    A state dict of a model names the tensors after the first layer that holds them, and after no other. Loading takes
+    them under any of the layers' names; if none is there, all are missing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written_to: weakref.ref[Any] | None = None
+        self._prefix = ""
+        self._missing: list[str] | None = None
+        """The list of missing keys of the present loading; kept to know the next loading by."""
+        self._pending: list[str] = []
+        self._is_loaded = False
+        self.register_load_state_dict_post_hook(_accept_other_names)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """As nn.Module's; adds nothing to a `destination` that has these tensors already."""
+        written = None if self._written_to is None else self._written_to()
+        if destination is not None and destination is written:
+            return destination
+        with suppress(TypeError):  # a plain dict has no weak references; the tensors are then there under every name
+            self._written_to = weakref.ref(destination)
+        return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._prefix = prefix
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_written_to": None, "_missing": None, "_pending": []}
+
+
+def _accept_other_names(network: SharedNetwork, incompatible: Any) -> None:
+    """Of the names of a network that a state dict may use, one is enough: the others are not missing."""
+    missing: list[str] = incompatible.missing_keys
+    if network._missing is not missing:
+        network._missing, network._pending, network._is_loaded = missing, [], False
+    here = {f"{network._prefix}{name}" for name, _ in network.named_parameters()}
+    lacking = [key for key in missing if key in here]
+    if len(lacking) < len(here):
+        network._is_loaded = True
+        forgiven = network._pending
+    else:
+        network._pending += lacking
+        forgiven = network._pending if network._is_loaded else []
+    if forgiven:
+        missing[:] = [key for key in missing if key not in set(forgiven)]
+        network._pending = []
+
+
+def shared_networks(model: nn.Module) -> dict[SharedNetwork, list[str]]:
+    """Each shared network of a model with the names of the modules that hold it, in the model's order.
+
+    For training that cuts a model into units: a network whose holders lie in several units belongs to the unit around
+    them all.
+    """
+    found: dict[SharedNetwork, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for child in module.children():
+            if isinstance(child, SharedNetwork):
+                found.setdefault(child, []).append(name)
+    return found
