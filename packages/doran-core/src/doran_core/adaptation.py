@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from torch import nn
 
+from doran_core import kernels
 from doran_core.errors import TargetError
 from doran_core.handle import DoranHandle, read_trainable, set_trained
 from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
@@ -60,6 +61,7 @@ def _adapt(
     pad_encoders(model, layers.values())
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
+    kernels.prepare(model)
     return DoranHandle(model, config, layers, saved, places, trained)
 
 

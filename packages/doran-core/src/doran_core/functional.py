@@ -37,6 +37,7 @@ __all__ = [
     "per_row",
     "row_norm",
     "scaled_factor",
+    "wide",
     "wide_product",
     "wide_transposed_product",
 ]
@@ -52,6 +53,11 @@ _UPCAST_BYTES = 64 * 2**20
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which sums over these tensors are taken: float64 if any of them is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 if it is narrower: sharded training may hand half-precision copies of an adapter's parameters out."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
@@ -279,14 +285,14 @@ def per_row(groups: Tensor, rows: int) -> Tensor:
     """tau of each row from one of each group of neighbouring rows (a head); a single one, or one a row, as it is.
 
     Args:
-        groups: ``[k]``, k a divisor of ``rows``.
+        groups: ``[..., k]``, k a divisor of ``rows``.
         rows: d_out.
 
     Returns:
-        ``[1]`` or ``[rows]``.
+        ``[..., 1]`` or ``[..., rows]``.
     """
-    size = groups.numel()
-    return groups if size in (1, rows) else groups.repeat_interleave(rows // size)
+    size = groups.shape[-1]
+    return groups if size in (1, rows) else groups.repeat_interleave(rows // size, -1)
 
 
 def scaled_factor(B: Tensor, scale: Tensor, scaling: float) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from doran_core import kernels
 from doran_core.adapter import (
     CompiledAdapter,
     TrainableAdapter,
@@ -150,9 +151,23 @@ class DoranHandle:
         for place, layer in self._places:
             self.model.set_submodule(place, layer.base_layer)
         unpad_encoders(self.model)
+        kernels.unprepare(self.model)
         set_trained(self._trained)
         self._removed = True
         return self.model
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take everything anew that is kept of the weights and parameters, ``||W0||^2`` included.
+
+        To be called after writes that PyTorch does not count: through ``.data``, as some moving averages do, or from
+        outside of PyTorch. All others are noticed.
+        """
+        self._refuse_removed()
+        for layer in self.layers.values():
+            if not layer.merged:
+                layer.doran_adapter.reset_base(layer.view)
+        kernels.refresh()
 
     def _refuse_removed(self) -> None:
         if self._removed:

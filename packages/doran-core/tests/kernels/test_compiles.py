@@ -5,47 +5,11 @@ import pytest
 
 pytestmark = cases.needs_triton
 
-POINTERS = {"product", "gram", "B", "squared_norm", "magnitude", "tau", "norm", "scale", "grad_B", "aligned"} | {
-    "factor_grad", "sums", "grad_magnitude", "grad_tau", "raw_tau", "least", "through_norm", "out", "left", "right",
-}  # fmt: skip
-HALF_POINTERS = {"weight", "A", "scaled_B", "base_output", "hidden", "bias", "y", "grad", "kept", "scaled", "x"} | {
-    "grad_product",
-    "product_grad",
-    "grad_hidden",
-    "mixed",
-}
-ADDRESSES = {"table", "received", "trunks", "ranges", "members", "left_table", "right_table", "out_table"}
-FLOATS = {"scaling", "threshold", "slope", "alpha"}
-BLOCKS = {
-    "BLOCK_M": 64,
-    "BLOCK_N": 64,
-    "BLOCK_D": 32,
-    "BLOCK_R": 32,
-    "BLOCK_K": 64,
-    "BLOCK_T": 64,
-    "BLOCK": 64,
-    "R": 16,
-    "E": 64,
-    "H": 32,
-}
-FLAGS = {
-    "TAU_PER_ROW": False,
-    "REPAIR": True,
-    "HAS_BIAS": True,
-    "OF_OUTPUT": True,
-    "DETACH": False,
-    "WIDEN": False,
-    "RAW_TAU": True,
-    "PARTS": 64,
-    "AT_ONCE": 2,
-    "LEFT": -1,
-    "LEFT_WIDTH": 0,
-    "RIGHT": 2,
-    "RIGHT_WIDTH": 10,
-    "OUT": 0,
-    "OUT_WIDTH": 4,
-    "ADD": True,
-}
+FULL_POINTERS = {"B", "squared_norm", "magnitude", "tau", "norm", "scale", "aligned", "along", "sums", "out"}
+HALF_POINTERS = {"A", "base_output", "hidden", "bias", "y", "grad", "kept", "scaled", "left"}
+FLOATS = {"scaling", "threshold"}
+BLOCKS = {"BLOCK_D": 64, "BLOCK_R": 32, "BLOCK_K": 64, "BLOCK_T": 64}
+FLAGS = {"TAU_PER_ROW": False, "REPAIR": True, "HAS_BIAS": True, "IS_OUTPUT": True, "FROM_WEIGHT": True, "WIDEN": False}
 
 PROGRAM = """
 import sys
@@ -55,14 +19,12 @@ test_compiles.compile_all({half!r}, {capability!r})
 """
 
 
-def type_of(name, half):
-    if name.endswith("_dim"):
-        return "i32"
-    if name in ADDRESSES:
+def type_of(kernel, name, half):
+    if name == "table":
         return "*i64"
-    if name in HALF_POINTERS:
+    if name in HALF_POINTERS or (name == "B" and kernel == "expand_kernel"):
         return f"*{half}"
-    if name in POINTERS or name.startswith(("embedding_", "w1_", "w2_", "grad_", "A", "B")):
+    if name in FULL_POINTERS:
         return "*fp32"
     return "fp32" if name in FLOATS else "i32"
 
@@ -72,18 +34,18 @@ def compile_all(half, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from doran_core.kernels import triton_fleet, triton_kernels, triton_networks, triton_wide
+    from doran_core.kernels import triton_kernels
 
-    known = vars(triton_kernels) | vars(triton_networks) | vars(triton_fleet) | vars(triton_wide)
-    for kernel_name in [n for n in known if n.endswith("_kernel")]:
-        kernel = known[kernel_name]
-        constants = {n: v for n, v in (BLOCKS | FLAGS | {"PRECISION": "ieee"}).items() if n in kernel.arg_names}
-        full = "fp32" if kernel_name.startswith("generate") else half
-        signature = {n: "constexpr" if n in constants else type_of(n, full) for n in kernel.arg_names}
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        assert ".entry" in compiled.asm["ptx"], kernel_name
-        print(kernel_name, "compiled")
+    for kernel_name in [n for n in vars(triton_kernels) if n.endswith("_kernel")]:
+        kernel = vars(triton_kernels)[kernel_name]
+        for from_weight in (True, False) if "FROM_WEIGHT" in kernel.arg_names else (True,):
+            values = BLOCKS | FLAGS | {"PRECISION": "ieee", "FROM_WEIGHT": from_weight}
+            constants = {n: v for n, v in values.items() if n in kernel.arg_names}
+            signature = {n: "constexpr" if n in constants else type_of(kernel_name, n, half) for n in kernel.arg_names}
+            source = ASTSource(kernel, signature=signature, constexprs=constants)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            assert ".entry" in compiled.asm["ptx"], kernel_name
+            print(kernel_name, "compiled")
 
 
 @pytest.mark.parametrize(("half", "capability"), [("bf16", 90), ("fp16", 80), ("fp32", 80)])
@@ -99,4 +61,4 @@ def test_every_kernel_compiles(half, capability, tmp_path):
     program = PROGRAM.format(folder=folder, half=half, capability=capability)
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 17, run.stdout
+    assert run.stdout.count("compiled") == 5, run.stdout

@@ -62,12 +62,6 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         self._swap = WeightSwap()
         self._view: tuple[BaseView, torch.dtype | None] | None = None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._view is not None:  # a copy's layers have a fleet of their own
-            for name in self.doran_adapter:
-                self.adapter(name).enlist(self._view[0])
-
     @property
     def view(self) -> BaseView:
         """The base layer as a matrix ``[d_out, d_in]``; checked anew if the layer was exchanged or quantized."""
@@ -106,6 +100,12 @@ class DoranLayer(nn.Module, BaseTunerLayer):
     def adapter(self, name: str) -> DoranAdapter:
         """The adapter of this name."""
         return cast(DoranAdapter, self.doran_adapter[name])
+
+    def adapter_in_use(self) -> tuple[DoranAdapter, BaseView] | None:
+        """What the next call computes with: the active adapter and the base layer; None unless there is exactly one."""
+        active = () if self.disable_adapters or self.merged else self.active_adapters
+        names = [name for name in active if name in self.doran_adapter]
+        return (self.adapter(names[0]), self.view) if len(names) == 1 else None
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """Shapes and dtype of the base layer.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from doran_core.adapter.schema import FORMAT_VERSION, created_by
 from doran_core.adapter.validate import check_tensors
 from doran_core.errors import ConfigError, MissingKeyError, TargetError, UnexpectedKeyError
+from doran_core.kernels import prepare, unprepare
 from doran_core.layers.modules import make_factor_builder
 from doran_core.layers.uncalled import pad_encoders, read_not_called, unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig as CoreConfig
@@ -93,6 +94,7 @@ class DoranModel(BaseTuner):
             raise
         finally:
             del self._plan
+        prepare(self)  # with the tuner: PEFT calls it, and it the forward of the model inside, past that one's hooks
         if config.factor_penalty > 0.0:
             PenaltyHook.attach(model)
 
@@ -191,6 +193,7 @@ class DoranModel(BaseTuner):
         if merge:
             _warn_uncalled(self.model, adapter_names or self.active_adapters, _MERGING)
         PenaltyHook.detach(self.model)
+        unprepare(self)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unpad_encoders(model)
         keep_untied(model)

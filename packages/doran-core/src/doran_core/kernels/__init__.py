@@ -1,12 +1,23 @@
-"""Faster implementations of an adapted linear layer: a backward by hand, and Triton kernels on the GPU.
+"""Faster implementations of adapted layers: a backward by hand, weight sides computed together and kept, kernels.
 
 The formulas are doran_core.functional's; what is here computes the same function and is held to it by tests.
-``backend.py`` chooses, ``layer.py`` is the layer, ``passes.py`` and ``triton_passes.py`` its passes over memory,
-``networks.py`` the factor networks by hand. Where layers are
-computed together, ``fleet.py`` says when, ``weight_side.py`` and the families how, and ``prepared.py`` is the layer.
+``dispatch.py`` chooses for one call, ``adapted_linear.py`` is the layer, ``passes.py`` and ``triton_passes.py`` its
+passes over memory; ``weight_side.py`` computes A, B and c of many layers, ``layer_groups.py`` says of which and
+``prepare.py`` when.
 Triton is imported when first used, never before.
 """
 
+from doran_core.kernels.adapted_linear import adapted_linear
 from doran_core.kernels.backend import Backend, get_backend, set_backend, use_backend
+from doran_core.kernels.prepare import prepare, refresh, unprepare
 
-__all__ = ["Backend", "get_backend", "set_backend", "use_backend"]
+__all__ = [
+    "Backend",
+    "adapted_linear",
+    "get_backend",
+    "prepare",
+    "refresh",
+    "set_backend",
+    "unprepare",
+    "use_backend",
+]

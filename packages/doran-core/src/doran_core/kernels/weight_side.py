@@ -1,85 +1,254 @@
-"""The weight side of many layers as one step: from all their parameters to A, B' and c of each, and back.
+"""The weight side of N layers of one shape: from their parameters to A, B and c of each, and back.
 
-A layer's forward and backward (prepared.py) then launch what those of a plain low-rank adapter launch. What they learn
-of the gradients they leave with their :class:`~doran_core.kernels.sides.Side`. Autograd knows of it by a *ticket*, one
-element that all layers of a family take as an input and that none has a gradient for: the weight side's backward is
-called when all of theirs were. See layer.py for the formulas.
+    A, B from the factors' parameters (ordinary autograd on stacked tensors)
+    U = W0 A^T      K = U + g B (A A^T) = V A^T      n^2 = ||W0||^2 + g sum(B * (U + K), 1)      c = m / (n + tau)
+
+Backward, from the layers' gradients of A, g B and c (adapted_linear.py):
+
+    dm = dc / (n + tau)      dtau = dn = -dm c      dB = g d(gB) + (dn g / n) K      M = dL/dU = (dn g / n) B
+    dA = dA of the branch + M^T (W0 + g B A)
+
+Half precision uses A rounded to W0's dtype, in the branch and in the norm, so the norm is that of the weight in use.
+Autograd carries the gradients from the layers to here: what a layer takes are *ports*, zero-stride float32 outputs
+without memory of their own. A layer called twice adds up; of a layer that was not called all parameters get None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from doran_core.errors import BackendError
-from doran_core.kernels.family import Family, Row
-from doran_core.kernels.layer import SECOND_DERIVATIVE, without_autocast
-from doran_core.kernels.narrow_family import NarrowFamily
-from doran_core.kernels.networks import fit_kernels
-from doran_core.kernels.sides import Sides
-from doran_core.kernels.wide_family import WideFamily
+from doran_core.kernels.adapted_linear import SECOND_DERIVATIVE, LayerSide, small_scale, without_autocast
+from doran_core.kernels.passes import TorchPasses
 
-__all__ = ["make_family", "make_sides"]
+__all__ = ["Shape", "Stack", "compute", "forget", "now"]
+
+_epoch = [0]
 
 
-def make_family(rows: Sequence[Row]) -> Family:
-    """The layers' family, computed in the way that their sizes allow."""
-    networks = rows[0].networks
-    (rank, width), hidden = networks.embedding_A.shape, networks.w1_A.shape[0]
-    return (NarrowFamily if fit_kernels(rank, hidden, width) else WideFamily)(rows)
+def forget() -> None:
+    """No weight side that was computed before this call is used again."""
+    _epoch[0] += 1
 
 
-def make_sides(family: Family, *, lean: bool) -> tuple[Sides, Tensor, list[bool]]:
-    """The layers' parts, the ticket, and a flag that the first backward pass sets.
+def now() -> int:
+    """Changes with :func:`forget`."""
+    return _epoch[0]
 
-    Call this where no function transform is active.
+
+@dataclass
+class Shape:
+    """What the weight sides of N layers of one shape depend on besides parameters.
+
+    Attributes:
+        weights: the W0 ``[d_out, d_in]``; None if the layers hide them.
+        squared_norm: ``||W0||^2``, ``[N, d_out]`` acc.
+        has_bias: of each layer.
+        dtype: of A and B in the layers.
+        scaling: ``g``.
+        detach_norm: no gradient through the norm.
+        repair: take the norm directly for rows in which V nearly cancels.
+        passes: the implementation.
+        table: the addresses of the W0, for kernels; None without kernels.
     """
-    found: list[Sides] = []
-    spent = [False]
-    # Past what Function.apply does for function transforms with each of the many parameters.
-    apply = super(torch.autograd.Function, WeightSide).apply
-    with without_autocast(family.rows[0].weight):
-        ticket = apply(family, found, spent, lean, *family.parameters)  # type: ignore[no-untyped-call]
-    return found[0], ticket, spent
+
+    weights: list[Tensor] | None
+    squared_norm: Tensor
+    has_bias: Sequence[bool]
+    dtype: torch.dtype
+    scaling: float
+    detach_norm: bool
+    repair: bool
+    passes: TorchPasses
+    table: Tensor | None = None
+
+
+class Stack(torch.autograd.Function):
+    """``torch.stack`` of one parameter a layer, some of them perhaps shared by layers.
+
+    The gradient of a parameter that no layer in use depends on is None, as it is where layers are computed one by one.
+    ``apply(used, index, *parameters)``: layer i has ``parameters[index[i]]``; ``used`` is that of :func:`compute`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, used: list[bool], index: Sequence[int], *parameters: Tensor) -> Tensor:
+        ctx.used, ctx.index, ctx.count = used, index, len(parameters)
+        return torch.stack([parameters[i] for i in index])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        users: list[list[int]] = [[] for _ in range(ctx.count)]
+        for layer, parameter in enumerate(ctx.index):
+            users[parameter].append(layer)
+        found: list[Tensor | None] = []
+        for layers, needed in zip(users, ctx.needs_input_grad[2:], strict=True):
+            used = [layer for layer in layers if ctx.used[layer]]
+            if not needed or not (used or _is_distributed()):
+                found.append(None)
+            else:
+                found.append(grad[layers[0]] if len(layers) == 1 else torch.stack([grad[i] for i in layers]).sum(0))
+        return None, None, *found
+
+
+def _is_distributed() -> bool:
+    """Whether gradients are exchanged with other processes.
+
+    DistributedDataParallel takes every parameter that the graph reaches for used, and waits for its gradient: so layers
+    that were not used give zeros there, not None.
+    """
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def compute(
+    shape: Shape, used: list[bool], A: Tensor, B: Tensor, magnitude: Tensor, tau: Tensor, U: Tensor | None
+) -> list[LayerSide]:
+    """The layers' weight sides; with ports where gradients are enabled. Call this with autocast off.
+
+    Args:
+        shape: what they have in common.
+        used: a list of this pass; its backward pass writes there which layers it came from.
+        A: ``[N, r, d_in]`` acc.
+        B: ``[N, d_out, r]`` acc.
+        magnitude: ``[N, d_out]`` acc.
+        tau: ``[N, 1]`` or ``[N, d_out]`` acc.
+        U: ``W0 A^T [N, d_out, r]`` acc, where W0 is hidden.
+    """
+    found: list[LayerSide] = []
+    if torch.is_grad_enabled():
+        ports = WeightSide.apply(shape, used, found, A, B, magnitude, tau, U)  # type: ignore[no-untyped-call]
+        if ports[0].requires_grad:
+            count = len(found)
+            for layer, side in enumerate(found):
+                side.ports = ports[layer], ports[count + layer], ports[2 * count + layer]
+        return found
+    _forward(shape, found, A, B, magnitude, tau, U)
+    return found
+
+
+def _forward(
+    shape: Shape, found: list[LayerSide], A: Tensor, B: Tensor, magnitude: Tensor, tau: Tensor, U: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Fills ``found``; what the backward needs."""
+    low_A, low_B = A.to(shape.dtype), (B * shape.scaling).to(shape.dtype)
+    weights = None if U is not None else shape.weights
+    products = None if U is None else U.detach().clone()
+    aligned, norm, scale = shape.passes.row_scales(
+        weights, products, low_A if U is None else A, B, shape.squared_norm, magnitude, tau, shape.scaling, shape.table,
+        repair=shape.repair,
+    )  # fmt: skip
+    small = _SmallScales(scale, [small_scale(shape.dtype, has_bias=bias) for bias in shape.has_bias])
+    for layer, values in enumerate(zip(low_A.detach().unbind(), low_B.unbind(), scale.unbind(), strict=True)):
+        found.append(LayerSide(*values, None, shape.passes, small.of(layer)))
+    return low_A, aligned, norm, scale
 
 
 class WeightSide(torch.autograd.Function):
-    """:class:`Family` for autograd: ``apply(family, found, spent, lean, *family.parameters)`` gives the ticket.
-
-    ``found`` gets the layers' parts, and ``spent[0]`` is set by the first backward pass. What the backward needs is
-    kept past it, for several backward passes may go through one forward of the weight side; or it is made again by
-    each, if ``lean``.
-    """
+    """:func:`compute` for autograd: gives the ports of A, B and c, each for all layers."""
 
     @staticmethod
     def forward(
-        ctx: Any, family: Family, found: list[Sides], spent: list[bool], lean: bool, *parameters: Tensor
-    ) -> Tensor:
-        sides, kept = family.forward(lean=lean)
-        found.append(sides)
-        ctx.family, ctx.sides, ctx.kept, ctx.spent = family, sides, kept, spent
-        ctx.parameters = parameters
-        ctx.versions = [parameter._version for parameter in parameters]
+        ctx: Any,
+        shape: Shape,
+        used: list[bool],
+        found: list[LayerSide],
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+        tau: Tensor,
+        U: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        low_A, aligned, norm, scale = _forward(shape, found, A, B, magnitude, tau, U)
+        ctx.shape, ctx.used = shape, used
         ctx.set_materialize_grads(False)
-        return torch.empty(1, device=family.device)
+        ctx.save_for_backward(A if shape.weights is None else low_A, B, tau, aligned, norm, scale)
+        port = B.new_empty(1)
+        parts = shape.passes.sum_parts(B.shape[1])
+        sizes = A.shape, B.shape, (A.shape[0], parts, B.shape[1])
+        return tuple(each for size in sizes for each in port.expand(size).unbind())
 
     @staticmethod
-    def backward(ctx: Any, nothing: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *ports: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackendError(SECOND_DERIVATIVE)
-        family: Family = ctx.family
-        taken = ctx.sides.take(torch._C._current_graph_task_id())
-        used = [bool(sent) for sent in taken]
-        now = zip(ctx.parameters, ctx.versions, family.depends_on(used), strict=True)
-        if any(needed and parameter._version != version for parameter, version, needed in now):
-            raise RuntimeError(
-                "a parameter of an adapter was changed in place between a forward pass and its backward pass"
-            )
-        ctx.spent[0] = True
-        if not any(used):
-            return (None,) * (4 + len(ctx.parameters))
-        with without_autocast(family.rows[0].weight):
-            return None, None, None, None, *family.up_to_date().backward(ctx.kept, taken)
+        forget()  # what follows a backward pass may change parameters past PyTorch's counters
+        count = len(ports) // 3
+        ctx.used[:] = [port is not None for port in ports[2 * count :]]
+        saved = ctx.saved_tensors
+        with without_autocast(saved[0]):
+            return None, None, None, *_backward(ctx.shape, ports, *saved)
+
+
+def _backward(
+    shape: Shape,
+    ports: Sequence[Tensor | None],
+    A: Tensor,
+    B: Tensor,
+    tau: Tensor,
+    aligned: Tensor,
+    norm: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of A, B, magnitude, tau and U from those of the ports."""
+    count, parts = A.shape[0], shape.passes.sum_parts(B.shape[1])
+    grad_A, grad_B, sums = (
+        _stacked(ports[kind * count : (kind + 1) * count], B, size)
+        for kind, size in enumerate((A.shape[1:], B.shape[1:], (parts, B.shape[1])))
+    )
+    denominator = norm + tau
+    grad_magnitude = sums.sum(1).div_(denominator).masked_fill_(denominator <= 0, 0.0)
+    grad_norm = (grad_magnitude * scale).neg_()
+    grad_tau = grad_norm if tau.shape == norm.shape else grad_norm.sum(1, keepdim=True)
+    grad_B.mul_(shape.scaling)
+    grad_U = None
+    if not shape.detach_norm:
+        through = (grad_norm * shape.scaling).div_(norm).masked_fill_(norm <= 0, 0.0)[..., None]
+        grad_B.addcmul_(through, aligned)
+        grad_U = through * B
+        grad_A.baddbmm_(grad_U.mT @ B, A.to(B.dtype), alpha=shape.scaling)
+        if shape.weights is not None:
+            left = grad_U.to(shape.weights[0].dtype)
+            shape.passes.add_weight_products(grad_A, left, shape.weights, shape.table)
+    return grad_A, grad_B, grad_magnitude, grad_tau, grad_U if shape.weights is None else None
+
+
+def _stacked(gradients: Sequence[Tensor | None], like: Tensor, size: Sequence[int]) -> Tensor:
+    """``[N, ...]``; zeros for layers without a gradient."""
+    if any(each is None for each in gradients):
+        zeros = like.new_zeros(size)
+        gradients = [zeros if each is None else each for each in gradients]
+    return torch.stack(gradients)  # type: ignore[arg-type]
+
+
+class _SmallScales:
+    """Which layers have a scale too near 0 for y to tell the output before scaling; on its way to the host."""
+
+    def __init__(self, scale: Tensor, limits: list[float]) -> None:
+        self._limits = limits
+        self._small: list[bool] | None = None
+        self._event: torch.cuda.Event | None = None
+        least = scale.abs().amin(1)
+        if not least.is_cuda:
+            self._least = least
+        elif torch.cuda.is_current_stream_capturing():  # a graph's replays cannot ask: compute W0 x again always
+            self._small = [True] * len(limits)
+        else:
+            self._least = torch.empty(least.shape, dtype=least.dtype, pin_memory=True)
+            self._least.copy_(least, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def of(self, layer: int) -> Callable[[], bool]:
+        return lambda: self._all()[layer]
+
+    def _all(self) -> list[bool]:
+        if self._small is None:
+            if self._event is not None:
+                self._event.synchronize()  # recorded a whole forward ago
+            # not (a >= b): a scale that is not a number is small
+            self._small = [not value >= limit for value, limit in zip(self._least.tolist(), self._limits, strict=True)]
+        return self._small

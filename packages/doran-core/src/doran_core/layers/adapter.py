@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +11,14 @@ from torch import Tensor, nn
 from doran_core import functional
 from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.kernels import dispatch
-from doran_core.kernels.entries import Place, Slot
-from doran_core.kernels.layer import without_autocast
-from doran_core.kernels.networks import Networks
+from doran_core.kernels.adapted_linear import without_autocast
+from doran_core.kernels.prepare import Runtime
 from doran_core.layers import traced
 from doran_core.layers.base import BaseView
 from doran_core.method.config import DoranConfig
 from doran_core.method.experts import RankOneExperts
-from doran_core.method.factors import GeneratedFactors, LayerSpec, factor_penalty
+from doran_core.method.factors import LayerSpec, factor_penalty
 from doran_core.method.tau import Tau
-
-if TYPE_CHECKING:
-    from doran_core.kernels.family import Row  # which imports Triton
 
 __all__ = ["DoranAdapter"]
 
@@ -61,6 +56,7 @@ class DoranAdapter(nn.Module):
         # PyTorch's fused encoder layers read weights past the modules that hold them, unless a module in them has a
         # hook: a seldom called one has it here, for a hook doubles what a call costs.
         self.tau.register_forward_pre_hook(_no_operation)
+        self.runtime = Runtime()
 
     @torch.no_grad()
     def initialise(self, view: BaseView) -> None:
@@ -89,12 +85,6 @@ class DoranAdapter(nn.Module):
         with torch.inference_mode(False):  # it is for training, too
             self.base_squared_norm = view.squared_norm().to(self.magnitude.device)
         self._base_version = view.weight_version()
-        self.enlist(view)
-
-    def enlist(self, view: BaseView) -> None:
-        """Let kernels serve this layer together with others, see :class:`~doran_core.kernels.fleet.Fleet`."""
-        if isinstance(self.factors, GeneratedFactors) and not self._in_replica():
-            self.factors.fleet.enlist(self, view)
 
     def _check_start(self, A: Tensor, B: Tensor) -> None:
         spec, generator = self.spec, type(self.factors).__name__
@@ -155,7 +145,7 @@ class DoranAdapter(nn.Module):
 
     def output_scale(self, norm: Tensor) -> Tensor:
         """``c = m / (n + tau)``, ``[d_out]``."""
-        return functional.output_scale(self.magnitude, norm, self.tau())
+        return functional.output_scale(functional.wide(self.magnitude), norm, self.tau())
 
     def scale_and_factors(self, view: BaseView) -> tuple[Tensor, Tensor, Tensor]:
         """``(c [d_out], A [r, d_in], B' [d_out, r])`` of this pass: ``y = c * W0 x + B' A x + bias``.
@@ -185,76 +175,10 @@ class DoranAdapter(nn.Module):
         vars(self)["called"] = True  # nn.Module's own way of setting takes ten times as long
         if torch.compiler.is_compiling():
             return traced.forward(self, view, x, base_output)
-        dropout = self.config.dropout if self.training else 0.0
-        factors = self.factors
-        if base_output is None and isinstance(factors, GeneratedFactors) and not self._in_replica():
-            y = dispatch.run_prepared(factors.fleet, self, view, x, dropout=dropout)
-            if y is not None:
-                return y
-        implementation = dispatch.choose_for(view, x, self.magnitude, norm_method=self.config.norm_method)
-        if implementation == "reference":
-            return self._reference_forward(view, x, view.layer(x) if base_output is None else base_output)
-        by_hand = self._networks(view)
-        tau: Tensor | float | None = self.tau.raw if by_hand is not None and self.tau.is_softplus else None
-        with without_autocast(self.magnitude):
-            parameters, slope = (self.factor_pair(), None) if by_hand is None else by_hand
-            raw = tau is not None
-            if tau is None:
-                tau = self.tau()
-        return dispatch.run(
-            implementation, view, x, base_output, parameters, self.magnitude, tau, self.squared_norm_of_base(view),
-            scaling=self.scaling,
-            detach_norm=self.config.norm_grad == "detached",
-            repair=self.config.norm_method == "auto",
-            dropout=dropout,
-            slope=slope,
-            raw_tau=raw,
-        )  # fmt: skip
-
-    def _networks(self, view: BaseView) -> tuple[Networks, float] | None:
-        """The factor networks where the kernels can go all the way from their parameters, and back to them."""
-        factors = self.factors
-        if self.experts is not None or view.weight() is None:
-            return None
-        return factors.networks() if isinstance(factors, GeneratedFactors) else None
-
-    def place(self, view: BaseView) -> Place | None:
-        """Where the tensors of a :class:`~doran_core.kernels.family.Row` are; None if this layer has no such row.
-
-        Used by :class:`~doran_core.kernels.fleet.Fleet`, with which kernels serve many layers at once.
-        """
-        weight, factors, config = view.weight(), self.factors, self.config
-        place = factors.place() if isinstance(factors, GeneratedFactors) and self.experts is None else None
-        if place is None or weight is None or not self.tau.is_softplus or self._in_replica():
-            return None
-        if view.kind != "linear" or config.norm_method == "direct" or type(weight) not in (Tensor, nn.Parameter):
-            return None
-        if not view.is_plain:
-            return None
-        tau = self.tau._parameters if "raw" in self.tau._parameters else self.tau._buffers
-        slots: list[Slot] = [
-            (self._parameters, "magnitude"), (tau, "raw"), (self._buffers, "base_squared_norm"),
-            (view.layer._parameters, "weight"),
-        ]  # fmt: skip
-        own, modules = vars(self), self._modules
-        others: list[Slot] = [
-            (modules, "factors"), (modules, "tau"), (modules, "experts"), (own, "experts"), (own, "config"),
-            (own, "scaling"), (vars(self.tau), "kind"), (view.layer._parameters, "bias"), (vars(view.layer), "forward"),
-        ]  # fmt: skip
-        return Place([*place.slots, *slots], [*place.others, *others], [*place.hooks, *view.hooks()])
-
-    def _in_replica(self) -> bool:
-        """Whether nn.DataParallel made this module, for one call in a thread of its own."""
-        return "_is_replica" in vars(self)
-
-    def row(self, tensors: Sequence[Tensor], view: BaseView) -> Row:
-        """The row with the tensors at :meth:`place`."""
-        from doran_core.kernels.family import Row
-
-        assert isinstance(self.factors, GeneratedFactors)
-        assert self.factors.slope is not None
-        detach, repair = self.config.norm_grad == "detached", self.config.norm_method == "auto"
-        return Row.of(tensors, view.bias is not None, self.factors.slope, self.scaling, detach, repair)
+        y = dispatch.run(self, view, x, base_output)
+        if y is None:
+            y = self._reference_forward(view, x, view.layer(x) if base_output is None else base_output)
+        return y
 
     def _reference_forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
         """The formulas under autograd, for every kind of layer."""

@@ -6,8 +6,7 @@ A view holds a reference and no state, so it can be made at any time and never g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from doran_core import functional
 from doran_core.errors import TargetError
+from doran_core.kernels.torch_internals import call_hooks
 
 __all__ = ["BaseView", "ModuleKind", "base_view", "is_adaptable", "is_linear"]
 
@@ -99,17 +99,6 @@ class BaseView(ABC):
             raise TargetError(f"{type(self.layer).__name__} gives no access to its weight")
         return weight
 
-    def hooks(self) -> list[Mapping[Any, Any]]:
-        """The dictionaries of hooks that see the layer's calls."""
-        return [
-            *(getattr(self.layer, name) for name in _HOOKS),
-            *(getattr(torch.nn.modules.module, name) for name in _GLOBAL_HOOKS),
-        ]
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-
 
 class _LinearView(BaseView):
     """nn.Linear and its like: weight ``[d_out, d_in]``."""
@@ -121,7 +110,8 @@ class _LinearView(BaseView):
     @property
     def is_plain(self) -> bool:
         layer = self.layer
-        return type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) and not any(self.hooks())
+        own = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+        return own and not any(call_hooks(layer, global_hooks=True))
 
     def weight(self) -> Tensor:
         return cast(Tensor, self.layer.weight)

@@ -76,10 +76,6 @@ class DoranLayer(nn.Module):
         self.enabled = True
         self._swap = WeightSwap()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.doran_adapter.enlist(self._view)  # a copy's layers have a fleet of their own
-
     @property
     def view(self) -> BaseView:
         """The base layer as a matrix. Checked anew when the layer is another one, not at each call."""
@@ -116,6 +112,10 @@ class DoranLayer(nn.Module):
     def out_features(self) -> int:
         """Rows of it."""
         return self.doran_adapter.spec.d_out
+
+    def adapter_in_use(self) -> tuple[DoranAdapter, BaseView] | None:
+        """What the next call computes with: the adapter and the base layer; None while it is merged or disabled."""
+        return None if self.merged or not self.enabled else (self.doran_adapter, self.view)
 
     def original_weight(self) -> Tensor | None:
         """W0 ``[d_out, d_in]``, also while merged; None if the base layer gives no access to it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from doran_core.functional import wide
 from doran_core.method.config import DoranConfig
 
 __all__ = ["RankOneExperts"]
@@ -29,7 +30,7 @@ class RankOneExperts(nn.Module):
 
     def forward(self, A: Tensor) -> Tensor:
         """A ``[r, d_in]`` to the same shape; random in training if there is a mask."""
-        A = self.coefficients[:, None] * A
+        A = wide(self.coefficients)[:, None] * A
         if not self.training or self.mask == "none" or self.dropout == 0.0:
             return A
         shape = (A.shape[0], 1) if self.mask == "expert" else tuple(A.shape)

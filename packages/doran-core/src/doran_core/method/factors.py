@@ -7,18 +7,16 @@ A generator of your own is any ``nn.Module`` whose call without arguments return
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core.errors import ConfigError
-from doran_core.kernels.entries import Place, Slot
-from doran_core.kernels.fleet import Fleet
-from doran_core.kernels.networks import SLOPES, Networks, are_uniform
+from doran_core.functional import wide
 from doran_core.method.config import DoranConfig
 from doran_core.method.factor_start import first_output_weight, first_values
 from doran_core.method.shared_network import SharedNetwork
@@ -92,7 +90,7 @@ class StaticFactors(nn.Module):
         self.B = nn.Parameter(torch.zeros(spec.d_out, spec.rank, dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return self.A, self.B
+        return wide(self.A), wide(self.B)
 
 
 class _HiddenLayers(nn.Module):
@@ -112,14 +110,16 @@ class _HiddenLayers(nn.Module):
         self.weights = nn.ParameterList(map(nn.Parameter, weights))
 
     def forward(self, offset: Tensor | None) -> Tensor:
-        hidden = self.embedding if offset is None else self.embedding + offset.to(self.embedding)
-        for weight in self.weights:
-            hidden = self.activation(F.linear(hidden, weight) / math.sqrt(weight.shape[1]))
-        return hidden / hidden.shape[1]
+        embedding = wide(self.embedding)
+        embedding = embedding if offset is None else embedding + offset.to(embedding)
+        return self.features(embedding, [wide(weight) for weight in self.weights])
 
-    def first_layer(self) -> tuple[Tensor, Tensor]:
-        """Embedding ``[r, e]`` and W1 ``[h, e]``."""
-        return self.embedding, self.weights[0]
+    def features(self, embedding: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """H ``[..., r, h]`` from embeddings ``[..., r, e]`` and weights ``[..., h, e]``, of one network or of many."""
+        hidden = embedding
+        for weight in weights:
+            hidden = self.activation(hidden @ weight.mT / math.sqrt(weight.shape[-1]))
+        return hidden / hidden.shape[-1]
 
 
 class FactorTrunk(SharedNetwork):
@@ -162,7 +162,6 @@ class GeneratedFactors(nn.Module):
         config: the method's options.
         trunk: the group's trunk.
         block_embedding: holder of the block's embedding ``[e]``, for ``sharing="model"``, or None.
-        fleet: of the layers whose kernels are to be launched together; None for one of its own.
     """
 
     def __init__(
@@ -172,17 +171,14 @@ class GeneratedFactors(nn.Module):
         trunk: FactorTrunk,
         *,
         block_embedding: BlockEmbedding | None = None,
-        fleet: Fleet | None = None,
     ) -> None:
         super().__init__()
         if trunk.rank != spec.rank:
             raise ConfigError(f"{spec.name}: rank {spec.rank} cannot use a trunk of rank {trunk.rank}")
         self.trunk = trunk
         self.block_embedding = block_embedding
-        self.fleet = Fleet() if fleet is None else fleet
         self.d_in, self.d_out = spec.d_in, spec.d_out
         self.share_output = config.share_output
-        self.activation = config.activation
         if self.share_output:
             trunk.add_shared_outputs(spec.d_in, spec.d_out)
             return
@@ -198,7 +194,7 @@ class GeneratedFactors(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         hidden_A, hidden_B = self._hidden()
-        w2_A, w2_B = self._output_weights()
+        w2_A, w2_B = map(wide, self._output_weights())
         # A trunk may lie on another device, or in another precision, than this layer.
         return F.linear(hidden_A.to(w2_A), w2_A), F.linear(w2_B, hidden_B.to(w2_B))
 
@@ -207,54 +203,6 @@ class GeneratedFactors(nn.Module):
             return self.w2_A, self.w2_B
         trunk = self.trunk
         return trunk.output_A[str(self.d_in)], trunk.output_B[str(self.d_out)]
-
-    def networks(self) -> tuple[Networks, float] | None:
-        """The parameters and the activation's slope left of 0, for doran_core.kernels to do by hand what a call does.
-
-        None where that is something else: other depths and activations, mixed dtypes or devices, a class derived from
-        this one, a hook that sees the networks' calls.
-        """
-        trunk, block, slope = self.trunk, self.block_embedding, self.slope
-        if slope is None or any(self._hooks()):
-            return None
-        w2_A, w2_B = self._output_weights()
-        (embedding_A, w1_A), (embedding_B, w1_B) = trunk.A.first_layer(), trunk.B.first_layer()
-        if block is not None:
-            vector = block.vector.to(embedding_A)  # a trunk may lie on another device than a block
-            embedding_A, embedding_B = embedding_A + vector, embedding_B + vector
-        networks = Networks(embedding_A, w1_A, w2_A, embedding_B, w1_B, w2_B)
-        return (networks, slope) if are_uniform(networks) else None
-
-    @property
-    def slope(self) -> float | None:
-        """Of the activation left of 0, if the networks are of the form in doran_core.kernels.networks; else None."""
-        ordinary = len(self.trunk.A.weights) == 1 and type(self) is GeneratedFactors
-        return SLOPES.get(self.activation) if ordinary else None
-
-    def _hooks(self) -> list[Mapping[Any, Any]]:
-        """The dictionaries of hooks that would see a call of the networks."""
-        trunk = self.trunk
-        parts = (self, trunk, trunk.A, trunk.B)
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return [getattr(part, kind) for part in parts for kind in kinds]
-
-    def place(self) -> Place | None:
-        """Where the parameters of :class:`~doran_core.kernels.networks.Networks` are, if W2 is this layer's own."""
-        if self.slope is None or self.share_output or self.block_embedding is not None:
-            return None
-        trunk, own = self.trunk, vars(self)
-        slots: list[Slot] = []
-        others: list[Slot] = [(self._modules, name) for name in ("trunk", "block_embedding")]
-        others += [(own, name) for name in ("share_output", "activation")]
-        for name in ("A", "B"):
-            part = getattr(trunk, name)
-            slots += [
-                (part._parameters, "embedding"),
-                (part.weights._parameters, "0"),
-                (self._parameters, f"w2_{name}"),
-            ]
-            others += [(trunk._modules, name), (part._modules, "weights")]
-        return Place(slots, others, self._hooks())
 
 
 class BlockEmbedding(SharedNetwork):

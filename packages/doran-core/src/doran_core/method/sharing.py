@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from doran_core.kernels.fleet import Fleet
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import BlockEmbedding, FactorTrunk, GeneratedFactors, LayerSpec
 from doran_core.support.patterns import name_pattern
@@ -81,7 +80,6 @@ class SharedTrunks:
         self._config = config
         self._trunks: dict[tuple[str, int], FactorTrunk] = {}
         self._embeddings: dict[str, BlockEmbedding] = {}
-        self._fleet = Fleet()
 
     def build(self, spec: LayerSpec) -> GeneratedFactors:
         """The factors of one layer."""
@@ -94,4 +92,4 @@ class SharedTrunks:
             if spec.block not in self._embeddings:
                 self._embeddings[spec.block] = BlockEmbedding(config)
             embedding = self._embeddings[spec.block]
-        return GeneratedFactors(spec, config, self._trunks[group], block_embedding=embedding, fleet=self._fleet)
+        return GeneratedFactors(spec, config, self._trunks[group], block_embedding=embedding)

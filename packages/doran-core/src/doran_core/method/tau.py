@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core.errors import ConfigError
-from doran_core.functional import per_row
+from doran_core.functional import per_row, wide
 from doran_core.method.config import DoranConfig
 
 __all__ = ["Tau", "tau_size"]
@@ -82,16 +82,13 @@ class Tau(nn.Module):
         start = groups * self.init_value if self.relative else torch.full_like(groups, self.init_value)
         self.raw.copy_(_inverse_softplus(start.double().clamp_min(_SMALLEST)))
 
-    @property
-    def is_softplus(self) -> bool:
-        """Whether this pass adds ``softplus(raw)`` to the norm, and nothing random."""
-        return self.kind in ("learned", "fixed")
-
     def value(self) -> Tensor:
         """What inference adds to the norm: ``[1]``, per head or row ``[d_out]``, and a scalar 0 for the kind zero."""
-        if self.raw is None:
-            return torch.zeros(())
-        positive = F.softplus(self.raw)
+        return torch.zeros(()) if self.raw is None else self.value_of(wide(self.raw))
+
+    def value_of(self, raw: Tensor) -> Tensor:
+        """:meth:`value` of raw values ``[..., k]``: of one layer, or of many like it."""
+        positive = F.softplus(raw)
         return per_row(positive * _HALF_NORMAL_MEAN if self.kind == "gaussian" else positive, self.d_out)
 
     def forward(self) -> Tensor | float:
@@ -99,7 +96,7 @@ class Tau(nn.Module):
         if self.raw is None:
             return 0.0
         if self.kind == "gaussian" and self.training:
-            sigma = F.softplus(self.raw)
+            sigma = F.softplus(wide(self.raw))
             return per_row((sigma * torch.randn_like(sigma)).abs(), self.d_out)
         return self.value()
 

@@ -1,0 +1,235 @@
+"""Every private name of PyTorch and Triton that the accelerated path uses, each with why and what would make it go.
+
+A test checks that each still exists. Elsewhere only the dictionaries that every module carries are read
+(``_parameters``, ``_buffers``, ``_modules``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "NAMES",
+    "apply_directly",
+    "backward_pass",
+    "call_hooks",
+    "current_stream",
+    "direct_launch",
+    "has_saved_tensor_hooks",
+    "has_tensor_mode",
+    "has_transforms",
+    "is_replica",
+    "is_sharded",
+    "is_tracing",
+    "uses_fully_shard",
+    "version",
+    "without_view",
+]
+
+NAMES: tuple[tuple[str, str, str, str], ...] = (
+    (
+        "torch._C", "_current_graph_task_id",
+        "tells a checkpoint's recomputation from a forward pass",
+        "torch.utils.checkpoint says publicly that it is recomputing",
+    ),
+    (
+        "torch._C._autograd", "_top_saved_tensors_default_hooks",
+        "tells non-reentrant checkpointing, and offloading, from a plain pass",
+        "torch.autograd.graph has a public query",
+    ),
+    (
+        "torch._C", "_are_functorch_transforms_active",
+        "a Function without a vmap rule is left to the reference inside vmap and grad",
+        "torch.func has a public query",
+    ),
+    (
+        "torch._C", "_len_torch_dispatch_stack",
+        "selective checkpointing and other modes must see single operations",
+        "torch.utils._python_dispatch has a public query",
+    ),
+    (
+        "torch._C", "_get_tracing_state",
+        "a trace must not hold weight sides as constants",
+        "torch.jit.trace is gone",
+    ),
+    (
+        "torch.ops.aten", "_unsafe_view",
+        "what a Function returns may not be a view, and a reshape is one",
+        "autograd.Function allows views of what it made itself",
+    ),
+    (
+        "torch._C", "_cuda_getCurrentRawStream",
+        "the stream of a launch past Triton's dispatcher",
+        "Triton's own launch takes under 10 microseconds",
+    ),
+    (
+        "torch._C", "_cuda_getDevice",
+        "likewise its device",
+        "Triton's own launch takes under 10 microseconds",
+    ),
+    (
+        "torch._C", "_FunctionBase",
+        "Function.apply spends microseconds a call on function transforms, which are checked once before",
+        "Function.apply is as fast without active transforms",
+    ),
+    (
+        "torch.distributed._composable_state", "_module_state_mapping",
+        "fully_shard takes the memory of parameters away between forward and backward",
+        "a module tells publicly that a module above it was given to fully_shard",
+    ),
+    (
+        "torch.nn.modules.module", "_global_forward_hooks",
+        "hooks that see a base layer's call forbid computing its product without calling it",
+        "nn.Module has a public query for hooks",
+    ),
+)  # fmt: skip
+"""``(module, name, why, removed when)``."""
+
+version: Callable[[Tensor], int] = operator.attrgetter("_version")
+"""PyTorch's counter of writes to a tensor; inference tensors have none."""
+
+_KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS: list[Mapping[Any, Any]] = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in _KINDS]
+_SHARD_MARKS = ("_fsdp_flattened", "ds_id")
+"""Attributes by which FSDP1 and DeepSpeed mark parameters that are elsewhere between uses."""
+
+
+def backward_pass() -> int:
+    """A number of the backward pass that is running in this thread; -1 if there is none."""
+    return int(torch._C._current_graph_task_id())
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks pack what autograd saves: non-reentrant checkpointing, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def has_transforms() -> bool:
+    """Whether torch.func transforms are active."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def has_tensor_mode() -> bool:
+    """Whether a TorchDispatchMode sees every operation."""
+    return bool(torch._C._len_torch_dispatch_stack() > 0)
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace records this call."""
+    return bool(torch._C._get_tracing_state() is not None)
+
+
+def without_view(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A reshape that autograd does not take for a view."""
+    return torch.ops.aten._unsafe_view.default(rows, shape)  # type: ignore[no-any-return]
+
+
+def apply_directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its check for function transforms."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
+def uses_fully_shard() -> bool:
+    """Whether any module of this process was given to ``fully_shard`` (or another composable wrapper)."""
+    state = sys.modules.get("torch.distributed._composable_state")
+    return bool(state is not None and getattr(state, "_module_state_mapping", True))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP1 or DeepSpeed may take this parameter's memory away between uses."""
+    return any(hasattr(tensor, mark) for mark in _SHARD_MARKS)
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether nn.DataParallel made this module, for one call in a thread of its own."""
+    return "_is_replica" in vars(module)
+
+
+def call_hooks(module: nn.Module, *, global_hooks: bool = False) -> list[Mapping[Any, Any]]:
+    """The dictionaries of hooks that see the module's calls."""
+    return [*(getattr(module, kind) for kind in _KINDS), *(_GLOBAL_HOOKS if global_hooks else ())]
+
+
+def current_stream(device: torch.device) -> int:
+    """The device's current stream; 0 on the CPU."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+_TRITON_WITH_KNOWN_LAUNCH = ((3, 6),)
+"""Triton releases whose compiled kernels were seen to take ``(*pointers, *numbers, *constants, stream=)``. With others
+every launch goes through the dispatcher."""
+
+_MOST_KEPT = 4096
+"""Batches of ever new sizes would keep ever more launches."""
+
+_launches: dict[Any, Callable[..., None]] = {}
+
+
+def direct_launch(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **flags: Any
+) -> None:
+    """Launch a Triton kernel, past its dispatcher once the same launch was seen: 13 instead of 28 microseconds.
+
+    All that a compiled kernel depends on is the key of a dictionary.
+
+    Args:
+        kernel: a ``triton.jit`` function whose parameters are pointers, then numbers, then constants.
+        grid: programs in each dimension.
+        tensors: the pointers, on the device to launch on.
+        numbers: sizes, strides and other numbers.
+        flags: the constants by name, and options such as ``num_warps``.
+    """
+    device = tensors[0].get_device()
+    if device < 0 or not _launch_is_known() or device != torch._C._cuda_getDevice():
+        _dispatch(kernel, grid, tensors, numbers, flags, device)
+        return
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    union = 0
+    for pointer in pointers:
+        union |= pointer
+    if union & 15:  # which pointers are aligned is part of what Triton compiles for
+        _dispatch(kernel, grid, tensors, numbers, flags, device)
+        return
+    key = (kernel, device, grid, numbers, *flags.values(), *[tensor.dtype for tensor in tensors])
+    run = _launches.get(key)
+    if run is None:
+        compiled = _dispatch(kernel, grid, tensors, numbers, flags, device)
+        if len(_launches) >= _MOST_KEPT:
+            _launches.clear()
+        constants = [flags[name] for name in kernel.arg_names if name in flags]
+        start = compiled[(*grid, 1, 1)[:3]]
+        _launches[key] = lambda pointers, stream: start(*pointers, *numbers, *constants, stream=stream)
+        return
+    run(pointers, torch._C._cuda_getCurrentRawStream(device))
+
+
+def _dispatch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    flags: dict[str, Any],
+    device: int,
+) -> Any:
+    """Triton's own way. It launches on the current device; this makes that the tensors'."""
+    if device < 0 or device == torch.cuda.current_device():
+        return kernel[grid](*tensors, *numbers, **flags)
+    with torch.cuda.device(device):
+        return kernel[grid](*tensors, *numbers, **flags)
+
+
+_known: list[bool] = []
+
+
+def _launch_is_known() -> bool:
+    if not _known:
+        triton = importlib.import_module("triton")
+        _known.append(tuple(map(int, triton.__version__.split(".")[:2])) in _TRITON_WITH_KNOWN_LAUNCH)
+    return _known[0]
