@@ -148,6 +148,7 @@ class _Window:
 
     def __init__(self, opener: nn.Module, sides: dict[DoranAdapter, LayerSide]) -> None:
         self.opener, self.sides, self.backward_pass = opener, sides, internals.backward_pass()
+        self.was_asked = False
 
 
 class _Windows(threading.local):
@@ -161,6 +162,7 @@ _windows = _Windows()
 def _from_window(adapter: DoranAdapter, view: BaseView, implementation: Implementation) -> LayerSide | None:
     """From the innermost open window that has the adapter; None if there is none or its inputs have changed."""
     for window in reversed(_windows.open):
+        window.was_asked = True
         side = window.sides.get(adapter)
         if side is not None and window.backward_pass == internals.backward_pass():
             # An interrupt skips the hook that closes a window: so a weight side is checked when it is used, too.
@@ -172,6 +174,7 @@ class _Model:
     """The adapted layers below a module, and their groups."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.asks = True  # blocks that torch.compile compiles one by one never ask for what their model prepares
         self.layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "adapter_in_use")]
         self._inputs: list[tuple[LayerInputs, Implementation]] = []
         self._groups: list[LayerGroup] = []
@@ -243,9 +246,7 @@ def open_window(module: nn.Module, args: object) -> None:
         _models[module] = model = _Model(module)
     if any(_covers(window, model) for window in _windows.open):
         return
-    sides = model.compute()
-    if sides:
-        _windows.open.append(_Window(module, sides))
+    _windows.open.append(_Window(module, model.compute() if model.asks else {}))
 
 
 def close_window(module: nn.Module, args: object, output: object) -> None:
@@ -253,7 +254,9 @@ def close_window(module: nn.Module, args: object, output: object) -> None:
     if torch.compiler.is_compiling():
         return
     if _windows.open and _windows.open[-1].opener is module:
-        _windows.open.pop()
+        window = _windows.open.pop()
+        if module in _models:
+            _models[module].asks = window.was_asked
 
 
 def _covers(window: _Window, model: _Model) -> bool:
