@@ -21,6 +21,7 @@ _._create_and_replace
 _._add_targets_to_tie
 _._enable_peft_forward_hooks
 _._prepare_model
+_.from_json_file
 _.adapter_layer_names
 _.get_delta_weight
 _.on_log

@@ -114,15 +114,15 @@ def _support(rank: int, width: int) -> Tensor:
 def _orthogonal(rank: int, width: int) -> Tensor:
     """``[rank, width]`` with orthogonal rows of length sqrt(width), or orthogonal columns where it is too narrow."""
     tall = torch.randn(max(rank, width), min(rank, width), dtype=torch.float64)
-    columns = torch.linalg.qr(tall).Q * math.sqrt(max(rank, width))
+    columns: Tensor = torch.linalg.qr(tall).Q * math.sqrt(max(rank, width))
     return columns.T if width >= rank else columns
 
 
 def _dual(features: Tensor) -> Tensor:
     """The pseudoinverse, transposed."""
-    if features.shape[0] <= features.shape[1]:
-        return torch.linalg.solve(features @ features.T, features)
-    return torch.linalg.pinv(features).T
+    wide = features.shape[0] <= features.shape[1]
+    dual: Tensor = torch.linalg.solve(features @ features.T, features) if wide else torch.linalg.pinv(features).T
+    return dual
 
 
 def _inverse(activation: Activation, target: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ def _inverse(activation: Activation, target: Tensor) -> Tensor:
     largest = target.amax()
     if activation(2.0 * largest) < largest:
         target = target * (activation(torch.ones_like(largest)) / largest)
-    values, places = target.unique(return_inverse=True)
-    low, high = torch.zeros_like(values), torch.full_like(values, 2.0 * largest)
+    values, places = target.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    low, high = torch.zeros_like(values), torch.full_like(values, 2.0 * float(largest))
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         below = activation(middle) < values

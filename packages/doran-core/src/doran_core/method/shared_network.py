@@ -30,7 +30,7 @@ class SharedNetwork(nn.Module):
         """The list of missing keys of the present loading; kept to know the next loading by."""
         self._pending: list[str] = []
         self._is_loaded = False
-        self.register_load_state_dict_post_hook(_accept_other_names)
+        self.register_load_state_dict_post_hook(_accept_other_names)  # type: ignore[no-untyped-call]
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As nn.Module's; adds nothing to a `destination` that has these tensors already."""
