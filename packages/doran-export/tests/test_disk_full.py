@@ -30,7 +30,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_graph(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("doran_export.graph.torch_export._INLINE_LIMIT", 1000)
     source = saved(tiny_llama(num_hidden_layers=1, vocab_size=5000), tmp_path / "model")
-    with pytest.raises(ExportError, match=f"no space left on the disk of {small_disk}; nothing was written to .*out"):
+    with pytest.raises(ExportError, match=f"cannot write {small_disk}/out: the disk is full"):
         export(source, small_disk / "out", exporter="torch")
     assert not list(small_disk.iterdir())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +18,10 @@ import transformers
 from conftest import TEXT, saved, tiny_llama
 
 from doran_core.errors import CheckpointError, ConfigError, DoranError, MissingDependencyError
+from doran_core.files.atomic import new_directory
 from doran_export import ExportError, OnnxRunner, ProofError, UnsupportedModelError, export, verify
 from doran_export.graph.torch_export import trace
 from doran_export.proof.cases import read_inputs
-from doran_export.staging import staged_directory
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_no_config(tmp_path: Path) -> None:
 
 def test_broken_config(model: Path) -> None:
     (model / "config.json").write_text("{")
-    refuse(CheckpointError, "cannot be read as JSON", model)
+    refuse(CheckpointError, r"config\.json: not JSON", model)
 
 
 def test_config_with_a_bad_value(model: Path) -> None:
@@ -72,7 +74,7 @@ def test_no_weights(model: Path) -> None:
 def test_truncated_weights(model: Path) -> None:
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    refuse(CheckpointError, "cannot load the weights", model)
+    refuse(CheckpointError, r"model\.safetensors: truncated", model)
 
 
 def test_missing_head(model: Path) -> None:
@@ -87,7 +89,7 @@ def test_missing_head(model: Path) -> None:
 
 def test_head_of_another_size(model: Path) -> None:
     change_config(model, id2label={str(i): str(i) for i in range(5)}, label2id={str(i): i for i in range(5)})
-    refuse(CheckpointError, "cannot load the weights", model)
+    refuse(CheckpointError, r"model\.safetensors: truncated", model)
 
 
 def test_unknown_architecture(model: Path) -> None:
@@ -172,16 +174,50 @@ def test_input_files(tmp_path: Path) -> None:
 
 def test_full_disk(tmp_path: Path) -> None:
     def write() -> None:
-        with staged_directory(tmp_path / "out") as work:
+        with new_directory(tmp_path / "out", error=ExportError) as work:
             (work / "half").write_text("half")
             try:
                 raise OSError(errno.ENOSPC, "No space left on device")
             except OSError as error:
                 raise RuntimeError("the writer failed") from error
 
-    with pytest.raises(ExportError, match="no space left"):
+    with pytest.raises(ExportError, match="the disk is full"):
         write()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_output_directory_follows_the_umask(model: Path, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        export(model, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_exports_to_one_place(model: Path, tmp_path: Path) -> None:
+    """The second to be done finds the first there, and leaves it."""
+
+    def second() -> None:
+        with new_directory(tmp_path / "out", error=ExportError) as work:
+            (work / "model.onnx").write_text("second")
+            with new_directory(tmp_path / "out", error=ExportError) as other:
+                (other / "model.onnx").write_text("first")
+
+    with pytest.raises(ExportError, match="something else was put there"):
+        second()
+    assert (tmp_path / "out" / "model.onnx").read_text() == "first"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pipe_in_place_of_a_file(model: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(model, tmp_path / "odd")
+    (tmp_path / "odd" / name).unlink()
+    os.mkfifo(tmp_path / "odd" / name)
+    refuse(CheckpointError, name, tmp_path / "odd")
 
 
 def test_runner_and_verify_on_another_directory(model: Path) -> None:

@@ -230,7 +230,7 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("doran_core.adapter.write.save_safetensors", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(CheckpointError, match="the disk is full"):
         write_compiled(compiled_record(created_by="other"), target, overwrite=True)
     assert made.folder_bytes(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -14,11 +14,12 @@ import torch
 
 from doran_core.adapter import CompiledAdapter, read_adapter
 from doran_core.errors import ConfigError
+from doran_core.files.atomic import new_directory
 from doran_core.merge import merge_checkpoint
 from doran_export.adapters.adapter_file import read_adapter as read_adapter_file
 from doran_export.adapters.separate import compile_adapters, merged_weights, replaced, switched_weights
 from doran_export.errors import ExportError
-from doran_export.files import GENAI_CONFIG, MODEL_FILE, REPORT_FILE, adapter_files, read_json
+from doran_export.files import GENAI_CONFIG, MODEL_FILE, REPORT_FILE, adapter_files, read_json, require_free_place
 from doran_export.graph.genai import require_genai
 from doran_export.graph.precision import EXPORTERS, exporter_for, precision_for, proof_providers, target_for
 from doran_export.graph.spec import GraphSpec, make_spec
@@ -31,7 +32,6 @@ from doran_export.proof.reference import Reference
 from doran_export.report import ExportReport
 from doran_export.runtime.providers import available_providers, provider_names
 from doran_export.stage_timer import Progress, StageTimer
-from doran_export.staging import require_free_place, staged_directory
 
 __all__ = ["Progress", "export", "verify"]
 
@@ -116,7 +116,7 @@ def export(
         names = [made_for]  # its graph holds operators of one provider
     timer = StageTimer(progress)
     request = Request(chosen, wanted, made_for, names, inputs, tolerance)
-    with staged_directory(out) as work:
+    with new_directory(out, error=ExportError) as work:
         renamed, merged = work / "renamed", work / "merged"
         if adapters is not None:
             named = under_module_names(source, adapters.values(), renamed)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from doran_core.errors import CheckpointError
+from doran_core.errors import CheckpointError, CorruptFileError
+from doran_core.files.jsonfile import read_json as read_json_object
+from doran_core.files.opening import named_errors
+from doran_export.errors import ExportError
 
 __all__ = [
     "ADAPTERS",
@@ -18,6 +20,7 @@ __all__ = [
     "adapter_files",
     "copy_companions",
     "read_json",
+    "require_free_place",
 ]
 
 MODEL_FILE = "model.onnx"
@@ -66,12 +69,25 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not JSON or not an object.
     """
-    if not path.is_file():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
+        with named_errors(path, CheckpointError):
+            try:
+                return read_json_object(path)
+            except FileNotFoundError:
+                return {}
+    except CorruptFileError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def require_free_place(out: Path) -> None:
+    """Check that `out` may be created: it is absent or an empty directory.
+
+    Raises:
+        ExportError: it is a file, or a directory that holds something.
+    """
+    if out.is_dir():
+        inside = next(out.iterdir(), None)
+        if inside is not None:
+            raise ExportError(f"output directory {out} is not empty (it holds {inside.name}): name a new one")
+    elif out.exists():
+        raise ExportError(f"output {out} exists and is not a directory: name a new directory")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.errors import CheckpointError
 from doran_export.errors import UnsupportedModelError
 from doran_export.files import read_json
@@ -133,8 +134,9 @@ def _require_files(path: Path) -> None:
         raise CheckpointError(f"model directory {path} does not exist")
     if not read_json(path / "config.json"):
         raise CheckpointError(f"{path} has no config.json: expected a Hugging Face model directory")
-    if not any((path / name).is_file() for name in _WEIGHTS):
+    if not any((path / name).exists() for name in _WEIGHTS):
         raise CheckpointError(f"{path} has no safetensors weights: expected {' or '.join(_WEIGHTS)}")
+    Checkpoint(path)  # which reads every header as strictly as a merge does
 
 
 def _first_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ from doran_core.checkpoint.ties import OUTPUT_KEY, tied_embedding
 from doran_core.checkpoint.weight_layout import decide_kind, is_transposed, matrix_shape, to_matrix
 from doran_core.errors import AdapterFormatError, BaseMismatchError, CheckpointError
 from doran_core.files import StrPath
+from doran_core.files.opening import named_errors
 from doran_core.functional import merged_weight
 from doran_core.method.factors import FactorBuilder
 
@@ -151,6 +152,17 @@ def bind(
             not clear.
         BaseMismatchError: other base weights; names both fingerprints.
     """
+    with named_errors(where, AdapterFormatError):
+        return _bind(adapter, checkpoint, where, allow_base_mismatch, factor_builder)
+
+
+def _bind(
+    adapter: AnyAdapter,
+    checkpoint: Checkpoint,
+    where: StrPath,
+    allow_base_mismatch: bool,
+    factor_builder: FactorBuilder | None,
+) -> BoundAdapter:
     modules = list(_modules(adapter, checkpoint, str(where), factor_builder))
     expected = None if isinstance(adapter, PeftAdapter) else adapter.base_fingerprint
     found = checkpoint_fingerprint(modules) if expected is not None else None
@@ -180,10 +192,7 @@ def _modules(
             name: _columns(checkpoint.shape(keys[name]), parts["magnitude"].shape[0])
             for name, parts in adapter.modules.items()
         }
-    try:
-        layers = evaluate(adapter, columns, factor_builder=factor_builder)
-    except AdapterFormatError as error:
-        raise type(error)(f"{where}: {error}") from error
+    layers = evaluate(adapter, columns, factor_builder=factor_builder)
     transposed = _fan_in_fan_out(adapter)
     for layer in layers:
         stored = keys[layer.name]

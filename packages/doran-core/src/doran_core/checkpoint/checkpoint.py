@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ __all__ = ["INDEX_FILE", "Checkpoint", "WeightFile"]
 
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
+_CONFIG = "config.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -73,6 +74,11 @@ def open_for_reading(path: Path) -> Iterator[int]:
             raise CheckpointError(f"{path}: {error}") from error
 
 
+def _state_of(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
 class Checkpoint:
     """A directory with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
 
@@ -91,6 +97,10 @@ class Checkpoint:
             self._read()
 
     def _read(self) -> None:
+        self.state: dict[str, list[int]] = {}
+        """Size, time and number of each file when its reading began, by its path."""
+        for name in (INDEX_FILE, _CONFIG):
+            self._note(self.directory / name)
         self.index = self._read_index()
         names = [_SINGLE_FILE] if self.index is None else sorted(set(self.index["weight_map"].values()))
         self.shards: list[Layout] = [self._read_shard(name) for name in names]
@@ -122,8 +132,27 @@ class Checkpoint:
             raise CheckpointError(f"{path}: no weight_map from tensor names to files beside it")
         return index
 
+    def _note(self, path: Path) -> None:
+        with suppress(OSError):  # the reader says so
+            self.state[str(path)] = _state_of(path)
+
+    def require_unchanged(self) -> None:
+        """Refuse what was made of a checkpoint whose files are not those any more that were there at first.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
+        for path, state in self.state.items():
+            try:
+                now = _state_of(Path(path))
+            except OSError:
+                now = []
+            if now != state:
+                raise CheckpointError(f"{path}: changed while it was being read: run this again when it stays as it is")
+
     def _read_shard(self, name: str) -> Layout:
         path = self.directory / name
+        self._note(path)
         try:
             layout = read_layout(path)
             with safe_open(path, framework="pt"):  # what safetensors refuses is not to be copied into an output
@@ -205,7 +234,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it is not a JSON object, or what doran reads of it is of another type.
         """
-        path = self.directory / "config.json"
+        path = self.directory / _CONFIG
         with named_errors(path, CheckpointError):
             try:
                 config = read_json(path)

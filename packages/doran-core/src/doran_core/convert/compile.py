@@ -39,7 +39,7 @@ def compile_adapter(
 
     Raises:
         AdapterFormatError: the adapter is not valid.
-        CheckpointError: the base cannot be read, or does not have the adapter's modules.
+        CheckpointError: the base cannot be read, changes meanwhile, or does not have the adapter's modules.
         BaseMismatchError: the base is another one.
     """
     adapter = read_adapter(adapter_dir)
@@ -58,10 +58,12 @@ def compile_adapter(
         modules[module.name] = compile_layer(module.factors, module.weight_rows(), module.kind, module.kernel)
         if progress is not None:
             progress(done, len(bound.modules))
+    fingerprint = bound.fingerprint or _fingerprint(bound.modules)
+    checkpoint.require_unchanged()
     return CompiledAdapter(
         modules=modules,
         extra=bound.adapter_extra,
-        base_fingerprint=bound.fingerprint or _fingerprint(bound.modules),
+        base_fingerprint=fingerprint,
         base_model=adapter.base_model,
         task_type=adapter.task_type,
         modules_to_save=_modules_to_save(adapter),

@@ -16,8 +16,9 @@ from doran_core.checkpoint.binding import BoundModule, bind
 from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.diagnostics.factors import effective_rank, singular_values
 from doran_core.diagnostics.similarity import LayerSimilarity, layer_similarities
-from doran_core.errors import ConfigError
+from doran_core.errors import AdapterFormatError, ConfigError
 from doran_core.files import StrPath
+from doran_core.files.opening import named_errors
 from doran_core.functional import output_scale, row_norm
 from doran_core.method.factors import FactorBuilder
 
@@ -121,9 +122,10 @@ def inspect_adapter(
     """
     adapter = read_adapter(directory)
     if base_dir is not None:
+        checkpoint = Checkpoint(base_dir)
         bound = bind(
             adapter,
-            Checkpoint(base_dir),
+            checkpoint,
             directory,
             allow_base_mismatch=allow_base_mismatch,
             factor_builder=factor_builder,
@@ -131,10 +133,12 @@ def inspect_adapter(
         modules = sorted(bound.modules, key=lambda module: _natural(module.name))
         factors = [module.factors for module in modules]
         layers = [_bound_report(module) for module in modules]
+        checkpoint.require_unchanged()
     else:
         _check_sizes_known(adapter, directory)
-        factors = sorted(evaluate(adapter, factor_builder=factor_builder), key=lambda layer: _natural(layer.name))
-        layers = [_report(layer) for layer in factors]
+        with named_errors(directory, AdapterFormatError):
+            factors = sorted(evaluate(adapter, factor_builder=factor_builder), key=lambda layer: _natural(layer.name))
+            layers = [_report(layer) for layer in factors]
     peft = not isinstance(adapter, TrainableAdapter | CompiledAdapter)
     return AdapterReport(
         directory=str(directory),

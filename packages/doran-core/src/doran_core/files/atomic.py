@@ -1,119 +1,161 @@
-"""Directories that appear whole or not at all: written beside the target, synced, then renamed."""
+"""Files and directories that appear whole or not at all: written beside their place, synced, then renamed.
+
+The one place for it in all packages. What a killed writer leaves is swept by the next one in the same directory.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from doran_core.errors import CheckpointError
+from doran_core.errors import CheckpointError, DoranError
+from doran_core.files.swap import carry_over, swap_in
+from doran_core.files.temporary import temporary
 
-__all__ = ["new_directory", "sync_path", "sync_tree"]
+__all__ = ["check_place", "new_directory", "publish", "sync_path", "sync_tree", "write_file", "writing"]
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def new_directory(target: Path, *, overwrite: bool, owned: Collection[str]) -> Iterator[Path]:
+def new_directory(
+    target: Path,
+    *,
+    overwrite: bool = False,
+    owned: Collection[str] | None = None,
+    error: type[DoranError] = CheckpointError,
+) -> Iterator[Path]:
     """Give a temporary directory beside `target`; on a clean exit it becomes `target` in one step.
 
-    An error inside leaves `target` as it was and removes the temporary directory. When an existing target is
-    replaced, its files that are not in `owned` are carried over.
+    An error inside leaves `target` as it was and removes the temporary directory. When an existing target is replaced,
+    other programs' files stay: also those that they write while this goes on.
 
     Args:
         target: directory to make. Missing parents are made.
         overwrite: replace the files named in `owned` of an existing target.
-        owned: file names that the writer is responsible for.
+        owned: file names that the writer is responsible for; None for a target that must not exist, or be empty.
+        error: class of the errors below; CheckpointError by default.
 
     Raises:
-        CheckpointError: the target exists and may not be replaced, or is not a directory, or the disk is full.
+        CheckpointError: the target exists and may not be replaced, is no directory or the current one, or cannot be
+            written; the disk is full.
     """
-    target = target.resolve()
-    _check_target(target, overwrite, owned)
-    staging: Path | None = None
-    try:
+    with writing(target, error):
+        target = check_place(target, error)
+        _check_target(target, overwrite, owned, error)
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        if target.exists():
-            _carry_over(target, staging, owned)
-        yield staging
-        _give_default_mode(staging)
-        sync_tree(staging)
-        _swap_in(staging, target)
-        sync_path(target.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        with temporary(target, directory=True) as staging:
+            yield staging
+            sync_tree(staging)  # before other programs' files, of which there may be many, come into it
+            carried = carry_over(target, staging, owned or ()) if owned is not None else {}
+            if target.is_dir():
+                shutil.copymode(target, staging)
+            sync_path(staging)
+            if owned is None:
+                staging.rename(target)  # which fails if another writer has put something there
+            else:
+                swap_in(staging, target, owned, carried, overwrite)
+            sync_path(target.parent)
 
 
-def _check_target(target: Path, overwrite: bool, owned: Collection[str]) -> None:
-    if not target.exists() and not target.is_symlink():
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"cannot write {target}: it exists and is not a directory")
-    if not overwrite and any((target / name).exists() for name in owned):
-        raise CheckpointError(f"{target} already holds an adapter; pass overwrite=True to replace it")
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write a file that appears in one step, whole and on the disk.
+
+    Raises:
+        CheckpointError: it cannot be written. What was there before stays then.
+    """
+    with writing(path, CheckpointError):
+        with temporary(path, directory=False) as part:
+            part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+            sync_path(part)
+            part.replace(path)
+        sync_path(path.parent)
 
 
-def _carry_over(target: Path, staging: Path, owned: Collection[str]) -> None:
-    for entry in target.iterdir():
-        if entry.name in owned:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, staging / entry.name, symlinks=True, copy_function=_link_or_copy)
-        else:
-            _link_or_copy(str(entry), str(staging / entry.name))
+def publish(staging: Path, target: Path) -> None:
+    """Make a whole directory `target`, which must be absent or empty; the two are beside each other.
+
+    Raises:
+        OSError: `target` holds something, or cannot be written.
+    """
+    sync_path(staging)
+    staging.rename(target)
+    sync_path(target.parent)
 
 
-def _link_or_copy(source: str, target: str) -> object:
+@contextmanager
+def writing(target: Path, error: type[DoranError]) -> Iterator[None]:
+    """Within this, what the disk refuses is one error that names `target`.
+
+    Raises:
+        DoranError: of the class `error`. Its cause tells a full disk from a forbidden one.
+    """
     try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # another filesystem, or one without hard links
-        shutil.copy2(source, target, follow_symlinks=False)
+        yield
+    except DoranError as known:
+        if not _disk_is_full(known):
+            raise
+        raise error(f"cannot write {target}: the disk is full") from known
+    except OSError as failed:
+        if failed.filename is not None and not _is_beside(failed.filename, target):
+            raise  # something else that was read meanwhile
+        reason = "the disk is full" if _disk_is_full(failed) else failed.strerror or str(failed)
+        if failed.errno == errno.ENOTEMPTY or failed.filename == str(target.resolve()):
+            reason = f"something else was put there meanwhile ({reason})"
+        raise error(f"cannot write {target}: {reason}") from failed
+    except Exception as failed:  # libraries raise their own errors from a full disk
+        if not _disk_is_full(failed):
+            raise
+        raise error(f"cannot write {target}: the disk is full") from failed
+
+
+def _is_beside(path: str | bytes | int, target: Path) -> bool:
+    if isinstance(path, int):
+        return False
+    return Path(os.fsdecode(path)).resolve().is_relative_to(target.resolve().parent)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether that is what an exception, or one that it was raised from, reports."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def check_place(target: Path, error: type[DoranError] = CheckpointError) -> Path:
+    """The resolved path of a directory to be written.
+
+    Raises:
+        CheckpointError: it is the root, the current directory or one above it. Putting another directory in its place
+            would leave the shell that called in one that is gone.
+    """
+    given, target = target, target.resolve()
+    try:
+        here = Path.cwd()
+    except OSError:  # it is gone already
+        here = None
+    if not target.name or (here is not None and (target == here or target in here.parents) and target.is_dir()):
+        raise error(f"cannot write {str(given) or '.'!r}: it is the current directory or holds it; name a new one")
     return target
 
 
-def _give_default_mode(path: Path) -> None:
-    """mkdtemp makes directories private; an output directory has the mode that mkdir would give."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o777 & ~mask)
-
-
-def _swap_in(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`; an existing target ends up at `staging`, for the caller to remove."""
-    try:
-        staging.rename(target)
+def _check_target(target: Path, overwrite: bool, owned: Collection[str] | None, error: type[DoranError]) -> None:
+    if not target.exists():
         return
-    except OSError:
-        if not target.is_dir():
-            raise
-    with suppress(OSError, AttributeError):
-        _exchange(staging, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(aside)  # without an exchanging rename there is an instant with no target, never a half one
-    try:
-        staging.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> None:
-    """Linux's atomic exchange of two directories."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    if not target.is_dir():
+        raise error(f"cannot write {target}: it exists and is not a directory")
+    if owned is None:
+        inside = next(target.iterdir(), None)
+        if inside is not None:
+            raise error(f"cannot write {target}: it is not empty (it holds {inside.name}); name a new directory")
+    elif not overwrite and any((target / name).exists() for name in owned):
+        raise error(f"{target} already holds an adapter; pass overwrite=True to replace it")
 
 
 def sync_tree(directory: Path) -> None:
@@ -121,7 +163,7 @@ def sync_tree(directory: Path) -> None:
     for folder, _, files in os.walk(directory):
         for name in files:
             path = Path(folder, name)
-            if not path.is_symlink():
+            if path.is_file() and not path.is_symlink():
                 sync_path(path)
         sync_path(Path(folder))
 

@@ -10,7 +10,7 @@ from typing import Any
 from doran_core.errors import CorruptFileError
 from doran_core.files.opening import read_file
 
-__all__ = ["JSON_LIMIT", "parse_json", "parse_object", "read_json", "write_json"]
+__all__ = ["JSON_LIMIT", "json_text", "parse_json", "parse_object", "read_json", "write_json"]
 
 JSON_LIMIT = 64 * 2**20
 """Bytes of a configuration or an index; those of the largest models have a few million."""
@@ -67,6 +67,11 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def json_text(value: Mapping[str, Any]) -> str:
+    """A JSON object, indented, keys in the order given."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, keys in the order given."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a JSON object, as :func:`json_text` has it."""
+    path.write_text(json_text(value), encoding="utf-8")

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from doran_core.adapter import read_adapter
+from doran_core.adapter import AnyAdapter, read_adapter
 from doran_core.adapter.digest import directory_digest
 from doran_core.checkpoint.binding import BoundAdapter, bind
-from doran_core.checkpoint.checkpoint import INDEX_FILE, Checkpoint
-from doran_core.errors import CheckpointError, ConfigError
+from doran_core.checkpoint.checkpoint import Checkpoint
+from doran_core.errors import AdapterFormatError, CheckpointError, ConfigError
 from doran_core.files import StrPath
+from doran_core.files.atomic import writing
+from doran_core.files.opening import named_errors
 from doran_core.merge.plan import MergePlan, ShardPlan, make_plan
 from doran_core.merge.side_files import write_companions
 from doran_core.merge.staging import Staging, open_staging
@@ -31,6 +33,7 @@ AdapterInput = StrPath | tuple[StrPath, float]
 Progress = Callable[[int, int], None]
 
 _MERGE_FORMAT = 1  # raise it when the same inputs give other bytes, so that no half of an old merge is continued
+_TRIES = 10
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,7 +75,8 @@ def merge_checkpoint(
     Raises:
         AdapterFormatError: an adapter is not valid.
         BaseMismatchError: an adapter was made for another base.
-        CheckpointError: the base cannot be read or lacks a module, or the output cannot be written.
+        CheckpointError: the base cannot be read, lacks a module or changes meanwhile, or the output cannot be written.
+        NonFiniteError: a merged weight is not finite in its dtype.
         ConfigError: weights, dtype or a combination of adapters that cannot be merged.
     """
     weighted = _as_weighted(adapters)
@@ -81,9 +85,13 @@ def merge_checkpoint(
     out = Path(out_dir).resolve()
     checkpoint = Checkpoint(base_dir)
 
+    digests = []
+
     def bind_one(folder: Path) -> BoundAdapter:
+        adapter, digest = _read_with_digest(folder)
+        digests.append(digest)
         return bind(
-            read_adapter(folder),
+            adapter,
             checkpoint,
             folder,
             allow_base_mismatch=allow_base_mismatch,
@@ -91,15 +99,25 @@ def merge_checkpoint(
         )
 
     bound = [(weight, bind_one(folder)) for folder, weight in weighted]
-    plan = make_plan(checkpoint, bound, dtype)
-    with open_staging(out, _identity(checkpoint, weighted, dtype, factor_builder)) as staging:
+    with named_errors(base_dir, CheckpointError):
+        plan = make_plan(checkpoint, bound, dtype)
+    adapters_digests = [(digest, weight) for digest, (weight, _) in zip(digests, bound, strict=True)]
+    identity = _identity(checkpoint, adapters_digests, dtype, factor_builder)
+    with writing(out, CheckpointError), open_staging(out, identity) as staging:
         if not staging.finished:
-            try:
-                _write(checkpoint, plan, [adapter for _, adapter in bound], dtype, staging, progress)
-            except OSError as error:
-                reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-                raise CheckpointError(f"cannot write {out}: {reason}") from error
+            _write(checkpoint, plan, [adapter for _, adapter in bound], dtype, staging, progress)
     return Path(out_dir)
+
+
+def _read_with_digest(folder: Path) -> tuple[AnyAdapter, str]:
+    """An adapter, and the digest of the very files that it was read from."""
+    for _ in range(_TRIES):
+        with named_errors(folder, AdapterFormatError):
+            before = directory_digest(folder) if folder.is_dir() else ""  # the reader says that there is none
+        adapter = read_adapter(folder)
+        if directory_digest(folder) == before:
+            return adapter, before
+    raise CheckpointError(f"{folder}: the adapter changes while it is read")
 
 
 def _as_weighted(adapters: AdapterInput | Sequence[AdapterInput]) -> list[tuple[Path, float]]:
@@ -120,20 +138,18 @@ def _is_pair(value: tuple[Any, ...]) -> bool:
 
 def _identity(
     checkpoint: Checkpoint,
-    weighted: Sequence[tuple[Path, float]],
+    adapters: Sequence[tuple[str, float]],
     dtype: torch.dtype | None,
     factor_builder: FactorBuilder | None,
 ) -> dict[str, Any]:
     """What decides the bytes of the result; JSON-ready. Of a factor builder it can tell the name only."""
-    files = [shard.path for shard in checkpoint.shards]
-    files += [path for name in (INDEX_FILE, "config.json") if (path := checkpoint.directory / name).exists()]
     return {
         "merge_format": _MERGE_FORMAT,
         "torch": torch.__version__,
         "dtype": str(dtype),
         "factor_builder": getattr(factor_builder, "__qualname__", type(factor_builder).__qualname__),
-        "base": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
-        "adapters": [[directory_digest(folder), weight] for folder, weight in weighted],
+        "base": {str(Path(path).resolve()): state for path, state in sorted(checkpoint.state.items())},
+        "adapters": [list(pair) for pair in adapters],
     }
 
 
@@ -151,6 +167,7 @@ def _write(
     _check_space(staging.root, sum(shard.nbytes for shard in todo))
     _write_shards(todo, staging, counter)
     write_companions(checkpoint, plan, adapters, dtype, staging)
+    checkpoint.require_unchanged()
     staging.publish()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ import torch
 from doran_core.checkpoint.binding import BoundAdapter
 from doran_core.checkpoint.checkpoint import INDEX_FILE, Checkpoint
 from doran_core.errors import CheckpointError
-from doran_core.files.atomic import sync_path
-from doran_core.files.jsonfile import write_json
+from doran_core.files.jsonfile import JSON_LIMIT, parse_object, write_json
+from doran_core.files.opening import named_errors, read_file
 from doran_core.merge.plan import MergePlan
 from doran_core.merge.staging import Staging
 
@@ -50,19 +49,15 @@ def write_companions(
     """Write all that is not a shard of weights."""
     for relative in _small_files(checkpoint.directory):
         shutil.copyfile(checkpoint.directory / relative, staging.part(str(relative)))
-        _complete(staging, str(relative))
-    config = _merged_config(checkpoint.config(), plan, adapters, dtype)
+        staging.complete(str(relative))
+    with named_errors(checkpoint.directory / "config.json", CheckpointError):
+        config = _merged_config(checkpoint.config(), plan, adapters, dtype)
     if config:
         write_json(staging.part("config.json"), config)
-        _complete(staging, "config.json")
+        staging.complete("config.json")
     if checkpoint.index is not None:
         _write_index(checkpoint, plan, staging.part(INDEX_FILE))
-        _complete(staging, INDEX_FILE)
-
-
-def _complete(staging: Staging, name: str) -> None:
-    sync_path(staging.part(name))
-    staging.complete(name)
+        staging.complete(INDEX_FILE)
 
 
 def _small_files(directory: Path) -> list[Path]:
@@ -80,14 +75,17 @@ def _is_left_behind(path: Path) -> bool:
 def _module_folders(directory: Path) -> list[str]:
     """Folders that a sentence-transformers model needs beside its transformer, as its modules.json lists them."""
     path = directory / "modules.json"
-    if not path.exists():
-        return []
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+    with named_errors(path, CheckpointError):
+        try:
+            modules = parse_object(read_file(path, JSON_LIMIT))
+        except FileNotFoundError:
+            return []
         folders = [str(module["path"]) for module in modules]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a list of modules with a path each") from error
-    return [folder for folder in folders if folder and (directory / folder).is_dir() and ".." not in Path(folder).parts]
+    return [folder for folder in folders if folder and _is_inside(folder) and (directory / folder).is_dir()]
+
+
+def _is_inside(folder: str) -> bool:
+    return not Path(folder).is_absolute() and ".." not in Path(folder).parts
 
 
 def _merged_config(

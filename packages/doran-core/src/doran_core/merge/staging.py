@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from doran_core.errors import CheckpointError, CorruptFileError
-from doran_core.files.atomic import sync_path
-from doran_core.files.jsonfile import read_json, write_json
+from doran_core.files.atomic import check_place, publish, sync_path, write_file
+from doran_core.files.jsonfile import json_text, read_json
 
 __all__ = ["Staging", "open_staging", "staging_path"]
 
@@ -47,9 +47,7 @@ class Staging:
             return
         self.model.mkdir(exist_ok=True)
         if not manifest.exists():
-            write_json(root / "manifest.part", identity)
-            sync_path(root / "manifest.part")
-            (root / "manifest.part").rename(manifest)
+            write_file(manifest, json_text(identity))
 
     def is_done(self, name: str, size: int) -> bool:
         """Whether a file was finished by an earlier run."""
@@ -63,16 +61,15 @@ class Staging:
         return part
 
     def complete(self, name: str) -> None:
-        """Give a file that is whole and on the disk its final name."""
+        """Give a file that is whole its final name, once it is on the disk."""
+        sync_path(self.part(name))
         (self.model / f"{name}.part").rename(self.model / name)
 
     def publish(self) -> None:
         """Make the output directory appear."""
         for part in self.model.rglob("*.part"):
             part.unlink()
-        sync_path(self.model)
-        self.model.rename(self.out_dir)
-        sync_path(self.out_dir.parent)
+        publish(self.model, self.out_dir)
 
 
 def _saved_identity(manifest: Path) -> dict[str, Any] | None:
@@ -87,21 +84,19 @@ def open_staging(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Staging
 
     Raises:
         CheckpointError: another merge writes to the same output, or the output is there already.
+        OSError: what the disk refuses.
     """
+    check_place(out_dir)
     root = staging_path(out_dir)
-    try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        root.mkdir(exist_ok=True)
-        lock = os.open(root / "lock", os.O_CREAT | os.O_RDWR, 0o666)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out_dir}: {error.strerror or error}") from error
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
+    lock = _open_lock(root)
     try:
         _lock(lock, out_dir)
-        staging = Staging(root, out_dir, identity)
-        if not staging.finished and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            shutil.rmtree(root, ignore_errors=True)
-            raise CheckpointError(f"{out_dir} exists and is not empty; choose another output directory")
         try:
+            staging = Staging(root, out_dir, identity)
+            if not staging.finished and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+                raise CheckpointError(f"{out_dir} exists and is not empty; choose another output directory")
             yield staging
         except Exception:
             shutil.rmtree(root, ignore_errors=True)
@@ -109,6 +104,15 @@ def open_staging(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Staging
         shutil.rmtree(root, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def _open_lock(root: Path) -> int:
+    try:
+        return os.open(root / "lock", os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError:
+        with suppress(OSError):  # another merge works in it
+            root.rmdir()
+        raise
 
 
 def _lock(fd: int, out_dir: Path) -> None:

@@ -7,6 +7,7 @@ per thread are in memory, whatever the size of the shard.
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -20,6 +21,7 @@ from torch import Tensor
 from doran_core.checkpoint.binding import CHUNK_ELEMENTS, BoundModule
 from doran_core.checkpoint.checkpoint import open_for_reading
 from doran_core.checkpoint.weight_layout import is_transposed, to_matrix
+from doran_core.errors import NonFiniteError
 from doran_core.files.layout import DTYPES, TensorEntry
 from doran_core.files.tensors import write_tensor
 from doran_core.merge.plan import Content, Copied, Given, Merged, ShardPlan
@@ -205,6 +207,7 @@ def _write_merged(fd: int, entry: TensorEntry, content: Merged, dtype: torch.dty
     for rows, merged in _merged_rows(content):
         rounded = buffer[: rows.stop - rows.start]
         rounded.copy_(merged.view(rounded.shape))
+        _require_finite(rounded, entry, content)
         write_tensor(fd, rounded, entry.start + rows.start * row_bytes)
         advance((rows.stop - rows.start) * row_bytes)
 
@@ -215,8 +218,20 @@ def _write_transposed(fd: int, entry: TensorEntry, content: Merged, dtype: torch
     matrix = to_matrix(stored, content.updates[0][1].kind)
     for rows, merged in _merged_rows(content):
         matrix[rows] = merged.to(dtype)
+    _require_finite(stored, entry, content)
     write_tensor(fd, stored, entry.start)
     advance(entry.nbytes)
+
+
+def _require_finite(values: Tensor, entry: TensorEntry, content: Merged) -> None:
+    """Refuse merged values that are infinite or NaN in the dtype of the output."""
+    # One pass: the sum of finite values is finite in float64, but for float64 itself.
+    if math.isfinite(float(values.sum(dtype=torch.float64))) or bool(values.isfinite().all()):
+        return
+    module = content.updates[0][1]
+    raise NonFiniteError(
+        f"{module.file.path}: {entry.key}: merged with the adapter's {module.name} it is not finite in {entry.dtype}"
+    )
 
 
 def _merged_rows(content: Merged) -> Iterator[tuple[slice, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from doran_core.errors import ConfigError
+from doran_core.files.opening import named_errors
 from doran_export.errors import ExportError
 from doran_export.graph.spec import GraphSpec
 from doran_export.runtime.session import Array, as_dtype
@@ -177,7 +178,8 @@ def read_inputs(path: Path) -> list[Any]:
         except (OSError, ValueError) as error:
             raise ExportError(f"{path} cannot be read as .npz: {error}") from error
     if path.suffix == ".txt":
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        with named_errors(path, ExportError):
+            texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if texts:
             return texts
         raise ExportError(f"{path} holds no text: expected one per line")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from doran_core.errors import ConfigError
+from doran_core.errors import ConfigError, CorruptFileError
+from doran_core.files.opening import named_errors, read_file
 from doran_hf.options import AdapterOptions
 from doran_hf.train.fields import check_fields, parse_yaml
 
@@ -231,11 +232,16 @@ def load_config(file: str | Path | None, overrides: Mapping[str, Any] | None = N
     return TrainConfig(**check_fields(where, values, TrainConfig))
 
 
+CONFIG_LIMIT = 2**20
+"""Bytes of a configuration."""
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {file}: {error}") from error
+        with named_errors(file, ConfigError):
+            values = parse_yaml(read_file(file, CONFIG_LIMIT).decode("utf-8"), str(file))
+    except CorruptFileError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected a mapping of field to value, got {type(values).__name__}")
     return values

@@ -44,8 +44,13 @@ def parse_yaml(text: str, where: str) -> Any:
         ConfigError: the text is not YAML.
     """
     try:
+        # A few lines of aliases of aliases would become gigabytes where they are written out or compared.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
+            raise ConfigError(f"{where}: YAML with aliases (*name): write the values out")
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # a date such as 2001-99-99
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 

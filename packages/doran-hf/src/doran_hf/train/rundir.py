@@ -11,8 +11,6 @@ RUN/metrics.json     written last: a run that has it is done
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +18,12 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from doran_core.errors import CheckpointError, ConfigError
+from doran_core.errors import CheckpointError, ConfigError, CorruptFileError
+from doran_core.files.atomic import write_file
+from doran_core.files.jsonfile import json_text, read_json
+from doran_core.files.opening import named_errors, read_file
 from doran_hf.layer_table import FILE_NAME
-from doran_hf.train.config import TrainConfig
+from doran_hf.train.config import CONFIG_LIMIT, TrainConfig
 from doran_hf.train.fields import parse_yaml
 
 __all__ = ["RunDirectory"]
@@ -65,9 +66,9 @@ class RunDirectory:
         if self.config_file.is_file():
             if self._overwrite:
                 return
-            changed = _differences(
-                parse_yaml(self.config_file.read_text("utf-8"), str(self.config_file)), self._config.to_dict()
-            )
+            with named_errors(self.config_file, ConfigError):
+                text = read_file(self.config_file, CONFIG_LIMIT).decode("utf-8")
+            changed = _differences(parse_yaml(text, str(self.config_file)), self._config.to_dict())
             if changed:
                 raise ConfigError(
                     f"output: {self.path} holds a run with other settings: {'; '.join(changed)}. "
@@ -118,19 +119,24 @@ class RunDirectory:
         return None
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run, or None."""
-        file = self.path / name
-        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+        """A JSON file of the run, or None.
+
+        Raises:
+            CorruptFileError: it is there and not JSON.
+        """
+        with named_errors(self.path / name):
+            try:
+                return read_json(self.path / name)
+            except FileNotFoundError:
+                return None
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
-        """Write a text, or data as JSON; the file appears in one step."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        part = self.path / f"{name}.part"
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(self.path / name)
+        """Write a text, or data as JSON; the file appears in one step.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        write_file(self.path / name, content if isinstance(content, str) else json_text(content))
 
     def remove_checkpoints(self) -> None:
         """The run is done and does not need them any more."""
@@ -145,10 +151,9 @@ def _step_of(folder: Path) -> int:
 def _is_whole(folder: Path) -> bool:
     """The Trainer writes its state last."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        return "global_step" in read_json(folder / "trainer_state.json")
+    except (OSError, CorruptFileError):
         return False
-    return isinstance(state, dict) and "global_step" in state
 
 
 def _differences(old: Any, new: dict[str, Any]) -> list[str]:

@@ -1,0 +1,101 @@
+"""Hidden files and folders that are being written, locked by their writer, and the sweeping of those that have none.
+
+A writer holds a lock on what it writes for as long as it lives: whatever can be locked was left by one that was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["SUFFIX", "locked", "temporary"]
+
+SUFFIX = ".doran-tmp"
+"""Ends the names of what is being written. With the dot in front nobody takes them for adapters."""
+
+_PATIENCE = 5.0
+"""Seconds to wait for another writer's lock, which is held for milliseconds."""
+
+
+@contextmanager
+def temporary(target: Path, *, directory: bool) -> Iterator[Path]:
+    """A new hidden file or directory beside `target`, locked as long as it is written. Sweeps what has no writer."""
+    path = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}{SUFFIX}")
+    with locked(target.parent):
+        _sweep(target.parent)
+        if directory:
+            path.mkdir()
+        else:
+            path.touch()
+        lock = _lock(path)
+    try:
+        yield path
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _sweep(parent: Path) -> None:
+    for entry in os.scandir(parent):
+        if not (entry.name.startswith(".") and entry.name.endswith(SUFFIX)):
+            continue
+        path = Path(entry.path)
+        with suppress(OSError):  # its writer lives, or another one sweeps it, too
+            lock = _lock(path)
+            if lock is None:
+                return
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+            os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that locks a file or directory; None where there are no locks.
+
+    Raises:
+        BlockingIOError: somebody else has the lock.
+    """
+    if sys.platform == "win32":
+        return None
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise
+    except OSError:  # a file system without locks
+        os.close(fd)
+        return None
+    return fd
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a directory, or go on without it where somebody keeps it, or there are no locks."""
+    end, lock = time.monotonic() + _PATIENCE, None
+    while time.monotonic() < end:
+        try:
+            lock = _lock(path)
+            break
+        except BlockingIOError:
+            time.sleep(0.01)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
