@@ -255,7 +255,7 @@ def close_window(module: nn.Module, args: object, output: object) -> None:
         return
     if _windows.open and _windows.open[-1].opener is module:
         window = _windows.open.pop()
-        if module in _models:
+        if module in _models and (window.was_asked or window.sides):
             _models[module].asks = window.was_asked
 
 
