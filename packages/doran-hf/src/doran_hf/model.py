@@ -29,6 +29,7 @@ from doran_hf.defaults import DEFAULT_TARGETS
 from doran_hf.layer import DoranLayer, doran_layers, layer_class
 from doran_hf.mixed_batch import adapter_per_row
 from doran_hf.penalty import PenaltyHook
+from doran_hf.random_start import warn_random_start
 from doran_hf.register import PREFIX
 from doran_hf.targets import check_exclusions, check_targets, expand_all_linear, fill_targets
 from doran_hf.untying import keep_untied
@@ -78,6 +79,7 @@ class DoranModel(BaseTuner):
             expand_all_linear(config, model, read)
             check_targets(config, model)
             check_exclusions(config, model)
+        warn_random_start(model, config.modules_to_save)
         _fill_head_dim(config, model)
         core = config.core()
         # One builder for all layers of the adapter: the first of each sharing group becomes the group's owner.

@@ -3,13 +3,15 @@
 PEFT's own ``register_peft_method`` refuses names outside its enum. When PEFT accepts methods from other packages, one
 call of its function replaces ``register``. The other names go when PEFT offers what they do under public ones:
 ``_maybe_include_all_linear_layers`` (which layers "all-linear" means), and when transformers says of a model which
-parameters were not in its checkpoint: ``_is_hf_initialized``, its mark of a parameter that was loaded.
+parameters were not in its checkpoint: ``_is_hf_initialized``, its mark of a parameter that was loaded, and
+``_keys_to_ignore_on_load_missing``, the patterns of those that no checkpoint needs to have.
 """
 
 from __future__ import annotations
 
 import copy
 import enum
+import re
 from typing import Any
 
 from peft.config import PeftConfig
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from doran_core.errors import DoranError
 
-__all__ = ["PREFIX", "DoranPeftType", "linear_layers", "register", "was_loaded"]
+__all__ = ["PREFIX", "DoranPeftType", "ignored_if_missing", "linear_layers", "register", "was_loaded"]
 
 PREFIX = "doran_"
 """What the names of DORAN's submodules begin with in an adapted layer."""
@@ -68,3 +70,13 @@ def linear_layers(config: PeftConfig, model: nn.Module) -> set[str]:
 def was_loaded(tensor: Tensor) -> bool:
     """Whether transformers has read this parameter from a checkpoint. False also where it has read none."""
     return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def ignored_if_missing(model: nn.Module, name: str) -> bool:
+    """Whether a checkpoint may lack this parameter because the model computes it, such as sinusoidal positions."""
+    patterns = {
+        pattern
+        for module in model.modules()
+        for pattern in getattr(module, "_keys_to_ignore_on_load_missing", None) or ()
+    }
+    return any(re.search(pattern, name) for pattern in patterns)

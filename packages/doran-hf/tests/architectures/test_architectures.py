@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from doran_core.errors import DoranError
 from doran_core.merge import merge_checkpoint
 from doran_hf import DoranConfig
+from doran_hf.random_start import random_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about these models
 
@@ -164,6 +165,11 @@ def test_ties_stay_where_no_end_is_adapted(name: str, tmp_path: Path) -> None:
         loaded = load(family, tmp_path / folder)
         assert loaded.all_tied_weights_keys == ties
         assert all(loaded.get_parameter(a) is loaded.get_parameter(b) for a, b in ties.items())
+
+
+def test_nothing_starts_at_random_in_a_checkpoint_of_the_model_itself(name: str, tmp_path: Path) -> None:
+    FAMILIES[name].make().save_pretrained(tmp_path)
+    assert random_parameters(load(FAMILIES[name], tmp_path)) == []
 
 
 def test_the_matrix_is_wide_enough() -> None:

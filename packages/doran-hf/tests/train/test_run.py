@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_bert
 from killing import train_and_kill
 from peft import AutoPeftModelForCausalLM, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_bases import make_tokenizer, save_image_base, save_text_base
-from transformers import AutoModelForSequenceClassification, ViTForImageClassification
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, ViTForImageClassification
 
 from doran_core.cli.main import main
 from doran_core.errors import CheckpointError, ConfigError, DoranError
@@ -227,6 +228,38 @@ def test_sequence_classification_with_names_as_labels() -> None:
     assert right / len(rows) == metrics["adapter"]["accuracy"]
 
 
+def test_a_pooler_that_the_base_lacks_is_trained_and_saved(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a masked language model, BERT's pooler starts at random: left out, each loading would draw another one."""
+    base = Path("masked")
+    torch.manual_seed(0)
+    BertForMaskedLM(make_bert().config).save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    metrics = run(
+        base=str(base),
+        task="sequence-classification",
+        data__prompt="unset",
+        data__completion="unset",
+        data__choices="unset",
+        data__append_eos="unset",
+        data__label="sentiment",
+        trainer__max_steps=40,
+    )
+    assert "in full     bert.pooler, classifier" in capsys.readouterr().out
+    rows = [json.loads(line) for line in Path("test.jsonl").read_text().splitlines()]
+    tokens = make_tokenizer()([row["text"] for row in rows], padding=True, return_tensors="pt")
+    answers = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+        with torch.no_grad():
+            answers.append(PeftModel.from_pretrained(model, "run/adapter").eval()(**tokens).logits)
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+    names = json.loads(Path("run/adapter/labels.json").read_text())
+    right = sum(names[index] == row["sentiment"] for index, row in zip(answers[0].argmax(-1), rows, strict=True))
+    assert right / len(rows) == metrics["adapter"]["accuracy"]
+
+
 def test_image_classification_of_a_folder() -> None:
     for index in range(24):
         name = ("dark", "light")[index % 2]
@@ -385,7 +418,7 @@ def test_the_users_modules_to_save_do_not_displace_the_head() -> None:
         for name in ("data.prompt", "data.completion", "data.choices", "data.append_eos"):
             del config[name]
         recipe.config = load_config(None, config)
-        assert recipe.head(model) == expected
+        assert recipe.trained_in_full(model) == expected
 
 
 def test_labels_that_are_one_or_have_gaps(capsys: pytest.CaptureFixture[str]) -> None:

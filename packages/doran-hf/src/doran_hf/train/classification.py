@@ -47,7 +47,7 @@ class _Classification(TaskRecipe):
             "ignore_mismatched_sizes": True,
         }
 
-    def head(self, model: Any) -> list[str] | None:
+    def trained_in_full(self, model: Any) -> list[str]:
         wanted = list(self.config.adapter.get("modules_to_save") or [])
         for name, child in model.named_children():
             if name == model.base_model_prefix or not any(True for _ in child.parameters()):
@@ -55,7 +55,7 @@ class _Classification(TaskRecipe):
             parts = {name, *(inner.rpartition(".")[2] for inner, _ in child.named_modules())}
             if parts.isdisjoint(wanted):  # else the user has chosen the head, or what of it is to be trained
                 wanted.append(name)
-        return wanted or None
+        return self._with_random(model, wanted)
 
     def _metrics(self, prediction: Any) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoTokenizer
 
-from doran_core.errors import CheckpointError
+from doran_core.errors import CheckpointError, ConfigError
+from doran_core.targets import shortened
+from doran_hf.random_start import modules_of, not_in
 from doran_hf.train.config import TrainConfig
 from doran_hf.train.data import Examples
 
@@ -71,6 +73,7 @@ class TaskRecipe(ABC):
     """
 
     auto_model: ClassVar[Any]
+    random: Collection[str] = ()  # names of the loaded model's parameters that the base lacks
     processor: Any
     compute_metrics: Any = None
     class_names: list[str] | None = None
@@ -91,14 +94,31 @@ class TaskRecipe(ABC):
     def model(self) -> Any:
         """The base model."""
         dtype = self.config.dtype if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
-        return load_part("model", self.auto_model, self.config.base, dtype=dtype, **self._model_options())
+        options = self._model_options() | {"output_loading_info": True}
+        model, report = load_part("model", self.auto_model, self.config.base, dtype=dtype, **options)
+        self.random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+        return model
 
     def _model_options(self) -> dict[str, Any]:
         return {}
 
-    def head(self, model: Any) -> list[str] | None:
-        """Modules to train in full beside the adapter, where neither PEFT nor the user names them."""
-        return None
+    def trained_in_full(self, model: Any) -> list[str]:
+        """Modules to train and save beside the adapter: those that the user names, and those that start at random.
+
+        Raises:
+            ConfigError: parameters that the base lacks and that no module holds alone.
+        """
+        return self._with_random(model, list(self.config.adapter.get("modules_to_save") or []))
+
+    def _with_random(self, model: Any, wanted: list[str]) -> list[str]:
+        lost = not_in(model, self.random, wanted)
+        modules, others = modules_of(model, lost)
+        if others:
+            raise ConfigError(
+                f"base: {self.config.base} lacks {shortened(others)} of {type(model).__name__}: they would start at "
+                "random and not be saved, for they lie beside parameters that it has; take a base that has them"
+            )
+        return [*wanted, *modules]
 
     def evaluate(self, model: Any, label: str) -> dict[str, float]:
         """Metrics that the Trainer's evaluation does not give."""

@@ -13,6 +13,7 @@ import peft
 import torch
 import transformers
 from peft import get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -113,9 +114,7 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> tuple[float | None, flo
 
 def _adapted(config: TrainConfig, recipe: TaskRecipe) -> Any:
     model, adapter = recipe.model(), config.adapter_config()
-    head = recipe.head(model)
-    if head is not None:
-        adapter.modules_to_save = head
+    adapter.modules_to_save = recipe.trained_in_full(model) or None
     return get_peft_model(model, adapter)
 
 
@@ -165,6 +164,7 @@ def _plan(config: TrainConfig, prepared: Prepared, model: Any, trainer: Trainer,
         "eval": "none" if prepared.held_out is None else str(prepared.counts["eval"]),
         "an example": prepared.sample,
         "adapter": f"rank {adapter.rank}, tau {adapter.tau_kind}, factors {adapter.factors}, {len(layers)} layers",
+        "in full": ", ".join(_in_full(model)) or None,
         "parameters": f"{trainable:,} of {total:,} train ({100 * trainable / total:.2f}%)",
         "steps": f"{steps} of {batch} examples, learning rate {arguments.learning_rate:g}",
         "output": config.output,
@@ -172,6 +172,11 @@ def _plan(config: TrainConfig, prepared: Prepared, model: Any, trainer: Trainer,
     }
     width = max(map(len, facts))
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items() if value is not None)
+
+
+def _in_full(model: Any) -> list[str]:
+    base = model.get_base_model()
+    return [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
 def _trainable(model: Any) -> int:
