@@ -1,0 +1,118 @@
+"""Two processes joined by gloo that run functions for the tests, and stay up between tests: imports take seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+__all__ = ["Pair", "RemoteError"]
+
+WORLD = 2
+
+
+class RemoteError(Exception):
+    """A process failed; the message is its traceback.
+
+    Attributes:
+        kind: name of the exception's class.
+    """
+
+    def __init__(self, rank: int, kind: str, trace: str) -> None:
+        super().__init__(f"rank {rank}: {trace}")
+        self.kind = kind
+
+
+class Pair:
+    """Two processes; ``run(function, *args)`` calls the function in both and returns ``[result of 0, result of 1]``."""
+
+    def __init__(self, timeout: float = 180.0) -> None:
+        self._timeout = timeout
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results by rank.
+
+        Raises:
+            RemoteError: one of them raised; the other may wait for it in a collective, so both are started anew.
+        """
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results: dict[int, Any] = {}
+        end = time.monotonic() + self._timeout
+        while len(results) < WORLD:
+            ready = multiprocessing.connection.wait(
+                [pipe for rank, pipe in enumerate(self._pipes) if rank not in results], timeout=end - time.monotonic()
+            )
+            if not ready:
+                self.stop()
+                raise TimeoutError(f"{function.__name__}{args}: no answer within {self._timeout:.0f} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    kind, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    kind, value = "ProcessDied", "the process ended"
+                if kind:
+                    self.stop()
+                    raise RemoteError(rank, kind, value)
+                results[rank] = value
+        return [results[rank] for rank in range(WORLD)]
+
+    def stop(self) -> None:
+        """End both processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._folder = tempfile.TemporaryDirectory(prefix="doran-gloo-")
+        for rank in range(WORLD):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(mine)
+
+
+def _serve(rank: int, port: int, pipe: Connection) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    quiet = os.open(os.devnull, os.O_WRONLY)  # what the libraries say of every step; errors go through the pipe
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer: tuple[str, Any] = "", function(*args)
+        except BaseException as error:
+            answer = type(error).__name__, traceback.format_exc()
+        pipe.send(answer)
