@@ -110,9 +110,7 @@ def penalty_of(model: nn.Module) -> Tensor:
 def batches(steps: int, rank: int | None, accumulate: int = 1) -> list[list[Tensor]]:
     """For each step its micro-batches of tokens: of one rank ``[2, 6]``, or with None of all ranks ``[4, 6]``."""
     generator = torch.Generator().manual_seed(7)
-    whole = [
-        [torch.randint(50, (4, 6), generator=generator) for _ in range(accumulate)] for _ in range(min(steps, 3))
-    ]
+    whole = [[torch.randint(50, (4, 6), generator=generator) for _ in range(accumulate)] for _ in range(min(steps, 3))]
     rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
     return [[batch[rows] for batch in whole[step % len(whole)]] for step in range(steps)]
 

@@ -53,7 +53,9 @@ class Spread:
 
     def __init__(self, model: Any, inner: nn.Module, options: Options, engine: Any = None) -> None:
         self.model, self.inner, self.options, self.engine = model, inner, options, engine
-        self.optimizer = None if engine is not None else torch.optim.AdamW(trained(inner), lr=options.learning_rate)
+        self.optimizer = (
+            None if engine is not None else torch.optim.AdamW(trained(inner), lr=options.learning_rate, eps=1e-3)
+        )
 
     def step(self, batches: list[Any], loss_of: Callable[[Any, Any], Tensor]) -> float:
         """One optimizer step over its micro-batches; the mean loss."""
@@ -189,7 +191,7 @@ def _zero(model: nn.Module, options: Options, block: type[nn.Module]) -> Spread:
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=trained(model),
-        optimizer=torch.optim.AdamW(trained(model), lr=options.learning_rate),
+        optimizer=torch.optim.AdamW(trained(model), lr=options.learning_rate, eps=1e-3),
         config=deepspeed_config(options),
     )
     return Spread(engine, model, options, engine)
@@ -202,6 +204,7 @@ def deepspeed_config(options: Options) -> dict[str, Any]:
         "gradient_accumulation_steps": options.accumulate,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
         "bf16": {"enabled": options.bf16},
         "zero_optimization": {"stage": int(options.strategy[-1]), "stage3_param_persistence_threshold": 0},
         "wall_clock_breakdown": False,

@@ -37,6 +37,7 @@ __all__ = [
     "per_row",
     "row_norm",
     "scaled_factor",
+    "start_norm",
     "wide",
     "wide_product",
     "wide_transposed_product",
@@ -88,6 +89,15 @@ def base_squared_norm(weight: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype(weight)
     return torch.cat([weight[rows].to(dtype).square().sum(1) for rows in _row_chunks(weight, dtype)])
+
+
+def start_norm(squared_norm: Tensor) -> Tensor:
+    """``||W0 + g B A||`` per row where B is 0: what :func:`factored_row_norm` gives then, to the last bit.
+
+    Args:
+        squared_norm: ``||W0||^2``, ``[d_out]``.
+    """
+    return _safe_sqrt(squared_norm)
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:

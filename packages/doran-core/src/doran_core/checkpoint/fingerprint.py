@@ -15,7 +15,7 @@ from torch import Tensor
 
 from doran_core.files.tensors import bytes_view
 
-__all__ = ["combine_digests", "fingerprint_weights", "sample_stride", "samples_digest", "weight_digest"]
+__all__ = ["combine_digests", "exact_digest", "fingerprint_weights", "sample_stride", "samples_digest", "weight_digest"]
 
 SAMPLES_PER_WEIGHT = 65536
 _VERSION = "doran-fingerprint-2"
@@ -43,6 +43,11 @@ def weight_digest(module: str, weight: Tensor) -> bytes:
     rows, columns = weight.shape
     indices = torch.arange(0, weight.numel(), sample_stride(rows, columns), device=weight.device)
     return samples_digest(module, (rows, columns), weight.detach()[indices // columns, indices % columns])
+
+
+def exact_digest(module: str, weight: Tensor) -> bytes | None:
+    """As :func:`weight_digest`; None for float16 and float64, which do not round to bf16 as the checkpoint does."""
+    return weight_digest(module, weight) if weight.dtype in (torch.float32, torch.bfloat16, torch.float64) else None
 
 
 def samples_digest(module: str, shape: tuple[int, int], samples: Tensor) -> bytes:

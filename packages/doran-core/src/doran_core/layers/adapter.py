@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core import functional
+from doran_core.checkpoint.fingerprint import exact_digest
 from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.kernels import dispatch
 from doran_core.kernels.adapted_linear import without_autocast
@@ -19,6 +20,7 @@ from doran_core.method.config import DoranConfig
 from doran_core.method.experts import RankOneExperts
 from doran_core.method.factors import LayerSpec, factor_penalty
 from doran_core.method.tau import Tau
+from doran_core.support.sharding import is_dtensor, is_sharded, read
 
 __all__ = ["DoranAdapter"]
 
@@ -52,6 +54,7 @@ class DoranAdapter(nn.Module):
         self.magnitude = nn.Parameter(torch.ones(spec.d_out, dtype=torch.float32))
         self.register_buffer("base_squared_norm", None, persistent=False)
         self._base_version: tuple[int, int, torch.dtype] | None = None
+        self.base_digest: bytes | None = None
         self.called = False
         # PyTorch's fused encoder layers read weights past the modules that hold them, unless a module in them has a
         # hook: a seldom called one has it here, for a hook doubles what a call costs.
@@ -64,26 +67,44 @@ class DoranAdapter(nn.Module):
 
         The adapter moves to the base layer's device, and to float64 for a float64 base.
         """
-        weight = view.weight()
         if view.device.type == "meta":
             raise TargetError(
                 f"{self.spec.name}: its weight is on the meta device; load the base model's weights first"
             )
-        self.to(device=view.device, dtype=torch.float64 if _is_double(weight) else None)
+        self._refuse_sharded(view)
+        self.to(device=view.device, dtype=torch.float64 if view.compute_dtype() == torch.float64 else None)
         self.reset_base(view)
-        A, B = self.factor_pair()
-        self._check_start(A, B)
-        norm = self.norm(view, A, B)
+        self._check_start(*self.factor_pair())
+        norm = functional.start_norm(self.base_squared_norm)
         if not bool(norm.isfinite().all()):
             raise NonFiniteError(f"{self.spec.name}: the base weight has NaN or infinite values")
         self.tau.initialise(norm)
         self.magnitude.copy_(norm + self.tau.value())
 
+    def _refuse_sharded(self, view: BaseView) -> None:
+        """Refuse to begin on a model that FSDP2 or a tensor parallel plan has sharded, or inside zero.Init."""
+        if any(is_dtensor(parameter) for parameter in view.layer.parameters(recurse=False)):
+            raise TargetError(
+                f"{self.spec.name}: its weight is a DTensor. Adapt the model before fully_shard; DoRAN does not adapt "
+                "models under a tensor parallel plan (tp_plan): load the model without one"
+            )
+        if any(is_sharded(parameter) for parameter in self.parameters()):
+            raise TargetError(
+                f"{self.spec.name}: an adapter cannot be made inside deepspeed.zero.Init(); make the base model there, "
+                "and adapt it after the context"
+            )
+
     @torch.no_grad()
     def reset_base(self, view: BaseView) -> None:
-        """Take ``||W0||^2`` anew. Done by itself when the weight has changed, but for a hidden one."""
-        with torch.inference_mode(False):  # it is for training, too
-            self.base_squared_norm = view.squared_norm().to(self.magnitude.device)
+        """Take ``||W0||^2`` anew, and the weight's digest. Done by itself when the weight has changed.
+
+        Of a hidden weight (quantized, sharded, offloaded) that it has changed cannot be seen; where it is sharded or
+        offloaded it is gathered here, by all processes.
+        """
+        with torch.inference_mode(False), view.whole_weight() as weight:  # it is for training, too
+            squared_norm = view.squared_norm() if weight is None else functional.base_squared_norm(weight)
+            self.base_squared_norm = squared_norm.to(self.magnitude.device)
+            self.base_digest = None if weight is None else exact_digest(self.spec.name, weight)
         self._base_version = view.weight_version()
 
     def _check_start(self, A: Tensor, B: Tensor) -> None:
@@ -133,7 +154,8 @@ class DoranAdapter(nn.Module):
     def refresh(self, view: BaseView) -> None:
         """Take ``||W0||^2`` anew if it is missing or that of another weight; a compiled graph takes it as it is."""
         missing = self.base_squared_norm is None or self.base_squared_norm.is_meta
-        if missing or (not torch.compiler.is_compiling() and self._base_version != view.weight_version()):
+        version = None if torch.compiler.is_compiling() else view.weight_version()
+        if missing or version not in (None, self._base_version):
             self.reset_base(view)
 
     def _repair_cancelled(self, norm: Tensor, squared_norm: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -145,7 +167,7 @@ class DoranAdapter(nn.Module):
 
     def output_scale(self, norm: Tensor) -> Tensor:
         """``c = m / (n + tau)``, ``[d_out]``."""
-        return functional.output_scale(functional.wide(self.magnitude), norm, self.tau())
+        return functional.output_scale(read(self.magnitude), norm, self.tau())
 
     def scale_and_factors(self, view: BaseView) -> tuple[Tensor, Tensor, Tensor]:
         """``(c [d_out], A [r, d_in], B' [d_out, r])`` of this pass: ``y = c * W0 x + B' A x + bias``.
@@ -194,7 +216,7 @@ class DoranAdapter(nn.Module):
         """W' ``[d_out, d_in]`` in float64, from W0 of the same shape; masks and noise as at inference."""
         with self.inference_mode_of_method():
             A, B = self.factor_pair()
-        return functional.merged_weight(weight, A, B, self.scaling, self.magnitude, self.tau.value())
+        return functional.merged_weight(weight, A, B, self.scaling, read(self.magnitude), self.tau.value())
 
     def penalty(self) -> Tensor:
         """``factor_penalty`` times the mean squares of A and B, a scalar for the loss."""
@@ -216,10 +238,6 @@ class DoranAdapter(nn.Module):
 
 def _no_operation(module: nn.Module, args: object) -> None:
     """A hook that is only there to be seen."""
-
-
-def _is_double(weight: Tensor | None) -> bool:
-    return weight is not None and weight.dtype == torch.float64
 
 
 class _KeepPrecision:

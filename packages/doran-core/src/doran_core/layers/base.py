@@ -6,6 +6,8 @@ A view holds a reference and no state, so it can be made at any time and never g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn.utils import parametrize
 from doran_core import functional
 from doran_core.errors import TargetError
 from doran_core.kernels.torch_internals import call_hooks
+from doran_core.support.sharding import gathered, is_whole, whole, whole_shape
 
 __all__ = ["BaseView", "ModuleKind", "base_view", "is_adaptable", "is_linear"]
 
@@ -46,14 +49,32 @@ class BaseView(ABC):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias ``[d_out]`` that the base layer's output contains, or None."""
-        bias = getattr(self.layer, "bias", None)
-        return bias if isinstance(bias, Tensor) else None
+        """The bias ``[d_out]`` that the base layer's output contains, or None.
+
+        Raises:
+            TargetError: it is sharded and trained.
+        """
+        bias = _held(self.layer, "bias")
+        if not isinstance(bias, Tensor):
+            return None
+        return bias if is_whole(bias, self.d_out) else self._bias_of_call(bias)
+
+    def _bias_of_call(self, bias: Tensor) -> Tensor:
+        """A sharded or offloaded bias, as the layer's answer to zeros."""
+        if bias.requires_grad:
+            raise TargetError(f"{type(self.layer).__name__}: a sharded bias cannot be trained here; use bias='none'")
+        with torch.no_grad():
+            zeros = torch.zeros(1, self.d_in, dtype=self.compute_dtype(), device=self.device)
+            return self.layer(zeros)[0]  # type: ignore[no-any-return]
 
     @property
     def device(self) -> torch.device:
         """Where the base layer lives."""
+        hook = getattr(self.layer, "_hf_hook", None)  # accelerate's: the weight comes there for each call
+        place = getattr(hook, "execution_device", None)
         tensors = [*self.layer.parameters(), *self.layer.buffers()]
+        if tensors and tensors[0].is_meta and place is not None:
+            return torch.device(place)
         return tensors[0].device if tensors else torch.device("cpu")
 
     @property
@@ -61,9 +82,33 @@ class BaseView(ABC):
         """Whether calling the layer is ``F.linear(x, weight, bias)`` and nothing else: no hook sees the call."""
         return False
 
-    @abstractmethod
     def weight(self) -> Tensor | None:
-        """W0 as a view ``[d_out, d_in]``; None where the layer gives no access to it."""
+        """W0 as a view ``[d_out, d_in]``; None where the layer gives no access to it, or not outside its own forward.
+
+        The latter is so where it is sharded or offloaded: :meth:`whole_weight` has it.
+        """
+        weight = _held(self.layer, "weight")
+        return self.matrix(weight) if is_whole(weight, self.d_out * self.d_in) else None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The layer's weight, as it is stored, as ``[d_out, d_in]``; the inverse of :meth:`stored`."""
+        return weight
+
+    @contextmanager
+    def whole_weight(self) -> Iterator[Tensor | None]:
+        """W0 ``[d_out, d_in]``, gathered if it must be, which all processes then have to do; None if it is quantized.
+
+        Raises:
+            TargetError: FSDP1 holds a part of it.
+        """
+        with gathered(self.layer):
+            weight = whole(_held(self.layer, "weight"), type(self.layer).__name__)
+            if weight.numel() != self.d_out * self.d_in:
+                raise TargetError(
+                    f"{type(self.layer).__name__}: its weight is sharded by FSDP1; call this inside "
+                    "FullyShardedDataParallel.summon_full_params(model)"
+                )
+            yield self.matrix(weight)
 
     @abstractmethod
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -74,11 +119,11 @@ class BaseView(ABC):
         return matrix
 
     def weight_version(self) -> tuple[int, int, torch.dtype] | None:
-        """Changes when W0 is replaced, moved, cast or written to; None where the weight is hidden.
+        """Changes when W0 is replaced, moved, cast or written to; None where it is hidden, or FSDP puts it there anew.
 
         PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one.
         """
-        if self.weight() is None:
+        if self.weight() is None or "weight" in vars(self.layer):
             return None
         weight = cast(Tensor, self.layer.weight)
         version = 0 if weight.is_inference() else weight._version
@@ -86,35 +131,48 @@ class BaseView(ABC):
 
     def product(self, A: Tensor) -> Tensor:
         """``U = W0 @ A.T``, ``[d_out, r]``, differentiable in A ``[r, d_in]``."""
-        return functional.base_product(self._reachable_weight(), A)
+        weight = self.weight()
+        if weight is not None:
+            return functional.base_product(weight, A)
+        return self._product_of_call(A)
 
+    def _product_of_call(self, A: Tensor) -> Tensor:
+        """:meth:`product` where W0 is hidden: the layer called with A's rows, so that hooks which gather W0 run."""
+        return self._apply_base(A.to(self.compute_dtype())).to(functional.accumulation_dtype(A)).T
+
+    def _apply_base(self, rows: Tensor) -> Tensor:
+        """``rows @ W0.T`` through the layer's own forward, in its own precision."""
+        output: Tensor = self.layer(rows)
+        bias = self.bias
+        return output if bias is None else output - bias
+
+    def compute_dtype(self) -> torch.dtype:
+        """The floating dtype of the layer's own arithmetic."""
+        declared = getattr(self.layer, "compute_dtype", None)
+        if isinstance(declared, torch.dtype):
+            return declared
+        floating = [p.dtype for p in (_held(self.layer, "bias"), *self.layer.parameters()) if _is_floating(p)]
+        return floating[0] if floating and floating[0].itemsize > 1 else torch.float32
+
+    @torch.no_grad()
     def squared_norm(self) -> Tensor:
         """``||W0||^2`` per row, ``[d_out]``."""
-        with torch.no_grad():
-            return functional.base_squared_norm(self._reachable_weight())
-
-    def _reachable_weight(self) -> Tensor:
-        weight = self.weight()
-        if weight is None:
-            raise TargetError(f"{type(self.layer).__name__} gives no access to its weight")
-        return weight
+        with self.whole_weight() as weight:
+            assert weight is not None
+            return functional.base_squared_norm(weight)
 
 
 class _LinearView(BaseView):
     """nn.Linear and its like: weight ``[d_out, d_in]``."""
 
     def __init__(self, layer: nn.Module) -> None:
-        weight = cast(Tensor, layer.weight)
-        super().__init__(layer, weight.shape[0], weight.shape[1])
+        super().__init__(layer, *whole_shape(_held(layer, "weight")))
 
     @property
     def is_plain(self) -> bool:
         layer = self.layer
         own = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
         return own and not any(call_hooks(layer, global_hooks=True))
-
-    def weight(self) -> Tensor:
-        return cast(Tensor, self.layer.weight)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)
@@ -126,11 +184,11 @@ class _TransposedLinearView(_LinearView):
     kind = "conv1d"
 
     def __init__(self, layer: nn.Module) -> None:
-        weight = cast(Tensor, layer.weight)
-        BaseView.__init__(self, layer, weight.shape[1], weight.shape[0])
+        d_in, d_out = whole_shape(_held(layer, "weight"))
+        BaseView.__init__(self, layer, d_out, d_in)
 
-    def weight(self) -> Tensor:
-        return cast(Tensor, self.layer.weight).T
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def stored(self, matrix: Tensor) -> Tensor:
         return matrix.T
@@ -147,20 +205,16 @@ class _OpaqueLinearView(BaseView):
     def weight(self) -> None:
         return None
 
+    @contextmanager
+    def whole_weight(self) -> Iterator[None]:
+        yield None
+
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)
 
-    def _apply_base(self, rows: Tensor) -> Tensor:
-        """``rows @ W0.T`` through the layer's own forward, in its own precision."""
-        output: Tensor = self.layer(rows)
-        return output if self.bias is None else output - self.bias
-
-    def product(self, A: Tensor) -> Tensor:
-        return self._apply_base(A.to(self._compute_dtype())).to(functional.accumulation_dtype(A)).T
-
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
-        dtype = self._compute_dtype()
+        dtype = self.compute_dtype()
         total = torch.zeros(self.d_out, dtype=torch.float32, device=self.device)
         for start in range(0, self.d_in, 256):
             stop = min(start + 256, self.d_in)
@@ -169,15 +223,22 @@ class _OpaqueLinearView(BaseView):
             total += self._apply_base(rows).float().square().sum(0)
         return total
 
-    def _compute_dtype(self) -> torch.dtype:
-        declared = getattr(self.layer, "compute_dtype", None)
-        if isinstance(declared, torch.dtype):
-            return declared
-        floating = [t.dtype for t in [self.bias, *self.layer.parameters()] if t is not None and t.is_floating_point()]
-        return floating[0] if floating and floating[0].itemsize > 1 else torch.float32
+
+class _LookedUpView(BaseView):
+    """Views of layers that cannot be called with A's rows."""
+
+    def _product_of_call(self, A: Tensor) -> Tensor:
+        if A.requires_grad and torch.is_grad_enabled():
+            raise TargetError(
+                f"DoRAN cannot train a {type(self.layer).__name__} whose weight is whole in its own forward alone "
+                "(ZeRO-3, an FSDP unit of its own, offload): leave it out of target_modules"
+            )
+        with torch.no_grad(), self.whole_weight() as weight:
+            assert weight is not None
+            return functional.base_product(weight, A)
 
 
-class _EmbeddingView(BaseView):
+class _EmbeddingView(_LookedUpView):
     """nn.Embedding as the matrix that maps one-hot tokens to vectors: ``[dim, num_embeddings]``, as PEFT's DoRA.
 
     With ``embed_scale``, a number that the layer multiplies what it looks up by (Gemma, BART).
@@ -188,8 +249,8 @@ class _EmbeddingView(BaseView):
     def __init__(self, layer: nn.Embedding) -> None:
         super().__init__(layer, layer.embedding_dim, layer.num_embeddings)
 
-    def weight(self) -> Tensor:
-        return cast(nn.Embedding, self.layer).weight.T
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def stored(self, matrix: Tensor) -> Tensor:
         return matrix.T
@@ -203,24 +264,25 @@ class _EmbeddingView(BaseView):
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class _ConvView(BaseView):
+class _ConvView(_LookedUpView):
     """nn.Conv1d, 2d or 3d as the matrix ``[out_channels, in_channels / groups * kernel]``: the weight as it is stored.
 
     With several groups A is used on the channels of each, and B's rows belong to the group of their output channel.
     """
 
     def __init__(self, layer: _Convolution) -> None:
-        super().__init__(layer, layer.out_channels, layer.weight[0].numel())
-        dims = layer.weight.dim() - 2
+        shape = whole_shape(_held(layer, "weight"))
+        super().__init__(layer, layer.out_channels, shape[1:].numel())
+        dims = len(shape) - 2
         self.kind = "conv2d" if dims == 2 else "conv"
         self.channel_dim = -1 - dims
         self._pointwise = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
 
-    def weight(self) -> Tensor:
-        return cast(_Convolution, self.layer).weight.flatten(1)
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(cast(_Convolution, self.layer).weight.shape)
+        return matrix.reshape(whole_shape(_held(self.layer, "weight")))
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         conv = cast(_Convolution, self.layer)
@@ -231,8 +293,8 @@ class _ConvView(BaseView):
 
 
 def _has_matrix(layer: nn.Module) -> bool:
-    weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1
+    weight = _held(layer, "weight")
+    return _is_floating(weight) and len(whole_shape(weight)) == 2 and weight.dtype.itemsize > 1
 
 
 def _is_transposed(layer: nn.Module) -> bool:
@@ -260,7 +322,7 @@ def is_adaptable(layer: nn.Module) -> bool:
 
 def _refuse_composed(layer: nn.Module, name: str) -> None:
     """Refuse layers whose weight is computed from others, or that have layers inside."""
-    if parametrize.is_parametrized(layer) or "weight" in vars(layer):
+    if parametrize.is_parametrized(layer) or ("weight" in vars(layer) and not _fsdp_put(layer)):
         raise TargetError(
             f"{name}: the weight of this {type(layer).__name__} is computed by a parametrization, such as weight_norm; "
             "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
@@ -268,6 +330,11 @@ def _refuse_composed(layer: nn.Module, name: str) -> None:
     inside = [child for child, _ in layer.named_children()]
     if inside and is_linear(layer):
         raise TargetError(f"{name}: this {type(layer).__name__} has modules inside ({inside}); adapt those instead")
+
+
+def _fsdp_put(layer: nn.Module) -> bool:
+    """Whether FSDP put the weight there: FSDP2 beside the parameter, FSDP1 for a pass in place of one."""
+    return "weight" in layer._parameters or not list(layer.named_parameters())
 
 
 def _refuse_own_forward(layer: nn.Module, name: str) -> None:

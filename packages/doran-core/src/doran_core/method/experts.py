@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from doran_core.functional import wide
 from doran_core.method.config import DoranConfig
+from doran_core.support.sharding import read
 
 __all__ = ["RankOneExperts"]
 
@@ -30,7 +30,7 @@ class RankOneExperts(nn.Module):
 
     def forward(self, A: Tensor) -> Tensor:
         """A ``[r, d_in]`` to the same shape; random in training if there is a mask."""
-        A = wide(self.coefficients)[:, None] * A
+        A = read(self.coefficients)[:, None] * A
         if not self.training or self.mask == "none" or self.dropout == 0.0:
             return A
         shape = (A.shape[0], 1) if self.mask == "expert" else tuple(A.shape)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core.errors import ConfigError
-from doran_core.functional import wide
 from doran_core.method.config import DoranConfig
 from doran_core.method.factor_start import first_output_weight, first_values
 from doran_core.method.shared_network import SharedNetwork
+from doran_core.support.sharding import carried, read
 
 __all__ = [
     "FactorBuilder",
@@ -90,7 +90,28 @@ class StaticFactors(nn.Module):
         self.B = nn.Parameter(torch.zeros(spec.d_out, spec.rank, dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return wide(self.A), wide(self.B)
+        return carried(self.A), carried(self.B)
+
+
+# What gathers sharded or offloaded parameters does so around the forward of the module that holds them: each is used
+# in that forward, and nowhere else.
+
+
+class _Weights(nn.ParameterList):
+    """The weights of a network's hidden layers."""
+
+    __call__ = nn.Module.__call__  # which nn.ParameterList refuses
+
+    def forward(self, embedding: Tensor, features: Callable[[Tensor, Sequence[Tensor]], Tensor]) -> Tensor:
+        return features(embedding, [read(weight) for weight in self])
+
+
+class _SharedOutputs(nn.ParameterDict):
+    """Last layers that a group shares, by their size."""
+
+    def forward(self, size: int, hidden: Tensor) -> Tensor:
+        weight = read(self[str(size)])
+        return F.linear(hidden.to(weight), weight)
 
 
 class _HiddenLayers(nn.Module):
@@ -107,12 +128,13 @@ class _HiddenLayers(nn.Module):
         widths = [config.embedding_width] + [config.hidden_dim or rank] * (config.depth - 1)
         embedding, *weights = first_values(config.generator_init, rank, widths, self.activation)
         self.embedding = nn.Parameter(embedding)
-        self.weights = nn.ParameterList(map(nn.Parameter, weights))
+        self.weights = _Weights(map(nn.Parameter, weights))
 
     def forward(self, offset: Tensor | None) -> Tensor:
-        embedding = wide(self.embedding)
+        embedding = read(self.embedding)
         embedding = embedding if offset is None else embedding + offset.to(embedding)
-        return self.features(embedding, [wide(weight) for weight in self.weights])
+        hidden: Tensor = self.weights(embedding, self.features)
+        return hidden
 
     def features(self, embedding: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """H ``[..., r, h]`` from embeddings ``[..., r, e]`` and weights ``[..., h, e]``, of one network or of many."""
@@ -135,8 +157,8 @@ class FactorTrunk(SharedNetwork):
         self.rank = rank
         self.A = _HiddenLayers(rank, config)
         self.B = _HiddenLayers(rank, config)
-        self.output_A = nn.ParameterDict()
-        self.output_B = nn.ParameterDict()
+        self.output_A = _SharedOutputs()
+        self.output_B = _SharedOutputs()
 
     def forward(self, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden features of A and of B, ``[r, h]`` each; ``offset`` ``[e]`` is added to the embeddings."""
@@ -189,12 +211,15 @@ class GeneratedFactors(nn.Module):
 
     def _hidden(self) -> tuple[Tensor, Tensor]:
         block = self.block_embedding
-        hidden: tuple[Tensor, Tensor] = self.trunk(None if block is None else block.vector)
+        hidden: tuple[Tensor, Tensor] = self.trunk(None if block is None else block())
         return hidden
 
     def forward(self) -> tuple[Tensor, Tensor]:
         hidden_A, hidden_B = self._hidden()
-        w2_A, w2_B = map(wide, self._output_weights())
+        if self.share_output:
+            trunk = self.trunk
+            return trunk.output_A(self.d_in, hidden_A), trunk.output_B(self.d_out, hidden_B).T
+        w2_A, w2_B = read(self.w2_A), read(self.w2_B)
         # A trunk may lie on another device, or in another precision, than this layer.
         return F.linear(hidden_A.to(w2_A), w2_A), F.linear(w2_B, hidden_B.to(w2_B))
 
@@ -216,3 +241,6 @@ class BlockEmbedding(SharedNetwork):
         self.vector = nn.Parameter(torch.zeros(config.embedding_width, dtype=torch.float32))
         if config.generator_init == "normal":
             nn.init.normal_(self.vector)
+
+    def forward(self) -> Tensor:
+        return carried(self.vector)

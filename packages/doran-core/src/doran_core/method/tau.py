@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core.errors import ConfigError
-from doran_core.functional import per_row, wide
+from doran_core.functional import per_row
 from doran_core.method.config import DoranConfig
+from doran_core.support.sharding import read
 
 __all__ = ["Tau", "tau_size"]
 
@@ -84,7 +85,7 @@ class Tau(nn.Module):
 
     def value(self) -> Tensor:
         """What inference adds to the norm: ``[1]``, per head or row ``[d_out]``, and a scalar 0 for the kind zero."""
-        return torch.zeros(()) if self.raw is None else self.value_of(wide(self.raw))
+        return torch.zeros(()) if self.raw is None else self.value_of(read(self.raw))
 
     def value_of(self, raw: Tensor) -> Tensor:
         """:meth:`value` of raw values ``[..., k]``: of one layer, or of many like it."""
@@ -96,7 +97,7 @@ class Tau(nn.Module):
         if self.raw is None:
             return 0.0
         if self.kind == "gaussian" and self.training:
-            sigma = F.softplus(wide(self.raw))
+            sigma = F.softplus(read(self.raw))
             return per_row((sigma * torch.randn_like(sigma)).abs(), self.d_out)
         return self.value()
 

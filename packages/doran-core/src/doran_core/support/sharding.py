@@ -1,0 +1,127 @@
+"""Tensors that are not whole in this process: sharded by FSDP or DeepSpeed ZeRO, or offloaded by accelerate.
+
+No import of those libraries: a sharded or offloaded tensor shows by its type or by the marks that they put on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doran_core.errors import TargetError
+
+__all__ = ["carried", "gathered", "is_dtensor", "is_sharded", "is_whole", "read", "whole", "whole_shape"]
+
+_PLAIN = (Tensor, nn.Parameter)
+_FSDP1 = "_fsdp_flattened"
+"""FSDP1's mark on a parameter that is a view of its flat one."""
+_ZERO = "ds_id"
+"""DeepSpeed ZeRO-3's mark on a parameter that it partitions."""
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: FSDP2's parameters outside their unit's forward pass, and tensor parallel ones."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "full_tensor")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP or ZeRO may take the tensor's memory away between two uses."""
+    return is_dtensor(tensor) or hasattr(tensor, _ZERO) or hasattr(tensor, _FSDP1)
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor, also where this process holds none of it."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def is_whole(tensor: Tensor, numel: int) -> bool:
+    """Whether this process can read all `numel` values, now and until the computation is over."""
+    if type(tensor) in _PLAIN:
+        return tensor.numel() == numel and not tensor.is_meta and not hasattr(tensor, _ZERO)
+    return not is_dtensor(tensor) and tensor.numel() == numel and not tensor.is_meta
+
+
+def read(parameter: Tensor) -> Tensor:
+    """A parameter as the formulas use it: whole, in float32 or wider, differentiable.
+
+    Mixed precision hands float32 parameters over in half precision. A DTensor, outside its FSDP2 unit, is gathered
+    here; its gradient is the mean over the processes, as FSDP2's own.
+
+    Raises:
+        TargetError: under FSDP1, outside the unit that owns the parameter: its gradient would be lost.
+    """
+    if type(parameter) not in _PLAIN and is_dtensor(parameter):
+        parameter = _Gathered.apply(parameter)  # type: ignore[no-untyped-call]
+    elif hasattr(parameter, _FSDP1) and parameter.requires_grad and torch.is_grad_enabled():
+        raise TargetError(
+            "FSDP1: a layer's networks are used outside the FSDP unit that owns them (sharing='model', or a factor "
+            "penalty), where FSDP1 loses their gradient; use FSDP2 (fully_shard), or sharing='block' without a penalty"
+        )
+    return parameter.float() if parameter.dtype.itemsize < 4 else parameter
+
+
+def carried(parameter: Tensor) -> Tensor:
+    """As :func:`read`, for a forward that returns the parameter: ZeRO-3 frees it there."""
+    value = read(parameter)
+    return value.clone() if hasattr(value, _ZERO) else value
+
+
+class _Gathered(torch.autograd.Function):
+    """A DTensor's whole tensor; the gradient is averaged over its mesh and sharded again."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        ctx.mesh, ctx.placements = tensor.device_mesh, tensor.placements
+        return tensor.full_tensor()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        from torch import distributed
+        from torch.distributed.tensor import distribute_tensor
+
+        grad = grads[0].contiguous()
+        for dim in range(ctx.mesh.ndim):
+            distributed.all_reduce(grad, group=ctx.mesh.get_group(dim))
+        return distribute_tensor(grad / ctx.mesh.size(), ctx.mesh, ctx.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def whole(tensor: Tensor, where: str) -> Tensor:
+    """A detached whole tensor; a collective operation for a DTensor. Call it inside :func:`gathered`.
+
+    Raises:
+        TargetError: FSDP1 or ZeRO-3 holds a part of it, and nothing has gathered the parts.
+    """
+    if is_dtensor(tensor):
+        return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
+    if tensor.is_meta:
+        raise TargetError(f"{where}: its weight is on the meta device; load the base model's weights first")
+    if hasattr(tensor, _ZERO) and tensor.shape != whole_shape(tensor):
+        raise TargetError(f"{where}: ZeRO-3 holds a part of its weight; gather it (deepspeed.zero.GatheredParameters)")
+    return tensor.detach()
+
+
+@contextlib.contextmanager
+def gathered(layer: nn.Module, *, recurse: bool = False) -> Iterator[None]:
+    """A context in which ZeRO-3's partitioned and accelerate's offloaded parameters of a layer are here, to read.
+
+    Args:
+        layer: it, and with `recurse` the modules inside.
+        recurse: see `layer`.
+    """
+    with contextlib.ExitStack() as stack:
+        away = [p for p in layer.parameters(recurse) if hasattr(p, _ZERO) and p.shape != whole_shape(p)]
+        if away:
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(away))
+        for module in layer.modules() if recurse else (layer,):
+            hook = getattr(module, "_hf_hook", None)
+            if hook is not None and any(p.is_meta for p in module.parameters(recurse=False)):
+                hook.pre_forward(module)
+                stack.callback(hook.post_forward, module, None)
+        yield
