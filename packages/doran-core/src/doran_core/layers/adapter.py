@@ -74,8 +74,10 @@ class DoranAdapter(nn.Module):
         self._refuse_sharded(view)
         self.to(device=view.device, dtype=torch.float64 if view.compute_dtype() == torch.float64 else None)
         self.reset_base(view)
-        self._check_start(*self.factor_pair())
-        norm = functional.start_norm(self.base_squared_norm)
+        A, B = self.factor_pair()
+        self._check_start(A, B)
+        direct = self.config.norm_method == "direct"  # it sums in another order
+        norm = self.norm(view, A, B) if direct else functional.start_norm(self.squared_norm_of_base(view))
         if not bool(norm.isfinite().all()):
             raise NonFiniteError(f"{self.spec.name}: the base weight has NaN or infinite values")
         self.tau.initialise(norm)

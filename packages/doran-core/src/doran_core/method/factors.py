@@ -109,6 +109,8 @@ class _Weights(nn.ParameterList):
 class _SharedOutputs(nn.ParameterDict):
     """Last layers that a group shares, by their size."""
 
+    __call__ = nn.Module.__call__  # which nn.ParameterDict refuses
+
     def forward(self, size: int, hidden: Tensor) -> Tensor:
         weight = read(self[str(size)])
         return F.linear(hidden.to(weight), weight)
