@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +160,16 @@ class BaseView(ABC):
         with self.whole_weight() as weight:
             assert weight is not None
             return functional.base_squared_norm(weight)
+
+
+def _held(layer: nn.Module, name: str) -> Any:
+    """A layer's parameter without the look-up that ZeRO-3 answers by gathering it."""
+    found = layer._parameters.get(name)
+    return getattr(layer, name, None) if found is None else found
+
+
+def _is_floating(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point()
 
 
 class _LinearView(BaseView):
