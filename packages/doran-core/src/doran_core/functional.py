@@ -38,7 +38,6 @@ __all__ = [
     "row_norm",
     "scaled_factor",
     "start_norm",
-    "wide",
     "wide_product",
     "wide_transposed_product",
 ]
@@ -54,11 +53,6 @@ _UPCAST_BYTES = 64 * 2**20
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which sums over these tensors are taken: float64 if any of them is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 if it is narrower: sharded training may hand half-precision copies of an adapter's parameters out."""
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
