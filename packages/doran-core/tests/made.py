@@ -12,6 +12,7 @@ from doran_core.checkpoint.weight_layout import to_matrix
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.modules import make_factor_builder
 from doran_core.method.factors import LayerSpec
+from doran_core.method.shared_network import tensors_by_layer
 from doran_core.method.sharing import block_of
 
 HIDDEN, INNER, VOCABULARY = 24, 40, 50
@@ -89,7 +90,7 @@ def trainable_record(weights, targets=None, kinds=None, extra=None, fingerprint=
     items = [(name, to_matrix(weights[f"{name}.weight"], (kinds or {}).get(name, "linear"))) for name in adapters]
     record = TrainableAdapter(
         config=config,
-        modules={name: dict(adapter.state_dict()) for name, adapter in adapters.items()},
+        modules=tensors_by_layer(adapters),
         extra=extra or {},
         base_fingerprint=fingerprint_weights(items) if fingerprint else None,
         base_model="made/llama",

@@ -7,12 +7,13 @@ is there, a copy of a layer takes its networks along, and a layer taken out leav
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["SharedNetwork", "shared_networks"]
+__all__ = ["SharedNetwork", "shared_networks", "tensors_by_layer"]
 
 
 class SharedNetwork(nn.Module):
@@ -65,6 +66,23 @@ def _accept_other_names(network: SharedNetwork, incompatible: Any) -> None:
     if forgiven:
         missing[:] = [key for key in missing if key not in set(forgiven)]
         network._pending = []
+
+
+def tensors_by_layer(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer by their names in it, those of shared networks with the first layer that has them.
+
+    Args:
+        layers: the adapters' modules by the layers' names.
+    """
+    first: dict[int, str] = {}
+    return {
+        name: {
+            key: value.detach()
+            for key, value in layer.state_dict(keep_vars=True).items()
+            if first.setdefault(id(value), name) == name
+        }
+        for name, layer in layers.items()
+    }
 
 
 def shared_networks(model: nn.Module) -> dict[SharedNetwork, list[str]]:
