@@ -179,6 +179,14 @@ def serve(session: nox.Session) -> None:
 
 
 @nox.session
+def load(session: nox.Session) -> None:
+    """doran-serve under load for ten minutes, every answer checked; e.g. ``nox -s load -- --minutes 2 --seed 7``."""
+    install_vllm(session)
+    install(session, "serve", extra={"serve": "[test]"})
+    session.run("python", "packages/doran-serve/tests/load.py", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The site, built strictly; its links and its reference checked; every code block that can run without vLLM run."""
     install(session, *PACKAGES, extra={"hf": "[train,plot]", "export": "[cpu,genai]"})

@@ -33,7 +33,7 @@ class Server:
         env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | variables
         self.log = log.open("w+")
         self.process = subprocess.Popen([*command, *flags], env=env, stdout=self.log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600  # most of it is waiting for other processes of the tests
         while self.request("/health")[0] != 200:
             assert self.process.poll() is None, self.tail()
             assert time.monotonic() < deadline, self.tail()
