@@ -34,10 +34,14 @@ class Server:
         self.log = log.open("w+")
         self.process = subprocess.Popen([*command, *flags], env=env, stdout=self.log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 600  # most of it is waiting for other processes of the tests
-        while self.request("/health")[0] != 200:
-            assert self.process.poll() is None, self.tail()
-            assert time.monotonic() < deadline, self.tail()
-            time.sleep(1)
+        try:
+            while self.request("/health")[0] != 200:
+                assert self.process.poll() is None, self.tail()
+                assert time.monotonic() < deadline, self.tail()
+                time.sleep(1)
+        except BaseException:
+            self.process.kill()
+            raise
 
     def everything(self) -> str:
         """What it has said."""

@@ -63,7 +63,7 @@ def test_a_version_that_is_nowhere_is_refused(store: AdapterStore, base: dict[st
     folder = write(base, tmp_path / "a", 3)
     path = marked(folder, store.admit(folder).version)
     copy = store.copies.directory / str(unmarked(path)[1])
-    os.chmod(copy / "adapter_model.safetensors", 0o600)
+    (copy / "adapter_model.safetensors").chmod(0o600)
     os.truncate(copy / "adapter_model.safetensors", 10)
     adapter, read_from = store.load_admitted(path)  # damaged copy, sound source: copied again
     assert adapter is not None
@@ -123,13 +123,13 @@ def test_files_that_change_while_they_are_checked(store: AdapterStore, base: dic
             turn += 1
             for path in made[turn % 2].iterdir():
                 shutil.copyfile(path, folder / path.name)  # one file after the other, in place
-            time.sleep(0.005)
+            time.sleep(0.05)
 
     changing = threading.Thread(target=change)
     changing.start()
     admitted = 0
     try:
-        for _ in range(40):
+        for _ in range(8):
             try:
                 info = store.admit(folder)
             except DoranError:  # a mixture was seen, and refused

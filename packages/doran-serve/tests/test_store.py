@@ -120,3 +120,13 @@ def test_without_base_files_a_compiled_adapter_is_enough(base: Any, tmp_path: Pa
     trainable = make_adapter("trainable", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "b")
     with pytest.raises(CheckpointError, match="needs the base weights"):
         store.check(trainable)
+
+
+def test_a_damaged_cache_entry_is_made_anew(store: AdapterStore, base: Any, tmp_path: Path) -> None:
+    folder = make_adapter("trainable", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
+    assert store.load(folder) is not None
+    (entry,) = (tmp_path / "cache" / "compiled").iterdir()
+    (entry / "adapter_model.safetensors").write_bytes(b"damaged")
+    adapter = store.load(folder)
+    assert adapter is not None
+    assert adapter.rank == 3

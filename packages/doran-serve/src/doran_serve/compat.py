@@ -245,6 +245,13 @@ PATCHES = (
         "vLLM ends open requests when it ends their engine",
     ),
     Patch(
+        "vllm.entrypoints.openai.models.serving:OpenAIServingModels.init_static_loras",
+        frontend.good_ones,
+        "one damaged adapter keeps the server from starting, and so any supervisor from bringing it back",
+        ("0.32.0",),
+        "vLLM starts without the adapters that it cannot load",
+    ),
+    Patch(
         "vllm.entrypoints.serve.lora.api_router:attach_router",
         _unless_closed,
         "one variable of vLLM turns on resolvers and lets every client load any directory of the server's machine",

@@ -11,6 +11,7 @@ import asyncio
 import copy
 import functools
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -31,12 +32,14 @@ __all__ = [
     "checked_model",
     "current_request",
     "engine_config",
+    "good_ones",
     "refused_error",
     "unless_merged",
     "with_current_adapter",
     "with_known_config",
 ]
 
+_logger = logging.getLogger("vllm.doran_serve")
 _configs: dict[str, Any] = {}
 """vLLM's configuration of each engine of this process, by the name of its model."""
 
@@ -137,6 +140,23 @@ def with_known_config(stock: Callable[..., None]) -> Callable[..., None]:
         _configs[vllm_config.model_config.model] = vllm_config
 
     return initialise
+
+
+def good_ones(stock: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """Around `OpenAIServingModels.init_static_loras`: one bad adapter does not keep the server from starting."""
+
+    @functools.wraps(stock)
+    async def init_static_loras(self: Any) -> None:
+        modules = self.static_lora_modules
+        for module in modules or ():
+            self.static_lora_modules = [module]
+            try:
+                await stock(self)
+            except ValueError as error:
+                _logger.error("adapter %r is not served: %s", module.name, error)
+        self.static_lora_modules = modules
+
+    return init_static_loras
 
 
 def checked_model(stock: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:

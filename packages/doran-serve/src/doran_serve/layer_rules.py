@@ -13,7 +13,7 @@ from doran_core.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["LayerRules", "ServedAs"]
 
-ServedAs = Literal["linear", "embedding", "output head", "experts", "another tower"]
+ServedAs = Literal["linear", "embedding", "output head", "classification head", "experts", "another tower"]
 """How vLLM serves a layer."""
 
 _TOWERS = ("vision_config", "audio_config")
@@ -31,6 +31,9 @@ class LayerRules:
         config: Mapping[str, Any] = {} if checkpoint is None else checkpoint.config()
         text = config.get("text_config")
         self._vocabulary = (text if isinstance(text, dict) else config).get("vocab_size")
+        self._classifies = any("Classification" in str(name) for name in config.get("architectures") or ())
+        labels = config.get("id2label")
+        self._labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
         self._language: str | None = None
         if checkpoint is not None and any(section in config for section in _TOWERS):
             self._language = next((k.partition("embed_tokens")[0] for k in checkpoint if "embed_tokens" in k), None)
@@ -50,6 +53,8 @@ class LayerRules:
             return "embedding"
         if "experts" in parts:
             return "experts"
+        if self._classifies and not any(part.isdigit() for part in parts) and rows == self._labels:
+            return "classification head"
         return "output head" if self._is_head(parts, rows) else "linear"
 
     def _is_head(self, parts: list[str], rows: int) -> bool:

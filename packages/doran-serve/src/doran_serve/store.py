@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import logging
 import os
 import threading
 from collections import defaultdict
@@ -34,6 +34,7 @@ from doran_core.errors import (
     TargetError,
     UnexpectedKeyError,
 )
+from doran_core.files.jsonfile import read_json
 from doran_serve.admission import AdmittedCopies, unmarked
 from doran_serve.base import BaseModel, local_directory
 from doran_serve.layer_rules import LayerRules
@@ -42,6 +43,7 @@ from doran_serve.vllm_symbols import lookup
 
 __all__ = ["AdapterStore", "check_mergeable", "default_cache_directory"]
 
+_logger = logging.getLogger("vllm.doran_serve")
 _Factored = CompiledAdapter | PeftAdapter
 
 _CLASSIFIERS = ("score", "classifier")
@@ -211,10 +213,11 @@ class AdapterStore:
         rules, others = LayerRules(self.base.checkpoint), []
         for module in record.modules.values():
             served_as = rules.served_as(module.name, module.B.shape[0], module.kind)
-            if served_as == "another tower":
+            if served_as in ("another tower", "classification head"):
                 raise TargetError(
-                    f"{folder}: {module.name}: vLLM adapts the language model of this base, not its other parts; merge "
-                    "the adapter with `doran merge` and serve the merged checkpoint"
+                    f"{folder}: {module.name}: vLLM serves this layer as {served_as}, which it does not adapt; leave "
+                    "the layer out of target_modules, or merge the adapter with `doran merge` and serve the merged "
+                    "checkpoint"
                 )
             if served_as != "linear":
                 others.append(module.name)
@@ -276,7 +279,10 @@ class AdapterStore:
             )
         target = self.cache_directory / "compiled" / _content_key(folder, self.base.identity)
         if (target / SCALE_FILE).exists():
-            return read_compiled(target)
+            try:
+                return read_compiled(target)
+            except DoranError as error:
+                _logger.warning("the compiled adapter in the cache is damaged and made anew: %s", error)
         convert = from_peft if form == "dora" else compile_adapter
         adapter = convert(folder, self.base.directory)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -294,12 +300,12 @@ def _shared_store(
 def _form(folder: Path) -> AdapterForm:
     """The form of an adapter by its configuration; the readers say what is wrong with one that is none."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / CONFIG_FILE)
+    except (OSError, DoranError):
         config = {}
     if (folder / SCALE_FILE).exists():
         return "compiled"
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if config.get("peft_type") != "LORA":
         return "trainable"
     return "dora" if config.get("use_dora") else "lora"
 
