@@ -1,4 +1,4 @@
-"""Names and small files of an exported directory, and what comes along from the model directory."""
+"""File names of an exported directory, and the small files that are copied from the model directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
     "MODEL_FILE",
     "REPORT_FILE",
     "adapter_files",
-    "copy_companions",
+    "copy_side_files",
     "read_json",
     "require_free_place",
 ]
@@ -29,8 +29,8 @@ GENAI_CONFIG = "genai_config.json"
 ADAPTERS = "adapters"
 ADAPTER_SUFFIX = ".onnx_adapter"
 
-# What a tokenizer, an image processor or a sentence-transformers pipeline reads, and nothing that holds weights.
-_COMPANIONS = (
+# Files that a tokenizer, an image processor or a sentence-transformers pipeline reads; none holds weights.
+_SIDE_FILES = (
     "generation_config.json",
     "*token*.json",
     "vocab.json",
@@ -46,9 +46,9 @@ _COMPANIONS = (
 )
 
 
-def copy_companions(source: Path, out: Path) -> None:
+def copy_side_files(source: Path, out: Path) -> None:
     """Copy tokenizer, processor and license files from a model directory."""
-    for pattern in _COMPANIONS:
+    for pattern in _SIDE_FILES:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
                 target = out / path.relative_to(source)
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or an empty one when there is no such file.
 
     Raises:
-        CheckpointError: it is not JSON or not an object.
+        CheckpointError: the file is not JSON, or holds no object.
     """
     try:
         with named_errors(path, CheckpointError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from doran_core.adapter import read_adapter
 from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.errors import CheckpointError
-from doran_export.files import copy_companions
+from doran_export.files import copy_side_files
 from doran_export.loading import Source, load_weights
 
 __all__ = ["under_module_names"]
@@ -40,7 +40,7 @@ def under_module_names(source: Source, adapters: Iterable[str | Path], scratch: 
         return source.path  # whoever binds the adapter says what is missing, and what is near it
     stored = {key: tensor for key, tensor in model.state_dict().items() if key not in missing}
     model.save_pretrained(scratch, state_dict=stored, save_original_format=False)
-    copy_companions(source.path, scratch)
+    copy_side_files(source.path, scratch)
     return scratch
 
 

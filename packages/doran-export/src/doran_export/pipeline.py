@@ -17,7 +17,7 @@ from doran_core.errors import ConfigError
 from doran_export.adapters.adapter_file import write_adapter
 from doran_export.adapters.separate import adapter_tensors, merged_weights, replaced, union_of_targets
 from doran_export.errors import ExportError
-from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, MODEL_FILE, copy_companions
+from doran_export.files import ADAPTER_SUFFIX, ADAPTERS, MODEL_FILE, copy_side_files
 from doran_export.graph.genai import build_graph, require_plain_head
 from doran_export.graph.precision import Exporter, Precision
 from doran_export.graph.quantize import quantize_weights
@@ -38,18 +38,18 @@ __all__ = ["Request", "ask", "export_source", "prove_directory"]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made and how it is to be proven.
+    """An export request: what to make, and how to prove the result.
 
     Attributes:
-        exporter: how the graph is made.
-        precision: of its weights.
+        exporter: what makes the graph.
+        precision: of the graph's weights.
         target: the execution provider that the graph is made for.
         providers: execution providers to prove on.
-        inputs: what to compare on beside random inputs.
+        inputs: the user's inputs, compared beside random ones.
         tolerance: largest allowed difference; None takes the precision's.
-        adapters: for a graph with adapters as inputs: compiled adapters by name.
-        replaced: names of tensors that a merged adapter gave in full, such as a new classifier's, and that the model
-            must have, since nobody said which task it is to do.
+        adapters: compiled adapters by name, for a graph with adapters as inputs.
+        replaced: names of tensors that a merged adapter replaced in full, such as a new classifier's. The model must
+            have them; otherwise the user has to name the task.
     """
 
     exporter: Exporter
@@ -79,10 +79,10 @@ def export_source(
     Args:
         source: the model directory.
         work: existing directory.
-        out: where it will be, for the report.
+        out: the final path, for the report.
         request: what to make.
-        timer: told of every stage.
-        scratch: a directory to remove as soon as it has been read.
+        timer: receives every stage.
+        scratch: a directory to remove once it has been read.
     """
     with timer.stage("loading"):
         model = load_model(source)
@@ -102,7 +102,7 @@ def export_source(
         with timer.stage("building"):
             build_graph(source.path, work, request.precision.name, request.target)
         shutil.copyfile(source.path / "config.json", work / "config.json")
-    copy_companions(source.path, work)
+    copy_side_files(source.path, work)
     if scratch is not None:
         shutil.rmtree(scratch)
     _write_adapters(request, work)
@@ -127,7 +127,7 @@ def export_source(
 
 
 def _require_replaced(model: PreTrainedModel, source: Source, names: Sequence[str]) -> None:
-    """Refuse a task whose model leaves out what the adapter brought: the base's architecture may lack the new head."""
+    """Refuse a task whose model lacks a tensor of the adapter: the base's architecture may lack the new head."""
     lost = sorted(set(names) - model.state_dict().keys())
     if lost:
         raise ConfigError(
@@ -188,7 +188,7 @@ def _ask_all(
 def prove_directory(
     directory: Path, spec: GraphSpec, references: Mapping[str | None, Reference], request: Request, timer: StageTimer
 ) -> Proof:
-    """Compare a directory with what PyTorch answered, on every provider."""
+    """Compare an exported directory with PyTorch's recorded outputs, on every provider."""
     per_provider = sum(len(reference.answers) + (reference.greedy is not None) for reference in references.values())
     tolerance = request.precision.tolerance if request.tolerance is None else request.tolerance
     with timer.stage("proving", len(request.providers) * per_provider) as advance:
@@ -215,7 +215,7 @@ def _model_files(work: Path) -> list[Path]:
 
 
 def _write_config(model: PreTrainedModel, out: Path) -> None:
-    """Write config.json with the architecture that was exported: a base with a new head names another one."""
+    """Write config.json with the exported architecture. A base with a new head names another one."""
     config = model.config
     config.architectures = [type(model).__name__]
     config.save_pretrained(out)

@@ -19,7 +19,7 @@ __all__ = ["adapted_layers", "give_defaults", "take_adapters"]
 
 
 class _Slot:
-    """What one layer is given for one call. Not a module, nor plain data: the tracer must not take it for a state."""
+    """The A, B' and c of one layer in one call. Neither module nor plain data, so that tracing sees no state."""
 
     def __init__(self) -> None:
         self.parts: tuple[Tensor, ...] = ()
@@ -69,16 +69,16 @@ def adapted_layers(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Non
 
 
 def take_adapters(function: nn.Module, model: PreTrainedModel, spec: GraphSpec) -> nn.Module:
-    """The function of a model whose layers `spec.adapted` are in the hands of `adapted_layers`."""
+    """The function of a model whose layers `spec.adapted` are wrapped by `adapted_layers`."""
     layers = [model.get_submodule(name) for name in spec.adapted]
     return AdaptedFunction(function, [layer.slot for layer in layers if isinstance(layer, AdaptedLayer)])
 
 
 def give_defaults(graph: ir.Model, spec: GraphSpec, dtype: torch.dtype) -> None:
-    """Make the base the default of every adapter input: c = 1, B' = 0, at rank 1.
+    """Give every adapter input a default, c = 1 and B' = 0 at rank 1. With default inputs the graph computes the base.
 
-    An ONNX initializer with the name of an input is its default, so a run without an adapter has nothing to give, nor
-    one whose adapter leaves a layer out.
+    An ONNX initializer with the name of an input is the input's default. A run without an adapter, or with one that
+    leaves a layer out, gives no value there.
     """
     inputs = {value.name: value for value in graph.graph.inputs}
     for name, (d_in, d_out) in spec.adapted.items():

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 PARTS = ("lora_A", "lora_B", "scale")
-"""What an adapter gives each adapted layer: A transposed ``[d_in, r]``, B' transposed ``[r, d_out]``, c ``[d_out]``."""
+"""Inputs of each adapted layer: A transposed ``[d_in, r]``, B' transposed ``[r, d_out]``, c ``[d_out]``."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -35,12 +35,12 @@ class Precision:
         name: what users say.
         dtype: dtype of the weights before any quantization.
         on_cpu: dtype that a graph for the CPU computes in; one for CUDA computes in `dtype`.
-        tolerance: what is allowed, by `rule`, of the difference of an output from PyTorch's in float32.
-        rule: "absolute": no element may differ by more on given inputs, and on random ones, which drive some tokens to
-            amplify rounding, by more times the root mean square of the output, where that is over 1; "relative": the
-            second on all inputs; "average": the root mean square of the difference, over that of the outputs' spread in
-            their last axis, may not be more (an unrelated graph has 1.4). With few bits the model is another one, near
-            but not equal; then a decoder's greedy tokens are compared and reported, but need not be the same.
+        tolerance: largest allowed difference of an output from PyTorch's in float32, measured by `rule`.
+        rule: "absolute" compares each element on the user's inputs. On random inputs, which make some tokens amplify
+            rounding, the tolerance is multiplied by the root mean square of the output where that is over 1.
+            "relative" multiplies the tolerance so on all inputs. "average" compares the root mean square of the
+            difference with the standard deviation of the output along its last axis (an unrelated graph has 1.4). With
+            few bits the model is near the original, but not equal: greedy tokens are then reported, and may differ.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Dynamic int8 for the CPU: weights of 8 bits, activations quantized as they come."""
+"""Dynamic int8 for the CPU: weights in 8 bits, activations quantized at run time."""
 
 from __future__ import annotations
 

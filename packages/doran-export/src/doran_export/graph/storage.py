@@ -1,7 +1,7 @@
-"""Weights stored in half precision under arithmetic in float32: what a graph for the CPU is in fp16.
+"""fp16 for the CPU: weights stored in half precision, arithmetic in float32.
 
-onnxruntime's CPU operators compute in float32 whatever the dtype of the weights, and would round in between. A graph
-that says float32 loses nothing but the weights' own rounding. onnxruntime widens the weights once, as it loads them.
+onnxruntime's CPU operators compute in float32 whatever the dtype of the weights, and round to that dtype in between.
+With float32 arithmetic only the weights are rounded. onnxruntime widens the weights once, when it loads them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a proof feeds both sides: random inputs of several batch sizes and lengths, and inputs that the user gives."""
+"""Inputs of a proof: random ones of several batch sizes and lengths, and those that the user gives."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Case:
         name: what the report calls it.
         inputs: arrays by input name, without the cache.
         chunks: lengths of the pieces in which a decoder's graph gets the sequence; empty for other models.
-        given: whether it came from the user, not from chance.
+        given: whether the user gave the inputs; otherwise they are random.
     """
 
     name: str
@@ -102,7 +102,7 @@ def _random_text(
 
 
 def given_cases(spec: GraphSpec, given: Sequence[Any], tokenizer: Any, *, padded: bool = True) -> list[Case]:
-    """Cases from what a user gave.
+    """Cases from the user's inputs.
 
     Args:
         spec: the graph.

@@ -1,4 +1,4 @@
-"""One case of a proof: ONNX Runtime's outputs against PyTorch's, and when the cases together prove something."""
+"""One case of a proof: ONNX Runtime's outputs against PyTorch's; and whether the cases together are enough."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from doran_export.runtime.runner import OnnxRunner
 
 __all__ = ["Check", "averages", "compare", "require_average", "require_certain"]
 
-_FEWEST_CERTAIN = 0.8  # share of rows that must remain for a comparison to say anything
-_NOISES = 10  # how many times its own noise PyTorch's answer may be missed by, where the noise is large
+_FEWEST_CERTAIN = 0.8  # least share of rows that must be compared
+_NOISES = 10  # an uncertain row's limit grows by this many times PyTorch's own noise
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class Check:
 
     Attributes:
         adapter: name of the active adapter; None for the graph alone.
-        given: whether the inputs came from the user, not from chance.
+        given: whether the user gave the inputs; otherwise they are random.
         chunked: whether a decoder got the sequence in pieces, on top of its cache.
         max_difference: largest absolute difference by output name, padding and uncertain rows left out.
         rms_difference: root mean square of the difference by output name, over the same rows.
-        rms_spread: root mean square of what PyTorch's output varies by in its last axis, by output name.
-        limit: what was allowed of max_difference by output name: the tolerance, but for random inputs, and in fp16,
-            times the root mean square of the output where that is over 1; empty where the precision's rule is the
-            average.
+        rms_spread: standard deviation of PyTorch's output along its last axis, by output name.
+        limit: largest max_difference that was allowed, by output name: the tolerance. For random inputs and for fp16,
+            where the root mean square of the output is over 1, the tolerance times that. Empty under the rule
+            "average".
         same_argmax: share of rows (or real tokens) whose largest logit is the same one; None without logits.
         compared: number of rows or tokens that were compared, by output name.
-        uncertain: number of those left out, by output name, because PyTorch's own answer moves by more than half the
-            tolerance there when its layers round another way. They may miss it by ten times that more than the limit.
+        uncertain: number of rows or tokens left out, by output name. There PyTorch's own output changes by more than
+            half the tolerance when its layers round another way. Their limit is raised by ten times that change.
     """
 
     name: str

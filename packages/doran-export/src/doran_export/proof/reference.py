@@ -1,4 +1,4 @@
-"""What PyTorch answers, in float32, before anything is exported: the side that a proof trusts."""
+"""PyTorch's outputs in float32, recorded before the export: the reference of a proof."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Answer:
     """PyTorch's answer to one case.
 
     Attributes:
-        case: the question.
+        case: its inputs.
         outputs: by name.
-        noise: for each output without its last axis, how far it moves when every layer's output is rounded another way.
-            Now and then a token amplifies rounding a thousandfold (in SmolLM2 mostly the first ones), and PyTorch then
-            has no more exact an answer than anybody else.
+        noise: how far each output moves, without its last axis, when every layer's output is rounded another way. Some
+            tokens amplify rounding a thousandfold (in SmolLM2 mostly the first ones); PyTorch's own output is then not
+            exact either.
     """
 
     case: Case

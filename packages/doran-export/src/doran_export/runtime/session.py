@@ -47,8 +47,8 @@ class GraphSession:
     Attributes:
         path: the ONNX file.
         session: the onnxruntime.InferenceSession.
-        input_names: what a caller gives: the inputs without the cache and without those that an adapter gives.
-        output_names: what a caller reads: the outputs without the cache.
+        input_names: the inputs that a caller gives: without the cache and without an adapter's.
+        output_names: the outputs that a caller reads: without the cache.
         past_names: the inputs of the cache.
         adaptable: the inputs that an adapter gives.
     """
