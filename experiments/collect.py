@@ -27,7 +27,7 @@ def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
 
     Where the factors were measured, also ``STUDY.spectra.parquet``, the singular values of their updates there.
 
-    Runs that the tables in ``into`` have already, and the folders do not, stay in them.
+    Runs that the folders do not have are taken from the tables in ``into``, this study's or another's.
 
     Args:
         study: which runs.
@@ -45,7 +45,7 @@ def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
     found: dict[str, tuple[Store, dict[str, Any]]] = {}
     for store in [Store(folder) for folder in reversed(folders)]:
         found.update({id_: (store, row) for id_, row in store.rows().items()})
-    earlier = _earlier_rows(path)
+    earlier = _earlier_rows(into)
     records = []
     for arm, run in study.runs():
         if run.id in found:
@@ -72,10 +72,9 @@ def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
     return path
 
 
-def _earlier_rows(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        return {}
-    return {row["id"]: row for row in pandas.read_csv(path, keep_default_na=True).to_dict("records")}
+def _earlier_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    tables = [pandas.read_csv(path, keep_default_na=True) for path in sorted(folder.glob("*.csv"))]
+    return {row["id"]: row for table in tables if "id" in table for row in table.to_dict("records")}
 
 
 def chosen_rates(table: pandas.DataFrame) -> dict[tuple[str, float], float]:

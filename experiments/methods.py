@@ -12,7 +12,10 @@ from torch import nn
 from doran_core import DoranConfig, adapt
 from experiments.errors import ExperimentError
 
-__all__ = ["METHODS", "Method", "adapter_parameters", "matched_rank", "method_config"]
+__all__ = ["METHODS", "OWN_OPTIONS", "Method", "adapter_parameters", "is_generated", "matched_rank", "method_config"]
+
+OWN_OPTIONS = frozenset({"b_rate"})
+"""Options of an arm that are the runner's: ``b_rate`` is the rate of B's last layer over that of all else (LoRA+)."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,25 @@ METHODS: dict[str, Method] = {
 }
 
 
+def is_generated(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether networks make the factors."""
+    adapter = METHODS[name].adapter
+    return adapter is not None and {**adapter, **options}.get("factors", "generated") == "generated"
+
+
 def method_config(name: str, options: Mapping[str, Any], targets: list[str], rank: int) -> DoranConfig:
     """The configuration of a method with an adapter; alpha is twice the rank, so the scaling is 2 at every rank.
 
-    The norm is the direct one: it keeps its digits where a high learning rate makes W0 and the update cancel.
+    The norm is the direct one: it keeps its digits where a high learning rate makes W0 and the update cancel. A width
+    may be told in ranks, as in ``hidden_dim: 2 ranks``.
     """
     method = METHODS[name]
     if method.adapter is None:
         raise ExperimentError(f"method {name!r} has no adapter")
-    values = {**method.adapter, **options}
+    values = {key: value for key, value in {**method.adapter, **options}.items() if key not in OWN_OPTIONS}
+    for key in ("embedding_dim", "hidden_dim"):
+        if isinstance(told := values.get(key), str):
+            values[key] = int(told.removesuffix(" ranks")) * rank
     return DoranConfig(rank=rank, alpha=2.0 * rank, target_modules=targets, norm_method="direct", **values)
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from experiments import figures, tables
 from experiments.errors import ExperimentError
+from experiments.overall import TASKS, overall_page
 from experiments.statistics import Interval, mean_interval
 
 __all__ = ["shared_against_separate", "slopes", "write_report"]
@@ -22,7 +23,7 @@ THEORY = "theory"
 
 
 def write_report(names: Sequence[str], folder: Path, into: Path) -> list[Path]:
-    """Report studies from the tables in ``folder``; all that have one if no name is given.
+    """Report studies from the tables in ``folder``; all that have one if no name is given. With all tasks, the overall.
 
     Returns:
         The Markdown files.
@@ -41,6 +42,11 @@ def write_report(names: Sequence[str], folder: Path, into: Path) -> list[Path]:
         text = _theory(table, into) if name == THEORY else _study(name, table, folder, into)
         path = into / f"{name}.md"
         path.write_text(text, encoding="utf-8")
+        written.append(path)
+    if {*TASKS} <= {*names}:
+        path = into / "overall.md"
+        found = {name: pandas.read_csv(folder / f"{name}.csv", keep_default_na=True) for name in TASKS}
+        path.write_text(overall_page(found), encoding="utf-8")
         written.append(path)
     return written
 
@@ -77,6 +83,8 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
         "differences are paired by seed. The spread does not include that of the choice of test examples. A star marks "
         "a rate at the end of its grid."
     )
+    if _all_old(table):
+        note += ' **Old start**: all generators start from N(0, 1) (`generator_init="normal"`), with embeddings of 64.'
     parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, references)]
     parts += [f"![accuracy over the learning rate]({figures.plot_rates(table, into / f'{name}-rates.svg').name})", ""]
     parts += ["## Test accuracy by learning rate, %", "", tables.accuracy_by_rate(table)]
@@ -104,6 +112,12 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
             parts += [f"![singular values of the updates]({figure})", ""]
     parts += _tau(name, folder, into)
     return "\n".join(parts)
+
+
+def _all_old(table: pandas.DataFrame) -> bool:
+    """Whether the study has generated factors, all with the old start."""
+    starts = table.options.fillna("").str.extract(r"generator_init=(\w+)")[0].dropna()
+    return len(starts) > 0 and bool((starts == "normal").all())
 
 
 def _tau(name: str, folder: Path, into: Path) -> list[str]:

@@ -110,6 +110,15 @@ class StackedAdapters:
         self.flat = torch.stack(starts).to(device).requires_grad_()
         self.size = self.flat.shape[1]
 
+    def multiples(self, b_rate: float) -> Tensor:
+        """What each trained number's rate is a multiple of, ``[P]``: 1, and ``b_rate`` for B or its last layer."""
+        last = ("factors.B", "factors.w2_B")
+        parts = [
+            torch.full((shape.numel(),), b_rate if name.endswith(last) or ".output_B." in name else 1.0)
+            for name, shape in self._shapes.items()
+        ]
+        return torch.cat(parts).to(self.flat.device)
+
     def _wrap(self) -> list[_StackedLinear]:
         stacked = []
         for name in self.layers:

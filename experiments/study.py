@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from experiments.errors import ExperimentError
-from experiments.methods import METHODS
+from experiments.methods import METHODS, is_generated
 
 __all__ = ["Run", "Study", "load_study"]
 
@@ -29,7 +29,8 @@ class Run:
     Attributes:
         model: minilm, smollm2 or vit.
         method: a name in :data:`experiments.methods.METHODS`.
-        options: further options of DoranConfig, as sorted pairs.
+        options: further options of DoranConfig, or the runner's own, as sorted pairs. With generated factors they
+            always tell the start: its default has changed once.
         targets: endings of the names of the adapted layers.
         budget_rank: LoRA's rank, which sets the budget.
         match: "parameters" gives the method the rank that comes nearest to LoRA's number of parameters; "rank" gives it
@@ -103,9 +104,9 @@ class Study:
 
 _KEYS = {
     "question", "model", "targets", "budget_rank", "steps", "batch", "head_rate", "rates", "fractions", "seeds",
-    "parallel", "evaluated", "measure_factors", "stability", "arms", "short",
+    "first_seed", "parallel", "evaluated", "measure_factors", "stability", "arms", "short",
 }  # fmt: skip
-_ARM_KEYS = {"method", "rates", "fractions", "seeds", "targets", "budget_rank", "match"}
+_ARM_KEYS = {"method", "rates", "fractions", "seeds", "first_seed", "targets", "budget_rank", "match"}
 
 
 def load_study(path: Path, *, short: bool = False) -> Study:
@@ -127,7 +128,8 @@ def load_study(path: Path, *, short: bool = False) -> Study:
     settings = {**content, **(content.get("short", {}) if short else {})}
     if unknown := sorted(set(settings) - _KEYS):
         raise ExperimentError(f"{path}: unknown key(s) {unknown}; known are {sorted(_KEYS)}")
-    if missing := sorted(_KEYS - {"short", "evaluated", "measure_factors", "stability"} - set(settings)):
+    optional = {"short", "evaluated", "measure_factors", "stability", "first_seed"}
+    if missing := sorted(_KEYS - optional - set(settings)):
         raise ExperimentError(f"{path}: missing key(s) {missing}")
     arms = {name: tuple(_arm_runs(path, name, arm or {}, settings)) for name, arm in settings["arms"].items()}
     return Study(path.stem, settings["question"], arms, int(settings["parallel"]))
@@ -137,13 +139,18 @@ def _arm_runs(path: Path, name: str, arm: Mapping[str, Any], settings: Mapping[s
     method = arm.get("method", name)
     if method not in METHODS:
         raise ExperimentError(f"{path}: arms.{name}: unknown method {method!r}; known are {sorted(METHODS)}")
-    options = tuple(sorted((key, _hashable(value)) for key, value in arm.items() if key not in _ARM_KEYS))
-    chosen = {"match": "parameters", **settings, **{key: arm[key] for key in _ARM_KEYS & set(arm)}}
+    told = {key: value for key, value in arm.items() if key not in _ARM_KEYS}
+    if is_generated(method, told):
+        told = {"generator_init": "identity", **told}
+    options = tuple(sorted((key, _hashable(value)) for key, value in told.items()))
+    chosen = {"match": "parameters", "first_seed": 0, **settings, **{key: arm[key] for key in _ARM_KEYS & set(arm)}}
     for key in ("budget_rank", "steps", "batch", "seeds"):
         if type(chosen[key]) is not int or chosen[key] < 1:
             raise ExperimentError(
                 f"{path}: {key} of arm {name!r}: expected a whole number above 0, got {chosen[key]!r}"
             )
+    if type(first := chosen["first_seed"]) is not int or first < 0:
+        raise ExperimentError(f"{path}: first_seed of arm {name!r}: expected a whole number, got {first!r}")
     for key in ("rates", "fractions", "targets"):
         if not isinstance(chosen[key], list) or not chosen[key]:
             raise ExperimentError(f"{path}: {key} of arm {name!r}: expected a list, got {chosen[key]!r}")
@@ -152,7 +159,8 @@ def _arm_runs(path: Path, name: str, arm: Mapping[str, Any], settings: Mapping[s
             raise ExperimentError(f"{path}: fractions of arm {name!r}: expected shares in (0, 1], got {fraction!r}")
     if chosen["match"] not in ("parameters", "rank"):
         raise ExperimentError(f"{path}: match of arm {name!r}: expected parameters or rank, got {chosen['match']!r}")
-    grid = itertools.product(range(int(chosen["seeds"])), chosen["fractions"], chosen["rates"])
+    seeds = range(first, first + int(chosen["seeds"]))
+    grid = itertools.product(seeds, chosen["fractions"], chosen["rates"])
     for seed, fraction, rate in grid:
         yield Run(
             model=settings["model"],

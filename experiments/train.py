@@ -102,11 +102,11 @@ class _Adapted(StackedAdapters):
 
 
 class _Adam:
-    """Adam with a rate per run, on tensors with the runs in front."""
+    """Adam with a rate per run, or per run and number, on tensors with the runs in front."""
 
     def __init__(self, tensors: list[Tensor], rates: list[Tensor]) -> None:
         self._tensors = tensors
-        self._rates = [r.view(-1, *[1] * (t.dim() - 1)) for t, r in zip(tensors, rates, strict=True)]
+        self._rates = [r.view(*r.shape, *[1] * (t.dim() - r.dim())) for t, r in zip(tensors, rates, strict=True)]
         self._mean = [torch.zeros_like(t) for t in tensors]
         self._square = [torch.zeros_like(t) for t in tensors]
         self._step = 0
@@ -168,6 +168,8 @@ def train_runs(
     head_rates = rates if first.method == "head" else torch.full_like(rates, first.head_rate)
     tensors = [*trained.tensors(), weight, bias]
     own_rates = [rates] * len(trained.tensors()) + [head_rates] * 2
+    if (b_rate := dict(first.options).get("b_rate")) is not None:
+        own_rates[0] = rates[:, None] * trained.multiples(float(b_rate))
     if METHODS[first.method].whole:
         own_rates = [rates[0]] * len(trained.tensors()) + [head_rates] * 2
     optimizer = _Adam(tensors, own_rates)

@@ -37,7 +37,7 @@ def is_rounded(told: tuple[str, ...], exact: tuple[str, ...]) -> bool:
 
 
 def test_every_study_is_reported(reports: dict[str, str]) -> None:
-    assert sorted(reports) == NAMES
+    assert sorted(reports) == sorted([*NAMES, "overall"])
 
 
 def test_every_run_of_every_study_is_stored() -> None:
@@ -49,9 +49,14 @@ def test_every_run_of_every_study_is_stored() -> None:
         assert [run for run in runs if run.id not in known] == []
 
 
-@pytest.mark.parametrize("study", NAMES)
+@pytest.mark.parametrize("study", [*NAMES, "overall"])
 def test_the_tables_are_those_of_the_stored_runs(reports: dict[str, str], study: str) -> None:
     assert (DOCS / "experiments" / f"{study}.md").read_text(encoding="utf-8") == reports[study]
+
+
+def test_studies_of_the_old_start_alone_say_so(reports: dict[str, str]) -> None:
+    told = {name for name, report in reports.items() if "**Old start**" in report}
+    assert told == {"tau", "tau_init"}
 
 
 @pytest.mark.parametrize("study", NAMES)

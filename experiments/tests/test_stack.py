@@ -54,10 +54,17 @@ def losses_of(task: Task, runs: list[Run]) -> Tensor:
     return torch.from_numpy(outcome.curves["loss"])
 
 
-def plain_losses(task: Task, run: Run, model: nn.Module, parameters: list[nn.Parameter]) -> Tensor:
+def plain_losses(
+    task: Task,
+    run: Run,
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    faster: tuple[list[nn.Parameter], float] = ([], 0.0),
+) -> Tensor:
     """The same training with torch.optim.Adam and a plain loop; ``model`` is adapted already."""
     weight, bias = (nn.Parameter(part) for part in task.head(run.seed))
-    optimizer = torch.optim.Adam([{"params": parameters, "lr": run.rate}, {"params": [weight, bias], "lr": HEAD_RATE}])
+    groups = [(parameters, run.rate), ([weight, bias], HEAD_RATE), faster]
+    optimizer = torch.optim.Adam([{"params": members, "lr": rate} for members, rate in groups if members])
     warmup = max(1, -int(-WARMUP * STEPS // 1))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (step + 1) / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)
@@ -93,6 +100,25 @@ def test_a_stack_trains_as_doran_core_with_torchs_adam(task: Task, method: str) 
     handle = adapt(model, method_config(method, {}, list(TARGETS), 4))
     expected = plain_losses(task, run, model, list(handle.parameters()))
     assert torch.allclose(losses_of(task, [run, run_of(method, seed=4)])[0], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["tau_only", "doran"])
+def test_a_rate_of_its_own_for_the_last_layer_of_b(task: Task, method: str) -> None:
+    run = run_of(method, seed=3, b_rate=4)
+    torch.manual_seed(3)
+    model = copy.deepcopy(task.model)
+    handle = adapt(model, method_config(method, {}, list(TARGETS), 4))
+    last = [
+        getattr(layer.doran_adapter.factors, "w2_B" if method == "doran" else "B") for layer in handle.layers.values()
+    ]
+    others = [p for p in handle.parameters() if all(p is not other for other in last)]
+    expected = plain_losses(task, run, model, others, (last, 4 * RATE))
+    assert torch.allclose(losses_of(task, [run, run_of(method, seed=4, b_rate=4)])[0], expected, atol=2e-4)
+
+
+def test_widths_may_be_told_in_ranks() -> None:
+    config = method_config("doran", {"hidden_dim": "2 ranks", "embedding_dim": "1 ranks"}, ["q"], 24)
+    assert (config.hidden_dim, config.embedding_dim) == (48, 24)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -39,15 +39,22 @@ def test_every_field_of_a_run_changes_its_id() -> None:
     assert len(others | {run.id}) == len(dataclasses.fields(run)) + 1
 
 
+def test_a_run_with_generated_factors_tells_its_start() -> None:
+    study = named_study("sample_efficiency", short=False)
+    starts = {arm: dict(runs[0].options).get("generator_init") for arm, runs in study.arms.items()}
+    told = {"doran": "identity", "doran_share_model": "identity", "doran_old_start": "normal"}
+    assert starts == dict.fromkeys(study.arms) | told
+
+
 def test_stacks_hold_one_cohort_and_low_seeds_come_first() -> None:
     studies = [named_study("sample_efficiency:lora+doran", short=False), named_study("smollm2:lora", short=False)]
     stacks = plan(studies, set())
     assert sum(map(len, stacks)) == sum(1 for study in studies for _ in study.runs())
     assert all(len({run.cohort() for run in stack}) == 1 for stack in stacks)
     assert [stack[0].model for stack in stacks] == sorted(stack[0].model for stack in stacks)
-    firsts = [(stack[0].method, max(run.seed for run in stack)) for stack in stacks[:2]]
-    assert {method for method, _ in firsts} == {"lora", "doran"}
-    assert max(seed for _, seed in firsts) < 4
+    firsts = {stack[0].method: {run.seed for run in stack} for stack in stacks[:2]}
+    assert {method: min(seeds) for method, seeds in firsts.items()} == {"lora": 0, "doran": 5}
+    assert all(max(seeds) < min(seeds) + 4 for seeds in firsts.values())
     done = {run.id for run in stacks[0]}
     assert [run.id for stack in plan(studies, done) for run in stack if run.id in done] == []
 
@@ -68,6 +75,7 @@ def test_whole_models_come_last_and_alone() -> None:
         ("arms: {dorann: {}}", r"arms.dorann: unknown method 'dorann'"),
         ("seeds: five", r"seeds of arm 'doran': expected a whole number above 0, got 'five'"),
         ("steps: 0", r"steps of arm 'doran': expected a whole number above 0, got 0"),
+        ("first_seed: -1", r"first_seed of arm 'doran': expected a whole number, got -1"),
         ("match: size", r"unknown key\(s\) \['match'\]"),
     ],
 )

@@ -165,7 +165,7 @@ class DoranConfig(AdapterOptions, PeftConfig):
             fields = read_json(path)
             fields.pop("runtime_config", None)  # PEFT: of no meaning in a file
             _check_version(fields.get("format_version", FORMAT_VERSION))  # first: a later format may have other fields
-            beside = {entry.name for entry in dataclasses.fields(cls)} - CONFIG_FIELDS - {"format_version"}
+            beside = {entry.name for entry in dataclasses.fields(cls)} - CONFIG_FIELDS - NOT_SAVED - {"format_version"}
             check_fields(str(path), fields.keys() - beside)
             cls(**fields)
             check_directory(path.parent)

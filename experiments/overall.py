@@ -1,0 +1,91 @@
+"""The methods over several tasks at once: each against LoRA and DoRA, setting by setting and in the mean over tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas
+
+from experiments.statistics import Interval, mean_interval
+from experiments.tables import at_chosen_rates, markdown
+
+__all__ = ["TASKS", "overall_page"]
+
+TASKS = ("sample_efficiency", "smollm2", "digits")
+"""Studies that have the same methods and seeds; each counts once in the mean, whatever its number of shares."""
+_REFERENCES = ("lora", "dora")
+_LEFT_OUT = ("head", "full")
+
+
+def overall_page(tables: Mapping[str, pandas.DataFrame]) -> str:
+    """Markdown of the page.
+
+    Args:
+        tables: the tidy table of each of :data:`TASKS`.
+    """
+    accuracy = {name: _accuracy(tables[name]) for name in TASKS}
+    arms = [arm for arm in tables[TASKS[0]].arm.drop_duplicates() if arm not in _LEFT_OUT]
+    tasks = ", ".join(f"[{name}]({name}.md)" for name in TASKS)
+    note = (
+        "Differences of test accuracy in points, each method at its rate by validation, paired by seed; ± is half a "
+        "95% t interval over seeds, whose number is in brackets. "
+        f"The tasks are {tasks}; in the mean over tasks each counts once, and a seed counts that has all settings. "
+        "Written with the tables of these studies:"
+    )
+    parts = [
+        "# overall",
+        "",
+        "Are the methods better than LoRA and DoRA at equal numbers of parameters, over all tasks?",
+        "",
+        note,
+        "",
+        "    python -m experiments report --into docs/results/experiments",
+        "",
+        "## Mean over tasks",
+        "",
+        _mean_over_tasks(accuracy, arms),
+    ]
+    for reference in _REFERENCES:
+        parts += [f"## Minus {reference}, by setting", "", _by_setting(accuracy, arms, reference)]
+    return "\n".join(parts)
+
+
+def _accuracy(table: pandas.DataFrame) -> pandas.DataFrame:
+    """Test accuracy in percent at the chosen rates: a row per seed, columns ``(arm, share)``."""
+    best = at_chosen_rates(table)
+    return 100 * best.pivot_table(index="seed", columns=["arm", "fraction"], values="test_accuracy")
+
+
+def _difference(accuracy: pandas.DataFrame, arm: str, reference: str) -> pandas.DataFrame:
+    """By seed and share; only seeds that both have."""
+    return (accuracy[arm] - accuracy[reference]).dropna(how="all")
+
+
+def _mean_over_tasks(accuracy: Mapping[str, pandas.DataFrame], arms: Sequence[str]) -> str:
+    rows = []
+    for arm in arms:
+        cells = []
+        for reference in _REFERENCES:
+            if arm == reference:
+                cells.append("")
+                continue
+            by_task = [_difference(table, arm, reference).mean(axis=1, skipna=False) for table in accuracy.values()]
+            by_seed = pandas.concat(by_task, axis=1).dropna().mean(axis=1)
+            interval = mean_interval(by_seed.tolist())
+            cells.append(f"{_shown(interval)} ({interval.count})")
+        rows.append([arm, *cells])
+    return markdown(["arm", *(f"minus {reference}" for reference in _REFERENCES)], rows)
+
+
+def _by_setting(accuracy: Mapping[str, pandas.DataFrame], arms: Sequence[str], reference: str) -> str:
+    arms = [arm for arm in arms if arm != reference]
+    rows = []
+    for name, table in accuracy.items():
+        for share in sorted(table[reference].columns):
+            differences = [_difference(table, arm, reference)[share].dropna() for arm in arms]
+            rows.append([f"{name}, {100 * share:g}%", *(_shown(mean_interval(d.tolist())) for d in differences)])
+    return markdown(["setting", *arms], rows)
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.value:+.2f} ± {interval.half:.2f}"
