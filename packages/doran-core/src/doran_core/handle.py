@@ -21,12 +21,13 @@ from doran_core.adapter import (
 )
 from doran_core.adapter.apply import apply_adapter
 from doran_core.adapter.compiled import compile_module
-from doran_core.checkpoint.fingerprint import fingerprint_weights
+from doran_core.checkpoint.fingerprint import combine_digests
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
 from doran_core.layers.base import BaseView
 from doran_core.layers.modules import DoranLayer
 from doran_core.layers.uncalled import unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig
+from doran_core.support.sharding import first_process, gathered, whole
 
 __all__ = ["DoranHandle", "read_trainable", "set_trained"]
 
@@ -178,13 +179,13 @@ class DoranHandle:
 
     def base_fingerprint(self) -> str | None:
         """Fingerprint of the weights that are adapted; None if one is quantized or float16 and so not exact."""
-        weights = []
+        digests = []
         for name, layer in self.layers.items():
-            original = layer.original_weight()
-            if original is None or original.dtype == torch.float16:
+            digest = layer.base_digest()
+            if digest is None:
                 return None
-            weights.append((name, original.detach()))
-        return fingerprint_weights(weights)
+            digests.append((name, digest))
+        return combine_digests(digests)
 
     def save(
         self,
@@ -195,6 +196,9 @@ class DoranHandle:
         overwrite: bool = False,
     ) -> Path:
         """Write the adapter directory, atomically.
+
+        Under FSDP2 and ZeRO-3 all processes call this, and rank 0 writes what one process would; under FSDP1 likewise,
+        inside ``FullyShardedDataParallel.summon_full_params(model)``. Under DDP call it in one process.
 
         Args:
             path: the directory.
@@ -208,12 +212,15 @@ class DoranHandle:
             DoranError: if an adapter is there already and ``overwrite`` is not set.
         """
         self._warn_uncalled("their adapters are saved as they are")
-        if form == "trainable":
-            write_trainable(self._trainable(base_model), path, overwrite=overwrite)
-        elif form == "compiled":
-            write_compiled(self.compiled(base_model), path, overwrite=overwrite)
-        else:
+        if form not in ("trainable", "compiled"):
             raise ConfigError(f"form: expected 'trainable' or 'compiled', got {form!r}")
+        # All processes take part in gathering; the first one writes, and the others wait for it.
+        record = self._trainable(base_model) if form == "trainable" else self.compiled(base_model)
+        with first_process(self.parameters()) as writes:
+            if writes and isinstance(record, TrainableAdapter):
+                write_trainable(record, path, overwrite=overwrite)
+            elif writes and isinstance(record, CompiledAdapter):
+                write_compiled(record, path, overwrite=overwrite)
         return Path(path)
 
     def load(self, path: str | os.PathLike[str], *, allow_base_mismatch: bool = False) -> None:
@@ -232,12 +239,13 @@ class DoranHandle:
         modules = {}
         for name, layer in self.layers.items():
             view = layer.view
-            weight = layer.original_weight()
-            if weight is None:
-                raise TargetError(f"{name}: compiling needs the base weight, which {type(view.layer).__name__} hides")
-            modules[name] = compile_module(
-                name, layer.doran_adapter, weight, kind=_file_kind(view), kernel=_kernel(view)
-            )
+            with layer.whole_weight() as weight, gathered(layer.doran_adapter, recurse=True):
+                if weight is None:
+                    hides = f"which {type(view.layer).__name__} hides"
+                    raise TargetError(f"{name}: compiling needs the base weight, {hides}")
+                modules[name] = compile_module(
+                    name, layer.doran_adapter, weight, kind=_file_kind(view), kernel=_kernel(view)
+                )
         return CompiledAdapter(
             modules,
             extra=self._extra(),
@@ -263,17 +271,21 @@ class DoranHandle:
         seen: dict[int, str] = {}
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, layer in self.layers.items():
-            held = layer.doran_adapter.state_dict(keep_vars=True)
-            own = {key: value for key, value in held.items() if seen.setdefault(id(value), name) == name}
-            tensors[name] = {key: value.detach().cpu() for key, value in own.items()}
+            layer.view.refuse_flattened()
+            with gathered(layer.doran_adapter, recurse=True):
+                held = layer.doran_adapter.state_dict(keep_vars=True)
+                own = {key: value for key, value in held.items() if seen.setdefault(id(value), name) == name}
+                tensors[name] = {key: whole(value, f"{name}.{key}").cpu().clone() for key, value in own.items()}
         return tensors
 
     def _extra(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": value.detach().cpu().clone()
-            for name in self.modules_to_save
-            for key, value in self.model.get_submodule(name).state_dict().items()
-        }
+        extra = {}
+        for name in self.modules_to_save:
+            module = self.model.get_submodule(name)
+            with gathered(module, recurse=True):
+                for key, value in module.state_dict().items():
+                    extra[f"{name}.{key}"] = whole(value, f"{name}.{key}").cpu().clone()
+        return extra
 
     def load_record(self, saved: TrainableAdapter, path: str | os.PathLike[str], allow_base_mismatch: bool) -> None:
         """As :meth:`load`, from an adapter that was read already; `path` is for messages."""

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from doran_core.checkpoint.fingerprint import fingerprint_weights
+from doran_core.checkpoint.fingerprint import combine_digests
 from doran_core.errors import BaseMismatchError
 from doran_hf.config import DoranConfig
 from doran_hf.layer import doran_layers
 
 __all__ = ["base_fingerprint", "check_base", "module_kinds"]
 
-_EXACT = (torch.float32, torch.bfloat16)
-"""Dtypes in which a checkpoint's weights round to the same bf16 values as the checkpoint itself."""
-
 
 def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
     """Fingerprint of the weights that this adapter adapts.
 
     Returns:
-        The fingerprint, or None where memory does not hold the checkpoint's values: half precision other than bf16,
-        float64, quantized, sharded, or not loaded at all (meta device).
+        The fingerprint; of sharded or offloaded weights as they were when the adapter was made. None where memory does
+        not hold the checkpoint's values: float16, quantized, or not loaded at all (meta device).
     """
-    weights = []
+    digests = []
     for layer in doran_layers(model, adapter_name):
-        weight = layer.original_weight()
-        if weight is None or weight.dtype not in _EXACT or weight.is_meta or not weight.numel():
+        digest = layer.base_digest(adapter_name)
+        if digest is None:
             return None
-        if type(weight.data) is not torch.Tensor:  # a DTensor, say, of which this process holds a part
-            return None
-        weights.append((layer.name, weight))
-    return fingerprint_weights(weights) if weights else None
+        digests.append((layer.name, digest))
+    return combine_digests(digests) if digests else None
 
 
 def module_kinds(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from doran_core.checkpoint.fingerprint import exact_digest
 from doran_core.errors import ConfigError, TargetError
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
 from doran_core.layers.modules import layer_spec
@@ -60,21 +62,31 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         self.doran_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._swap = WeightSwap()
-        self._view: tuple[BaseView, torch.dtype | None] | None = None
+        self._view: tuple[BaseView, bool] | None = None
 
     @property
     def view(self) -> BaseView:
         """The base layer as a matrix ``[d_out, d_in]``; checked anew if the layer was exchanged or quantized."""
         layer = self.get_base_layer()
         weight = layer._parameters.get("weight")
-        dtype = None if weight is None else weight.dtype
-        if self._view is None or self._view[0].layer is not layer or self._view[1] != dtype:
-            self._view = base_view(layer, self.name), dtype
+        # None under FSDP1, which puts the weight elsewhere for each pass; another dtype than before is mixed precision.
+        packed = weight is not None and not (weight.dtype.is_floating_point and weight.dtype.itemsize > 1)
+        if self._view is None or self._view[0].layer is not layer or self._view[1] != packed:
+            self._view = base_view(layer, self.name), packed
         return self._view[0]
 
     def original_weight(self) -> Tensor | None:
         """W0 ``[d_out, d_in]``, also while adapters are merged; None if the layer gives no access to it."""
         return self._swap.original(self.view)
+
+    def whole_weight(self) -> AbstractContextManager[Tensor | None]:
+        """A context with W0 as :meth:`original_weight` has it, gathered from all processes if it is sharded."""
+        return self._swap.whole_original(self.view)
+
+    def base_digest(self, adapter_name: str) -> bytes | None:
+        """Digest of W0; of a sharded one as it was when the adapter was made. None if it is quantized or float16."""
+        weight = self.original_weight()
+        return self.adapter(adapter_name).base_digest if weight is None else exact_digest(self.name, weight)
 
     def add(self, adapter_name: str, config: CoreConfig, builder: FactorBuilder, *, inference_mode: bool) -> None:
         """Make a new adapter that leaves the output as it is.
@@ -180,8 +192,11 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         names = [name for name in wanted if name in self.doran_adapter]
         if not names:
             return
-        view, original = self.view, self.original_weight()
-        merged = torch.empty(0) if original is None else self._merged_weight(original, [*self.merged_adapters, *names])
+        view = self.view
+        self._swap.check(view, self.name)
+        with self.whole_weight() as original:
+            everything = [*self.merged_adapters, *names]
+            merged = torch.empty(0) if original is None else self._merged_weight(original, everything)
         self._swap.put(view, merged, f"{self.name}, merging {names}", check_finite=safe_merge)
         self.merged_adapters.extend(names)
 

@@ -13,6 +13,7 @@ from doran_core.errors import AdapterFormatError, BaseMismatchError
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.method.config import DoranConfig
 from doran_core.method.sharing import with_shared
+from doran_core.support.sharding import shard_like
 
 __all__ = ["apply_adapter"]
 
@@ -59,7 +60,8 @@ def apply_adapter(
     for name, module, tensors in states:
         _check_fits(name, module, tensors, path)
     for _, module, tensors in states:
-        module.load_state_dict(tensors)
+        held = module.state_dict()
+        module.load_state_dict({key: shard_like(value, held[key]) for key, value in tensors.items()})
 
 
 def _check_same_function(here: DoranConfig, saved: DoranConfig, layers: Iterable[str], path: Path) -> None:

@@ -14,6 +14,7 @@ from doran_core.errors import AdapterFormatError
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.rebuild import build_adapters
 from doran_core.method.factors import FactorBuilder
+from doran_core.support.sharding import read
 
 __all__ = ["LayerFactors", "evaluate", "layer_factors"]
 
@@ -118,5 +119,5 @@ def layer_factors(name: str, module: DoranAdapter, kind: Kind | None = None) -> 
     """The record of one live adapter, on the CPU; masks and noise are off whatever its mode."""
     with module.inference_mode_of_method():
         A, B = module.factor_pair()
-    A, B, magnitude, tau = (tensor.detach().cpu() for tensor in (A, B, module.magnitude, module.tau.value()))
+    A, B, magnitude, tau = (tensor.detach().cpu() for tensor in (A, B, read(module.magnitude), module.tau.value()))
     return LayerFactors(name, A, B, module.scaling, magnitude, tau, None, kind)

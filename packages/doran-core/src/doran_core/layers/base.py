@@ -102,13 +102,17 @@ class BaseView(ABC):
             TargetError: FSDP1 holds a part of it.
         """
         with gathered(self.layer):
-            weight = whole(_held(self.layer, "weight"), type(self.layer).__name__)
-            if weight.numel() != self.d_out * self.d_in:
-                raise TargetError(
-                    f"{type(self.layer).__name__}: its weight is sharded by FSDP1; call this inside "
-                    "FullyShardedDataParallel.summon_full_params(model)"
-                )
-            yield self.matrix(weight)
+            self.refuse_flattened()
+            yield self.matrix(whole(_held(self.layer, "weight"), type(self.layer).__name__))
+
+    def refuse_flattened(self) -> None:
+        """Raise TargetError where FSDP1 has the layer's parameters in shards, which are flat."""
+        weight = self.layer._parameters.get("weight")
+        if weight is not None and weight.dim() == 1 and hasattr(weight, "_fsdp_flattened"):
+            raise TargetError(
+                f"{type(self.layer).__name__}: its parameters are sharded by FSDP1; call this inside "
+                "FullyShardedDataParallel.summon_full_params(model)"
+            )
 
     @abstractmethod
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:

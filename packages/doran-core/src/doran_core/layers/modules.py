@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from doran_core.checkpoint.fingerprint import exact_digest
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView, base_view
 from doran_core.layers.swap import WeightSwap
@@ -121,6 +123,15 @@ class DoranLayer(nn.Module):
         """W0 ``[d_out, d_in]``, also while merged; None if the base layer gives no access to it."""
         return self._swap.original(self.view)
 
+    def whole_weight(self) -> AbstractContextManager[Tensor | None]:
+        """A context with W0 as :meth:`original_weight` has it, gathered from all processes if it is sharded."""
+        return self._swap.whole_original(self.view)
+
+    def base_digest(self) -> bytes | None:
+        """Digest of W0; of a sharded one as it was when its norm was taken. None if it is quantized or float16."""
+        adapter, weight = self.doran_adapter, self.original_weight()
+        return adapter.base_digest if weight is None else exact_digest(adapter.spec.name, weight)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Shapes of the base layer."""
         if self.merged or not self.enabled:
@@ -140,8 +151,9 @@ class DoranLayer(nn.Module):
         if self.merged:
             return
         view, name = self.view, self.doran_adapter.spec.name
-        weight = view.weight()
-        merged = torch.empty(0) if weight is None else self.doran_adapter.merged_weight(weight)
+        self._swap.check(view, name)
+        with self.whole_weight() as weight:
+            merged = torch.empty(0) if weight is None else self.doran_adapter.merged_weight(weight)
         self._swap.put(view, merged, name, check_finite=check_finite)
 
     def unmerge(self) -> None:

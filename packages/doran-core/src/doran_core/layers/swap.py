@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from doran_core.errors import DoranError, NonFiniteError, TargetError
 from doran_core.layers.base import BaseView
+from doran_core.support.sharding import is_dtensor, shard_like, whole_shape
 
 __all__ = ["WeightSwap"]
 
@@ -38,6 +42,34 @@ class WeightSwap:
         finally:
             view.layer.weight = current
 
+    @contextmanager
+    def whole_original(self, view: BaseView) -> Iterator[Tensor | None]:
+        """W0 ``[d_out, d_in]`` as in :meth:`original`, gathered if it must be, which all processes then have to do."""
+        current = view.layer._parameters.get("weight")
+        try:
+            if self._original is not None:
+                view.layer.weight = self._original
+            with view.whole_weight() as weight:
+                yield weight
+        finally:
+            if self._original is not None:
+                view.layer.weight = current  # type: ignore[assignment]
+
+    @staticmethod
+    def check(view: BaseView, name: str) -> None:
+        """Refuse a weight that is not here to be exchanged.
+
+        Raises:
+            TargetError: naming what would bring it here.
+        """
+        view.refuse_flattened()
+        weight = view.layer._parameters.get("weight")
+        if weight is not None and (weight.is_meta or weight.shape != whole_shape(weight)):
+            raise TargetError(
+                f"{name}: its weight is partitioned by ZeRO-3 or offloaded; merge inside "
+                "deepspeed.zero.GatheredParameters(model.parameters()), or merge the checkpoint (doran merge)"
+            )
+
     @torch.no_grad()
     def put(self, view: BaseView, merged: Tensor, name: str, *, check_finite: bool = False) -> None:
         """Put W' ``[d_out, d_in]`` in, rounded to the layer's dtype.
@@ -46,24 +78,35 @@ class WeightSwap:
             TargetError: if the layer gives no access to its weight.
             NonFiniteError: if the rounded weight has NaN or infinite values and ``check_finite``; nothing is changed.
         """
-        current = view.layer.weight if view.weight() is not None else None
-        if not isinstance(current, nn.Parameter):
+        current = view.layer._parameters.get("weight")
+        if view.kind == "opaque" or current is None:
             raise TargetError(
                 f"{name}: {type(view.layer).__name__} gives no access to its weight, so it cannot be merged in place; "
                 "merge the adapter into the checkpoint instead (doran merge)"
             )
-        rounded = torch.empty_like(current).copy_(view.stored(merged))
+        rounded = view.stored(merged).to(current.dtype, memory_format=torch.contiguous_format)
         if check_finite and not bool(rounded.isfinite().all()):
             raise NonFiniteError(f"{name}: the merged weight has NaN or infinite values in {current.dtype}")
+        if is_dtensor(current):  # FSDP2 gathers from this very memory
+            if self._original is None:
+                self._original = nn.Parameter(current.detach().clone(), requires_grad=False)
+            current.copy_(shard_like(rounded, current))
+            return
         view.layer.weight = nn.Parameter(rounded, requires_grad=current.requires_grad)
         if self._original is None:
             self._original = current
 
     def restore(self, view: BaseView) -> None:
         """Put W0 back."""
-        if self._original is not None:
+        if self._original is None:
+            return
+        current = view.layer.weight
+        if is_dtensor(current):
+            with torch.no_grad():
+                current.copy_(self._original)
+        else:
             view.layer.weight = self._original
-            self._original = None
+        self._original = None
 
     def refuse_loading(self, name: str) -> None:
         """Raise if W' is in: values loaded now would be lost when W0 comes back."""

@@ -6,7 +6,7 @@ No import of those libraries: a sharded or offloaded tensor shows by its type or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from doran_core.errors import TargetError
 
-__all__ = ["carried", "gathered", "is_dtensor", "is_sharded", "is_whole", "read", "whole", "whole_shape"]
+__all__ = [
+    "carried",
+    "first_process",
+    "gathered",
+    "is_dtensor",
+    "is_sharded",
+    "is_whole",
+    "read",
+    "shard_like",
+    "whole",
+    "whole_shape",
+]
 
 _PLAIN = (Tensor, nn.Parameter)
 _FSDP1 = "_fsdp_flattened"
@@ -103,6 +114,31 @@ def whole(tensor: Tensor, where: str) -> Tensor:
     if hasattr(tensor, _ZERO) and tensor.shape != whole_shape(tensor):
         raise TargetError(f"{where}: ZeRO-3 holds a part of its weight; gather it (deepspeed.zero.GatheredParameters)")
     return tensor.detach()
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that all processes have, placed as a DTensor is; anything else as it is."""
+    if not is_dtensor(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(like.device, like.dtype), mesh, placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def first_process(parameters: Iterable[Tensor]) -> Iterator[bool]:
+    """A context whose value says whether this process is to write; where the parameters are sharded, rank 0 alone.
+
+    The others leave it when rank 0 does.
+    """
+    if not any(map(is_sharded, parameters)) or not torch.distributed.is_initialized():
+        yield True
+        return
+    try:
+        yield torch.distributed.get_rank() == 0
+    finally:
+        torch.distributed.barrier()
 
 
 @contextlib.contextmanager
