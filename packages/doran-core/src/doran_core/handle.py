@@ -27,6 +27,7 @@ from doran_core.layers.base import BaseView
 from doran_core.layers.modules import DoranLayer
 from doran_core.layers.uncalled import unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig
+from doran_core.method.optimizer_groups import parameter_groups
 from doran_core.support.sharding import first_process, gathered, whole
 
 __all__ = ["DoranHandle", "read_trainable", "set_trained"]
@@ -86,6 +87,17 @@ class DoranHandle:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters, for an optimizer."""
         return (parameter for _, parameter in self.named_parameters())
+
+    def parameter_groups(self, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for an optimizer: magnitude, tau and one-dimensional parameters do not decay.
+
+        Args:
+            weight_decay: of the matrices: the factors or their networks, and those of ``modules_to_save``.
+
+        Raises:
+            ConfigError: a negative or not finite weight decay.
+        """
+        return parameter_groups(self.named_parameters(), weight_decay=weight_decay)
 
     def penalty(self) -> Tensor:
         """The factors' penalty, the mean over the layers: add it to the loss. 0 if ``factor_penalty`` is 0."""

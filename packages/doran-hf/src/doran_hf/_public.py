@@ -10,6 +10,7 @@ from doran_hf.layer import DoranLayer
 from doran_hf.model import DoranModel
 from doran_hf.precision import restore_start
 from doran_hf.register import DoranPeftType, register
+from doran_hf.weight_decay import exempt_from_decay
 
 __all__ = [
     "DoranConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "DoranPeftType",
     "LayerMetricsCallback",
     "LayerState",
+    "exempt_from_decay",
     "factor_penalty",
     "hotswap_adapter",
     "layer_states",

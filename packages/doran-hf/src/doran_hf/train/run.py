@@ -27,6 +27,7 @@ from doran_hf.train.model_card import model_card
 from doran_hf.train.recipe import Prepared, TaskRecipe
 from doran_hf.train.rundir import RunDirectory
 from doran_hf.train.tasks import recipe_for
+from doran_hf.weight_decay import exempt_from_decay
 
 __all__ = ["train"]
 
@@ -134,7 +135,7 @@ def _trainer(config: TrainConfig, recipe: TaskRecipe, prepared: Prepared, model:
             "trainer.label_smoothing_factor leaves no loss for adapter.factor_penalty to join: set one only"
         )
     try:
-        return Trainer(
+        trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=prepared.train,
@@ -145,6 +146,8 @@ def _trainer(config: TrainConfig, recipe: TaskRecipe, prepared: Prepared, model:
         )
     except (ValueError, RuntimeError, ImportError) as error:  # settings that do not go together or need a package
         raise ConfigError(f"trainer: {error}") from error
+    exempt_from_decay(trainer)
+    return trainer
 
 
 def _plan(config: TrainConfig, prepared: Prepared, model: Any, trainer: Trainer, checkpoint: Path | None) -> str:

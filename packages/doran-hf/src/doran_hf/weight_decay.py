@@ -1,0 +1,30 @@
+"""Keeps Trainer's weight decay off the parameters of an adapter that it would not regularize."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from doran_core.method.optimizer_groups import is_exempt
+
+__all__ = ["exempt_from_decay"]
+
+
+def exempt_from_decay(trainer: Any) -> Any:
+    """Make a Trainer (transformers' or one derived from it, as TRL's) decay neither magnitude nor tau.
+
+    Trainer exempts biases and norms by their names, and decays every other parameter. A raw tau that decays goes to
+    0.69 whatever the weight's norm, and a magnitude towards removing its row. Call this before training begins: the
+    optimizer is made then, also under FSDP and DeepSpeed.
+
+    Returns:
+        The trainer.
+    """
+    trainer.get_decay_parameter_names = partial(_decayed, trainer.get_decay_parameter_names)
+    return trainer
+
+
+def _decayed(of_trainer: Any, model: nn.Module) -> list[str]:
+    return [name for name in of_trainer(model) if not (".doran_adapter." in name and is_exempt(name))]
