@@ -70,13 +70,15 @@ class Report:
     memory: list[tuple[float, float]] = field(default_factory=list)
     growth: float = 0.0
     stop_seconds: float = 0.0
+    orphans: int = 0
 
     def line(self) -> str:
         """One line for people."""
         return (
             f"{self.requests} requests: {self.right} right, {self.refused} refused, {len(self.wrong)} wrong, "
             f"{len(self.unanswered)} without an answer; {self.deaths} engine deaths; {sum(self.changes.values())} "
-            f"changes on disk {dict(self.changes)}; stopped under load in {self.stop_seconds:.1f} s; memory "
+            f"changes on disk {dict(self.changes)}; stopped under load in {self.stop_seconds:.1f} s, killed with "
+            f"{self.orphans} processes left; memory "
             f"{self.memory[-1][1] / 2**30:.2f} GiB, {100 * self.growth:+.1f}% after warm-up"
         )
 
@@ -153,9 +155,20 @@ class Load:
             self.report.growth = statistics.median(after[-tenth:]) / statistics.median(after[:tenth]) - 1
         finally:
             self._stop.set()
-            self._server.process.kill()
-            self._server.process.wait(60)
+            self.report.orphans = self._kill()
         return self.report
+
+    def _kill(self) -> int:
+        """kill -9 of the server's first process; how many of the others are still there half a minute later."""
+        others = family(self._server.process.pid)[1:]
+        self._server.process.kill()
+        self._server.process.wait(60)
+        deadline = time.monotonic() + 30
+        while (left := [process for process in others if alive(process)]) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        for process in left:
+            os.kill(process, signal.SIGKILL)
+        return len(left)
 
     def _start(self) -> Server:
         flags = ("--skip-tokenizer-init", "--max-lora-rank", "8", "--max-loras", "8", "--max-num-seqs", "64")
@@ -270,19 +283,35 @@ class Load:
             self.report.memory.append((time.monotonic(), size))
 
 
+def family(process: int) -> list[int]:
+    """A process and all below it."""
+    found, waiting = [], [process]
+    while waiting:
+        found.append(waiting.pop())
+        try:
+            for task in Path(f"/proc/{found[-1]}/task").iterdir():
+                waiting += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def alive(process: int) -> bool:
+    """Whether it runs, and is not only waiting to be collected."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def resident(process: int) -> float:
     """Bytes in memory of a process and all below it."""
     total = 0.0
-    waiting = [process]
-    while waiting:
-        current = waiting.pop()
+    for one in family(process):
         try:
-            pages = int(Path(f"/proc/{current}/statm").read_text().split()[1])
-            for task in Path(f"/proc/{current}/task").iterdir():
-                waiting += [int(child) for child in (task / "children").read_text().split()]
-        except (OSError, ValueError, IndexError):
+            total += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError):
             continue
-        total += pages * os.sysconf("SC_PAGE_SIZE")
     return total
 
 
@@ -312,7 +341,7 @@ def main() -> int:
     print(report.line())
     for fault in (report.wrong + report.unanswered)[:20]:
         print(fault)
-    return int(bool(report.wrong or report.unanswered or report.deaths or report.growth >= 0.05))
+    return int(bool(report.wrong or report.unanswered or report.deaths or report.orphans or report.growth >= 0.05))
 
 
 if __name__ == "__main__":

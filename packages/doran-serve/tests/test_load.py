@@ -24,3 +24,4 @@ def test_a_minute_under_load(
     assert report.deaths == 0
     assert report.right > 30
     assert report.stop_seconds < 45
+    assert report.orphans == 0
