@@ -43,8 +43,9 @@ class Adapter:
 
     name: str
     answers: list[list[list[int]]]
-    states: list[tuple[float, float, State]] = field(default_factory=list)
-    busy: threading.Lock = field(default_factory=threading.Lock)
+    states: list[tuple[float, float, State]] = field(
+        default_factory=list
+    )  # begin and end of the change, what lies there
 
     def between(self, start: float, end: float) -> set[State]:
         """What a request that was open from `start` to `end` may have met. A change counts from its begin."""
@@ -133,6 +134,8 @@ class Load:
     def run(self, seconds: float) -> Report:
         """Load for so long, with a restart after a third of it."""
         self._server = self._start()
+        if self._server.request("/v1/load_lora_adapter", lora_name="x", lora_path=str(self.made))[0] != 404:
+            self.report.wrong.append("any client may load adapters by path")
         try:
             threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(self.clients)]
             threads += [threading.Thread(target=self._change), threading.Thread(target=self._measure)]
@@ -199,21 +202,21 @@ class Load:
             now = adapter.states[-1][2]
             kind = draw.choice(("replace", "replace", "remove", "truncate", "garbage")) if now in (0, 1) else "put back"
             begun, target = time.monotonic(), self.served / adapter.name
-            state: State = draw.randrange(2)
+            version = draw.randrange(2)
+            state: State = {"remove": "gone", "truncate": "broken", "garbage": "broken"}.get(kind, version)
+            adapter.states.append((begun, float("inf"), state))
             if kind in ("replace", "put back"):
-                publish_adapter(self.made / f"{adapter.name}-{state}", target)
+                publish_adapter(self.made / f"{adapter.name}-{version}", target)
             elif kind == "remove":
-                state = "gone"
                 target.rename(self.folder / "trash")
                 shutil.rmtree(self.folder / "trash")
             else:
-                state = "broken"
                 path = target / "adapter_model.safetensors"
                 if kind == "truncate":
                     os.truncate(path, path.stat().st_size // 2)
                 else:
                     path.write_bytes(draw.randbytes(100))
-            adapter.states.append((begun, time.monotonic(), state))
+            adapter.states[-1] = (begun, time.monotonic(), state)
             self.report.changes[kind] += 1
 
     def _ask(self, number: int) -> None:
@@ -236,7 +239,7 @@ class Load:
         if ended >= self._restarting[0] and begun <= self._restarting[1]:
             if ended - begun > 120:
                 self.report.unanswered.append(f"{model}: {ended - begun:.0f} s around the restart")
-            if status != 200:
+            if status != 200 or isinstance(tokens, str):
                 time.sleep(0.5)
                 return
         states: set[State] = {"gone"} if adapter is None else adapter.between(begun, ended)

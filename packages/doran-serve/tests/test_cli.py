@@ -165,6 +165,9 @@ def test_later_adapters_are_found_and_clients_load_none_by_path(
     assert os.environ.pop("DORAN_CLOSED_ENDPOINTS") == "1"
     run(*where)  # now the variable is the user's own wish
     assert "DORAN_CLOSED_ENDPOINTS" not in os.environ
+    monkeypatch.setenv("DORAN_ADAPTERS_DIR", "mine")
+    run(*where)
+    assert os.environ["DORAN_ADAPTERS_DIR"] == "mine"
     monkeypatch.delenv("DORAN_ADAPTERS_DIR")
     run(*where, "--api-server-count", "2")
     assert "DORAN_ADAPTERS_DIR" not in os.environ

@@ -118,8 +118,26 @@ def test_adapters_are_found_by_name_in_a_directory(server: Server, reference: Ca
     status, text = server.complete("foreign", PROMPTS[0])
     assert status == 400, text
     assert "sha256:beef" in text
-    assert server.complete("nobody", PROMPTS[0])[0] == 404
+    make_adapter("compiled", weights, TARGETS, rank=17, seed=91, size=0.5).write(folder / "wide")
+    status, text = server.complete("wide", PROMPTS[0])
+    assert (status, "rank 17, but the engine was started with max_lora_rank=16" in text) == (400, True), text
+    for name in ("nobody", "..", ".", ".hidden", "x" * 300, "x" * 5000):
+        assert server.complete(name, PROMPTS[0])[0] == 404, name
     assert server.complete("../adapters/lora", PROMPTS[0])[0] == 404
+
+
+def test_a_streamed_request_for_a_bad_adapter_is_refused_before_it_streams(
+    server: Server, reference: Callable[[str], Any]
+) -> None:
+    folder = Path(server.log.name).parent / "more" / "breaking"
+    spec = make_adapter("compiled", reference("llama").weights, TARGETS, rank=5, seed=95, size=0.5)
+    spec.write(folder)
+    assert server.complete("breaking", PROMPTS[0]) == reference("llama").answer([PROMPTS[0]], spec, TOKENS)[0]
+    (folder / "adapter_model.safetensors").write_bytes(b"cut off")
+    tracebacks = server.everything().count("Traceback")
+    status, text = server.request("/v1/completions", model="breaking", prompt=PROMPTS[0], max_tokens=4, stream=True)
+    assert (status, "'breaking' refused" in text) == (400, True), text
+    assert server.everything().count("Traceback") == tracebacks
 
 
 def test_a_replaced_or_removed_adapter_is_noticed(server: Server, reference: Callable[[str], Any]) -> None:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 from doran_core.errors import DoranError
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("vllm.doran_serve")
+_admitted: ContextVar[tuple[Any, Any]] = ContextVar("doran_admitted", default=(None, None))
+"""The adapter that the HTTP request of this task names, and the version that was admitted for it."""
 _configs: dict[str, Any] = {}
 """vLLM's configuration of each engine of this process, by the name of its model."""
 
@@ -172,7 +175,8 @@ def checked_model(stock: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any,
         lora_request = requests.get(request.model) if answer is None else None
         config = engine_config(self.model_config.model)
         if lora_request is not None and config is not None:
-            await asyncio.to_thread(current_request, config, lora_request)
+            admitted = await asyncio.to_thread(current_request, config, lora_request)
+            _admitted.set((lora_request, admitted))
         return answer
 
     return check_model
@@ -184,9 +188,10 @@ def with_current_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("lora_request") is not None:
-            adapter = kwargs["lora_request"].lora_name
-            kwargs["lora_request"] = current_request(self.vllm_config, kwargs["lora_request"])
-            metrics.accepted(adapter)
+            asked = kwargs["lora_request"]
+            checked, admitted = _admitted.get()
+            kwargs["lora_request"] = admitted if checked is asked else current_request(self.vllm_config, asked)
+            metrics.accepted(asked.lora_name)
         return stock(self, *args, **kwargs)
 
     return process_inputs

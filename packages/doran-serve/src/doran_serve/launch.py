@@ -167,8 +167,9 @@ def _by_name(checked: Checked, given: Sequence[str]) -> dict[str, str]:
                 "by name, which vLLM does in one HTTP server only: add --api-server-count 1"
             )
         return {}
-    print(f"adapters that are put into {checked.folder} from now on are found by name", flush=True)
-    variables = {VARIABLE: str(checked.folder.resolve())}
+    folder = os.environ.get(VARIABLE) or str(checked.folder.resolve())
+    print(f"adapters that are put into {folder} from now on are found by name", flush=True)
+    variables = {VARIABLE: folder}
     if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in os.environ:  # else it is the user's wish that clients load adapters
         variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", CLOSED_VARIABLE: "1"}
     return variables

@@ -1,4 +1,4 @@
-"""Which layers of a base model a served adapter may change, by the base's files alone. No vLLM here.
+"""Which layers of a base model a served adapter may change, by the base's files. Imports vLLM only to ask its model.
 
 vLLM adapts linear layers, and with LoRA also embeddings, the output head and experts. The output scale of DoRA and
 DoRAN goes into linear layers only. The engine has the last word; these rules give its verdict before it is started.
@@ -6,10 +6,12 @@ DoRAN goes into linear layers only. The engine has the last word; these rules gi
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from doran_core.checkpoint.checkpoint import Checkpoint
+from doran_serve.vllm_symbols import lookup
 
 __all__ = ["LayerRules", "ServedAs"]
 
@@ -31,9 +33,11 @@ class LayerRules:
         config: Mapping[str, Any] = {} if checkpoint is None else checkpoint.config()
         text = config.get("text_config")
         self._vocabulary = (text if isinstance(text, dict) else config).get("vocab_size")
-        self._classifies = any("Classification" in str(name) for name in config.get("architectures") or ())
         labels = config.get("id2label")
         self._labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
+        architectures = config.get("architectures")
+        self._architectures = [str(name) for name in architectures] if isinstance(architectures, list) else []
+        self._classifies = any("Classification" in name for name in self._architectures)
         self._language: str | None = None
         if checkpoint is not None and any(section in config for section in _TOWERS):
             self._language = next((k.partition("embed_tokens")[0] for k in checkpoint if "embed_tokens" in k), None)
@@ -62,3 +66,16 @@ class LayerRules:
         if any(part.isdigit() for part in parts):
             return False
         return parts[-1] == "lm_head" or (self._vocabulary is not None and rows == self._vocabulary)
+
+    def stock_adapts(self, name: str) -> bool:
+        """Whether vLLM's model of this base takes a LoRA on its embedding or output head `name`.
+
+        Without vLLM nobody knows, and the answer is yes; the engine then says it.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            return True
+        for architecture in self._architectures:
+            model = lookup("ModelRegistry").models.get(architecture)
+            if model is not None:
+                return name.rpartition(".")[2] in model.load_model_cls().embedding_modules
+        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,8 +25,13 @@ _GRACE = 10.0
 
 
 def end_with_parent() -> None:
-    """In a process of vLLM's: end when the process that started it is gone, which may have been killed."""
+    """In a process of vLLM's: end when the process that started it is gone, which may have been killed.
+
+    An engine's processes also leave it to admission to warn of what is odd about an adapter's files.
+    """
     if multiprocessing.parent_process() is not None and multiprocessing.current_process().name.startswith(_NAMES):
+        if not multiprocessing.current_process().name.startswith("ApiServer"):
+            logging.getLogger("doran_core").setLevel(logging.ERROR)  # admission has said it, once per version
         threading.Thread(target=_watch, args=(os.getppid(),), name="doran-parent", daemon=True).start()
 
 

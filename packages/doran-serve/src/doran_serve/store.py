@@ -213,7 +213,8 @@ class AdapterStore:
         rules, others = LayerRules(self.base.checkpoint), []
         for module in record.modules.values():
             served_as = rules.served_as(module.name, module.B.shape[0], module.kind)
-            if served_as in ("another tower", "classification head"):
+            stocked = served_as in ("embedding", "output head") and form == "lora"
+            if served_as == "another tower" or (stocked and not rules.stock_adapts(module.name)):
                 raise TargetError(
                     f"{folder}: {module.name}: vLLM serves this layer as {served_as}, which it does not adapt; leave "
                     "the layer out of target_modules, or merge the adapter with `doran merge` and serve the merged "

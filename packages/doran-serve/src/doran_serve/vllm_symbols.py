@@ -20,6 +20,7 @@ NAMES = {
     "LoRAResolver": "vllm.lora.resolver:LoRAResolver",
     "LoRAResolverRegistry": "vllm.lora.resolver:LoRAResolverRegistry",
     "LRUCacheLoRAModelManager": "vllm.lora.model_manager:LRUCacheLoRAModelManager",
+    "ModelRegistry": "vllm.model_executor.models:ModelRegistry",
     "RequestStatus": "vllm.v1.request:RequestStatus",
     "VLLMValidationError": "vllm.exceptions:VLLMValidationError",
     "current_config": "vllm.config.vllm:get_current_vllm_config_or_none",
