@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from adapter_specs import FORMS, make_adapter
 from safetensors.torch import save_file
 
-from doran_core.errors import CheckpointError, RankError, TargetError, UnexpectedKeyError
+from doran_core.errors import AdapterFormatError, CheckpointError, RankError, TargetError, UnexpectedKeyError
 from doran_serve import AdapterStore
 
 
@@ -55,6 +56,36 @@ def test_compiling_happens_once_for_a_content(form: str, store: AdapterStore, ba
     other = make_adapter(form, base, ("up_proj",), rank=3, seed=2, size=0.4)
     store.load(other.write(tmp_path / "one"))
     assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no scales", "empty", "a pipe"])
+def test_a_damaged_cache_is_made_again(damage: str, store: AdapterStore, base: Any, tmp_path: Path) -> None:
+    folder = make_adapter("trainable", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "one")
+    before = store.load(folder)
+    (cached,) = (tmp_path / "cache" / "compiled").iterdir()
+    file = cached / ("adapter_config.json" if damage == "a pipe" else "adapter_model.safetensors")
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:100])
+    elif damage == "no scales":
+        (cached / "doran_scale.safetensors").unlink()
+    elif damage == "empty":
+        for path in cached.iterdir():
+            path.unlink()
+    else:
+        file.unlink()
+        os.mkfifo(file)
+    again = AdapterStore(tmp_path / "base", cache_directory=tmp_path / "cache").load(folder)
+    assert before is not None
+    assert again is not None
+    assert all(torch.equal(again.modules[name].B, module.B) for name, module in before.modules.items())
+    assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 1
+
+
+def test_a_pipe_in_place_of_an_adapters_file(store: AdapterStore, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    os.mkfifo(tmp_path / "odd" / "adapter_config.json")
+    with pytest.raises(AdapterFormatError, match=r"adapter_config\.json: is a pipe"):
+        store.check(tmp_path / "odd")
 
 
 def test_checking_again_reads_only_what_changed(

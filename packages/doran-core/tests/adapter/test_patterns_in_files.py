@@ -52,6 +52,7 @@ def test_a_pattern_from_a_file_takes_no_time(originals, tmp_path, form, field, p
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.filterwarnings("ignore:rank_pattern")
 def test_a_pattern_in_memory_takes_no_time():
     import torch
     from torch import nn

@@ -140,8 +140,11 @@ def test_exit_codes(install, capsys, error, code, words):
         assert "--debug for the traceback" in printed.err
     if isinstance(error, Exception):
         for arguments in (["--debug", "fail"], ["fail", "--debug"]):
-            with pytest.raises(type(error)):
-                main(arguments)
+            assert main(arguments) == code
+            printed = capsys.readouterr().err
+            assert printed.startswith("Traceback (most recent call last):")
+            assert f"\n{type(error).__name__}" in printed or f".{type(error).__name__}: " in printed
+            assert words in printed
 
 
 def test_json_is_all_that_is_printed(install, capsys):

@@ -1,14 +1,19 @@
 """The report of an adapter directory holds what a direct calculation gives, in every form."""
 
+import time
+
 import made
 import oracle
 import pytest
 import torch
+from damage import edit_tensors, set_tensor, unseal
+from safetensors.torch import load_file
 
 from doran_core.adapter import write_compiled
 from doran_core.convert import compile_adapter, to_peft_dora
 from doran_core.diagnostics import inspect_adapter
-from doran_core.errors import ConfigError, MissingKeyError
+from doran_core.errors import ConfigError, DoranError, MissingKeyError
+from doran_core.merge import merge_checkpoint
 
 
 @pytest.fixture
@@ -97,3 +102,40 @@ def test_shared_output_layers_need_the_base(folder):
 def test_no_adapter(folder):
     with pytest.raises(MissingKeyError, match="adapter_config"):
         inspect_adapter(folder / "base")
+
+
+def test_many_layers_of_one_name_take_linear_time(tmp_path):
+    """A thousand layers took half a minute once, ten thousand several."""
+    names = [f"model.layers.{number}.q_proj" for number in range(1000)]
+    tensors = {}
+    for number, name in enumerate(names):
+        tensors |= made.lora_tensors(name, 8, 8, rank=2, seed=number)
+    made.write_peft(tmp_path / "adapter", tensors, r=2)
+    start = time.monotonic()
+    report = inspect_adapter(tmp_path / "adapter")
+    assert time.monotonic() - start < 10
+    assert [layer.name for layer in report.layers] == names
+    (similarity,) = report.similarities
+    assert (len(similarity.layers), similarity.layers[0], similarity.layers[-1]) == (256, names[0], names[-1])
+    parts = ("lora_B.weight", "lora_A.weight")
+    factors = [[tensors[f"{name}.{part}"].double() for part in parts] for name in (names[0], names[-1])]
+    first, last = (B @ A for B, A in factors)
+    expected = torch.nn.functional.cosine_similarity(first.flatten(), last.flatten(), dim=0)
+    assert similarity.update[0][-1] == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_messages_name_the_directory(tmp_path):
+    weights = made.base_weights()
+    made.write_base(tmp_path / "base", weights)
+    made.write_adapter(tmp_path / "adapter", weights)
+    unseal(tmp_path / "adapter")
+    key = next(k for k in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if k.endswith("weights.0"))
+    edit_tensors(tmp_path / "adapter" / "adapter_model.safetensors", set_tensor(key, torch.ones(3, 5)))
+    for use in (
+        lambda: inspect_adapter(tmp_path / "adapter"),
+        lambda: inspect_adapter(tmp_path / "adapter", tmp_path / "base"),
+        lambda: compile_adapter(tmp_path / "adapter", tmp_path / "base"),
+        lambda: merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out"),
+    ):
+        with pytest.raises(DoranError, match=str(tmp_path / "adapter")):
+            use()

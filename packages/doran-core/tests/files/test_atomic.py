@@ -284,7 +284,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("left", [0, 4096, 16384])
+@pytest.mark.parametrize("left", [0, 4096])
 def test_a_disk_with_nothing_left(small_disk, tmp_path, left):
     weights = made.base_weights()
     made.write_base(tmp_path / "base", weights)

@@ -164,6 +164,8 @@ class DoranConfig(AdapterOptions, PeftConfig):
         with named_errors(path, AdapterFormatError):
             fields = read_json(path)
             fields.pop("runtime_config", None)  # PEFT: of no meaning in a file
+            if (method := fields.get("peft_type")) != DoranPeftType.DORAN:
+                raise ConfigError(f"{path}: peft_type {method!r}, expected DORAN")
             _check_version(fields.get("format_version", FORMAT_VERSION))  # first: a later format may have other fields
             beside = {entry.name for entry in dataclasses.fields(cls)} - CONFIG_FIELDS - NOT_SAVED - {"format_version"}
             check_fields(str(path), fields.keys() - beside)

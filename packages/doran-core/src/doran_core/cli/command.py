@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import click
 
 from doran_core.cli.tables import Table, show
+from doran_core.cli.terminal import drop_output, json_for
 
 __all__ = ["GROUPS", "DoranCommand", "Outcome", "command", "only_flags", "reading_flags", "wants_json", "write_lines"]
 
@@ -87,7 +87,9 @@ class DoranCommand(click.Command):
                 return _print(lambda: show(outcome.shown))
             with contextlib.redirect_stdout(sys.stderr):  # what libraries print on their way
                 outcome = super().invoke(ctx)
-        return _print(lambda: print(json.dumps(_finite(outcome.data), indent=2, ensure_ascii=False)))
+        data = _finite(outcome.data)
+        text = json_for(json.dumps(data, indent=2, ensure_ascii=False), json.dumps(data, indent=2))
+        return _print(lambda: print(text))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples, then the notes."""
@@ -113,13 +115,19 @@ def wants_json() -> bool:
 
 
 def _print(write: Callable[[], None]) -> None:
-    """Print to standard output. Where its reader has gone, as `head` goes, the rest is not wanted."""
+    """Print to standard output. Where its reader has gone, as `head` goes, the rest is not wanted.
+
+    Raises:
+        OSError: it leads to a full disk, say.
+    """
     try:
         write()
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes standard output once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
+    except OSError:
+        drop_output()
+        raise
 
 
 def _finite(value: Any) -> Any:

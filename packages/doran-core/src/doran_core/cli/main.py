@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from doran_core.cli import exit_codes
+from doran_core.cli.terminal import open_streams, printable
 from doran_core.errors import CheckFailedError, DoranError
 
 __all__ = ["COMPLETION_VARIABLE", "main"]
@@ -19,6 +21,7 @@ COMPLETION_VARIABLE = "_DORAN_COMPLETE"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return one of :mod:`doran_core.cli.exit_codes`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    open_streams()
     try:
         import click
     except ImportError:
@@ -40,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ended.exit_code
     except click.UsageError as error:
         where = "doran" if error.ctx is None else error.ctx.command_path
-        print(f"{where}: error: {error.format_message()} See: {where} --help", file=sys.stderr)
+        print(printable(f"{where}: error: {error.format_message()} See: {where} --help"), file=sys.stderr)
         return exit_codes.USAGE
     except (KeyboardInterrupt, click.Abort):
         print("doran: interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED
     except Exception as error:
-        if "--debug" in argv:
-            raise
         sentence, code = _explain(error)
-        print(f"doran: {sentence}", file=sys.stderr)
+        if "--debug" in argv:
+            print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        print(printable(f"doran: {sentence}"), file=sys.stderr)
         return code
 
 
@@ -59,7 +62,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, CheckFailedError):
         return f"error: {error}", exit_codes.CHECK_FAILED
     if isinstance(error, DoranError):
-        return f"error: {error}", exit_codes.USAGE
+        return f"error: {error}", exit_codes.SYSTEM if _is_from_system(error) else exit_codes.USAGE
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not to be imported here
         return f"error: out of memory: {text}", exit_codes.SYSTEM
     if isinstance(error, OSError):
@@ -70,3 +73,20 @@ def _explain(error: Exception) -> tuple[str, int]:
         "run it again with --debug for the traceback, and report that with the output of `doran --version`"
     )
     return sentence, exit_codes.BUG
+
+
+def _is_from_system(error: BaseException | None) -> bool:
+    """Whether the machine refused what was asked, whatever was made of its error on the way."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SYSTEM):
+            return True
+        error = error.__cause__
+    return False
+
+
+_SYSTEM = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+    }
+)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from doran_core.cli.terminal import printable
+
 __all__ = ["Table", "show"]
 
 
@@ -21,6 +23,11 @@ class Table:
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def printable(self) -> Table:
+        """The same with each cell on one line and nothing in it that steers a terminal."""
+        rows = [[printable(cell).replace("\n", "\\n") for cell in row] for row in self.rows]
+        return Table([printable(name) for name in self.header], rows)
 
     def plain(self) -> str:
         """Lines of columns two spaces apart."""
@@ -42,11 +49,11 @@ def show(parts: Sequence[str | Table]) -> None:
     drawn = sys.stdout.isatty() and find_spec("rich") is not None
     for part in parts:
         if isinstance(part, str):
-            print(part)
+            print(printable(part))
         elif drawn:
-            _draw(part)
+            _draw(part.printable())
         else:
-            print(part.plain())
+            print(part.printable().plain())
 
 
 def _draw(table: Table) -> None:

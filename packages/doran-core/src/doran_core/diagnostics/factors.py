@@ -45,12 +45,15 @@ def delta_similarity(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     Args:
         pairs: ``(A [r, d_in], B [d_out, r])`` of each layer; r may differ. A layer with B = 0 has similarity 0.
     """
-    doubles = [(A.double(), B.double()) for A, B in pairs]
-    inner = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
-    for i, (A_i, B_i) in enumerate(doubles):
-        for j, (A_j, B_j) in enumerate(doubles[: i + 1]):
-            # <B_i A_i, B_j A_j> = sum of (B_i' B_j) * (A_i A_j')
-            inner[i, j] = inner[j, i] = ((B_i.T @ B_j) * (A_i @ A_j.T)).sum()
+    # <B_i A_i, B_j A_j> = sum of (B_i' B_j) * (A_i A_j'), for all j at once.
+    ranks = [A.shape[0] for A, _ in pairs]
+    all_A = torch.cat([A.double() for A, _ in pairs])
+    all_B = torch.cat([B.double() for _, B in pairs], dim=1)
+    rows = []
+    for A, B in zip(torch.split(all_A, ranks), torch.split(all_B, ranks, dim=1), strict=True):
+        products = ((all_B.T @ B) * (all_A @ A.T)).sum(1)
+        rows.append(torch.stack([part.sum() for part in torch.split(products, ranks)]))
+    inner = torch.stack(rows)
     lengths = inner.diagonal().clamp_min(0).sqrt()
     scale = torch.outer(lengths, lengths)
     return torch.where(scale > 0, inner / torch.where(scale > 0, scale, 1.0), 0.0)

@@ -52,6 +52,8 @@ def factor_similarity(factors: Sequence[Tensor]) -> Tensor:
 def layer_similarities(layers: Sequence[LayerFactors]) -> list[LayerSimilarity]:
     """The similarities within every projection that has two layers or more of one size and rank.
 
+    Of a projection with more than 256 layers 256 are compared, evenly spaced, the first and the last among them.
+
     Args:
         layers: evaluated factors, in the order that rows and columns are to have.
     """
@@ -59,6 +61,7 @@ def layer_similarities(layers: Sequence[LayerFactors]) -> list[LayerSimilarity]:
     for layer in layers:
         key = (layer.name.rpartition(".")[2], tuple(layer.A.shape), tuple(layer.B.shape))
         groups.setdefault(key, []).append(layer)
+    groups = {key: _some(group) for key, group in groups.items()}
     return [
         LayerSimilarity(
             projection=key[0],
@@ -70,3 +73,13 @@ def layer_similarities(layers: Sequence[LayerFactors]) -> list[LayerSimilarity]:
         for key, group in groups.items()
         if len(group) > 1
     ]
+
+
+_MOST = 256
+"""Layers of one projection that are compared: time and size of the result grow with their square."""
+
+
+def _some(layers: list[LayerFactors]) -> list[LayerFactors]:
+    if len(layers) <= _MOST:
+        return layers
+    return [layers[round(number * (len(layers) - 1) / (_MOST - 1))] for number in range(_MOST)]
