@@ -35,6 +35,7 @@ from doran_core.errors import (
     UnexpectedKeyError,
 )
 from doran_core.files.jsonfile import read_json
+from doran_core.files.opening import open_regular
 from doran_serve.admission import AdmittedCopies, unmarked
 from doran_serve.base import BaseModel, local_directory
 from doran_serve.layer_rules import LayerRules
@@ -365,7 +366,7 @@ def _content_key(folder: Path, base_identity: str) -> str:
     digest = hashlib.sha256(base_identity.encode())
     for name in (CONFIG_FILE, TENSOR_FILE):
         try:
-            with (folder / name).open("rb") as file:
+            with open_regular(folder / name) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError:
             digest.update(b"missing")  # the reader names it

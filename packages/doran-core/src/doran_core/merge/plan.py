@@ -5,16 +5,16 @@ A plan reads headers only. Where keys, dtypes and shapes of a shard stay, its he
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from doran_core.checkpoint.binding import BoundAdapter, BoundModule
-from doran_core.checkpoint.checkpoint import Checkpoint, WeightFile
+from doran_core.checkpoint.checkpoint import Checkpoint, WeightFile, open_for_reading
 from doran_core.checkpoint.full_tensors import extra_keys
 from doran_core.checkpoint.ties import OUTPUT_KEY, tied_embedding
 from doran_core.errors import CheckpointError, ConfigError
@@ -208,8 +208,8 @@ def _describe(
 
 
 def _keep_layout(layout: Layout, contents: Mapping[str, Content]) -> ShardPlan:
-    with Path(layout.path).open("rb") as file:
-        header = file.read(layout.header_bytes)
+    with open_for_reading(layout.path) as fd:
+        header = os.pread(fd, layout.header_bytes, 0)
     return ShardPlan(layout.path.name, header, [(entry, contents[key]) for key, entry in layout.entries.items()])
 
 
