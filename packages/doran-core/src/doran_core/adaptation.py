@@ -11,6 +11,7 @@ from doran_core import kernels
 from doran_core.errors import TargetError
 from doran_core.handle import DoranHandle, read_trainable, set_trained
 from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
+from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import pad_encoders
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import FactorBuilder
@@ -62,6 +63,7 @@ def _adapt(
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
     kernels.prepare(model)
+    share_blocks(model)
     return DoranHandle(model, config, layers, saved, places, trained)
 
 

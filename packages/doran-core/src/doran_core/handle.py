@@ -25,6 +25,7 @@ from doran_core.checkpoint.fingerprint import combine_digests
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
 from doran_core.layers.base import BaseView
 from doran_core.layers.modules import DoranLayer
+from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig
 from doran_core.method.optimizer_groups import parameter_groups
@@ -165,6 +166,7 @@ class DoranHandle:
             self.model.set_submodule(place, layer.base_layer)
         unpad_encoders(self.model)
         kernels.unprepare(self.model)
+        share_blocks(self.model)
         set_trained(self._trained)
         self._removed = True
         return self.model

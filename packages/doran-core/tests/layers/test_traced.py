@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch.compiler.reset()
 
@@ -149,21 +150,75 @@ class Stack(nn.Module):
     """Blocks of a residual model; each block is a module of its own that can be compiled alone."""
 
     class Block(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, bias: bool) -> None:
             super().__init__()
+            self.query, self.key = nn.Linear(8, 8, bias=bias), nn.Linear(8, 8, bias=bias)
             self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
         def forward(self, x: Tensor) -> Tensor:
+            x = x + self.query(x) * torch.sigmoid(self.key(x))
             return x + self.down(torch.tanh(self.up(x)))
 
-    def __init__(self, count: int = 4) -> None:
+    def __init__(self, count: int = 4, bias: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(self.Block() for _ in range(count))
+        self.layers = nn.ModuleList(self.Block(bias) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+BLOCK_OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: options for name, options in OPTIONS.items() if name != "direct norm"},
+    "sharing: model": {"sharing": "model"},
+    "sharing: none": {"sharing": "none"},
+    "shared output": {"share_output": True},
+    "ranks": {"rank_pattern": {"up": 2}},
+    "some layers": {"target_modules": ["query", "down"]},
+}
+
+
+def moved_stack(**options: Any) -> tuple[Stack, Any]:
+    model = Stack(2).double()
+    handle = adapt(model, DoranConfig(**{"rank": 3, "target_modules": "all-linear", **options}))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval(), handle
+
+
+@pytest.mark.parametrize("options", BLOCK_OPTIONS)
+def test_the_layers_of_a_block_together(options: str) -> None:
+    model, handle = moved_stack(**BLOCK_OPTIONS[options])
+    next(iter(handle.layers.values())).enabled = options == "generated"  # and with a layer that is left out
+    check(model, torch.randn(3, 8, dtype=torch.float64).requires_grad_())
+
+
+def test_the_products_of_a_blocks_networks_are_one() -> None:
+    """Six products with W2 for A and B, forward and backward, whatever the number of layers."""
+    wide = 61  # of no other tensor here
+    counts = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        products = [node for node in graph.graph.nodes if node.target is torch.ops.aten.mm.default]
+        counts.append(sum(any(wide in arg.meta["val"].shape for arg in node.args) for node in products))
+        return graph.forward
+
+    model, _ = moved_stack(hidden_dim=wide)
+    run(
+        model, torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=count)), torch.randn(3, 8).double()
+    )
+    features = 2 * 3  # of A and B: the first layer, and its two gradients
+    assert sum(counts) == 2 * (6 + features)
+
+
+def test_hooks_go_with_the_adapters() -> None:
+    model, handle = moved_stack()
+    blocks = [module for module in model.modules() if module._forward_pre_hooks]
+    assert set(model.layers) <= set(blocks)
+    handle.remove()
+    assert not [module for module in model.modules() if module._forward_pre_hooks or module._forward_hooks]
 
 
 def test_blocks_compiled_one_by_one_share_their_graphs() -> None:

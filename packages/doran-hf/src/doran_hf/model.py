@@ -18,6 +18,7 @@ from doran_core.adapter.validate import check_tensors
 from doran_core.errors import ConfigError, MissingKeyError, TargetError, UnexpectedKeyError
 from doran_core.kernels import prepare, unprepare
 from doran_core.layers.modules import make_factor_builder
+from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import pad_encoders, read_not_called, unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
@@ -97,6 +98,7 @@ class DoranModel(BaseTuner):
         finally:
             del self._plan
         prepare(self)  # with the tuner: PEFT calls it, and it the forward of the model inside, past that one's hooks
+        share_blocks(model)
         if config.factor_penalty > 0.0:
             PenaltyHook.attach(model)
 
@@ -198,6 +200,7 @@ class DoranModel(BaseTuner):
         unprepare(self)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unpad_encoders(model)
+        share_blocks(model)
         keep_untied(model)
         return model
 

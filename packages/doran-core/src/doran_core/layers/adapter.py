@@ -60,6 +60,7 @@ class DoranAdapter(nn.Module):
         # hook: a seldom called one has it here, for a hook doubles what a call costs.
         self.tau.register_forward_pre_hook(_no_operation)
         self.runtime = Runtime()
+        self.traced_side: traced.WeightSide | None = None
 
     @torch.no_grad()
     def initialise(self, view: BaseView) -> None:

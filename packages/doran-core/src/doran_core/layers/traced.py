@@ -1,29 +1,45 @@
 """An adapted layer as torch.compile and torch.export see it: plain PyTorch operations, for Inductor to fuse.
 
     v = W0 x + bias + g B (A x)        y = c v + (1 - c) bias
-    U = W0 A^T      K = U + g B (A A^T) = V A^T      n^2 = ||W0||^2 + g sum(B * (U + K), 1)      c = m / (n + tau)
 
 The products with x are those of a plain low-rank adapter; c is applied by the code that Inductor makes for what follows
-the layer. The backward needs v, which is without c, so a c near 0 is no special case. Two autograd Functions, which
-Dynamo traces through, spare what autograd would compute or keep by itself. Nothing branches on values: a changed W0 is
-not noticed, and rows in which V nearly cancels keep the factored norm.
+the layer. The backward needs v, which is without c, so a c near 0 is no special case. The weight side (A, g B and c,
+see traced_norm.py) is computed for all layers of a block together where :func:`share_blocks` put a hook on the block,
+and else layer by layer. Nothing branches on values: a changed W0 is not noticed, and rows in which V nearly cancels
+keep the factored norm.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from doran_core import functional
+from doran_core.layers.traced_norm import accumulated_product, row_norms
+from doran_core.method.factors import GeneratedFactors
 
 if TYPE_CHECKING:
     from doran_core.layers.adapter import DoranAdapter  # which imports this module
     from doran_core.layers.base import BaseView
 
-__all__ = ["forward"]
+__all__ = ["WeightSide", "forward", "share_blocks"]
+
+
+class WeightSide(NamedTuple):
+    """What a layer's weights and parameters make of it.
+
+    Attributes:
+        A: ``[r, d_in]`` in W0's dtype.
+        B: ``g B``, ``[d_out, r]``, likewise.
+        scale: ``c``, ``[d_out]`` in float32 or wider.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor
 
 
 def forward(adapter: DoranAdapter, view: BaseView, x: Tensor, base_output: Tensor | None = None) -> Tensor:
@@ -41,13 +57,10 @@ def forward(adapter: DoranAdapter, view: BaseView, x: Tensor, base_output: Tenso
     if base_output is None:
         base_output = view.layer(x)
     dtype, bias = base_output.dtype, view.bias
-    with torch.autocast(base_output.device.type, enabled=False):
-        A, B = adapter.factor_pair()
-        scale = adapter.output_scale(_norm(adapter, view, A, B))
-        low_A, low_B = A.to(dtype), (adapter.scaling * B).to(dtype)
+    A, B, scale = adapter.traced_side or _alone(adapter, view, dtype)
     if x.is_floating_point():
         x = F.dropout(x.to(dtype), adapter.config.dropout, adapter.training)
-    unscaled = base_output + view.low_rank(x, low_A, low_B)
+    unscaled = base_output + view.low_rank(x, A.to(dtype), B.to(dtype))
     if bias is not None and bias.requires_grad:
         nothing = torch.zeros((), dtype=dtype, device=unscaled.device)
         return functional.adapted_output(unscaled, nothing, scale, bias, channel_dim=view.channel_dim)
@@ -55,44 +68,125 @@ def forward(adapter: DoranAdapter, view: BaseView, x: Tensor, base_output: Tenso
     return output
 
 
-def _norm(adapter: DoranAdapter, view: BaseView, A: Tensor, B: Tensor) -> Tensor:
-    """``n``; by the Function where W0 is frozen and at hand, and its norm is to be the factored one."""
+def _alone(adapter: DoranAdapter, view: BaseView, dtype: torch.dtype) -> WeightSide:
+    """The weight side of one layer, whatever its kind and options."""
+    if _has_plain_norm(adapter, view):
+        return _together([(adapter, view)])[0]
+    with torch.autocast(view.device.type, enabled=False):
+        A, B = adapter.factor_pair()
+        scale = adapter.output_scale(adapter.norm(view, A, B))
+        return WeightSide(A.to(dtype), (adapter.scaling * B).to(dtype), scale)
+
+
+def _has_plain_norm(adapter: DoranAdapter, view: BaseView) -> bool:
+    """Whether W0 is frozen and at hand, and its norm is to be the factored one."""
     weight = view.weight()
-    if weight is None or weight.requires_grad or adapter.config.norm_method == "direct":
-        return adapter.norm(view, A, B)
-    if adapter.config.norm_grad == "detached":
-        A, B = A.detach(), B.detach()
-    squared_norm = adapter.squared_norm_of_base(view)
-    norm: Tensor = _RowNorm.apply(A, B, weight, squared_norm, adapter.scaling)  # type: ignore[no-untyped-call]
-    return norm
+    return weight is not None and not weight.requires_grad and adapter.config.norm_method != "direct"
 
 
-class _RowNorm(torch.autograd.Function):
-    """``||W0 + g B A||`` per row, ``[d_out]`` acc, from W0 and from A ``[r, d_in]`` and B ``[d_out, r]``, both acc.
+def _together(layers: list[tuple[DoranAdapter, BaseView]]) -> list[WeightSide]:
+    """The weight sides of layers of one rank, scaling, dtype and device, with :func:`_has_plain_norm`."""
+    adapters = [adapter for adapter, _ in layers]
+    weights = [_weight(view) for _, view in layers]
+    first, dtype = adapters[0], weights[0].dtype
+    rows, columns = [weight.shape[0] for weight in weights], [weight.shape[1] for weight in weights]
+    with torch.autocast(weights[0].device.type, enabled=False):
+        A, B = _factors(adapters)
+        squared_norm = _joined([adapter.squared_norm_of_base(view) for adapter, view in layers])
+        detached = first.config.norm_grad == "detached"
+        norm = row_norms(
+            A.detach() if detached else A, B.detach() if detached else B, squared_norm, weights, first.scaling
+        )
+        tau = [adapter.tau() for adapter in adapters]
+        added = [
+            norm.new_full((n,), t) if isinstance(t, float) else t.expand(n) for t, n in zip(tau, rows, strict=True)
+        ]
+        scale = functional.output_scale(_joined([functional.wide(adapter.magnitude) for adapter in adapters]), norm, _joined(added))
+        low_A, low_B = A.to(dtype).split(columns), (first.scaling * B).to(dtype).split(rows)
+    return [WeightSide(a.T, b, c) for a, b, c in zip(low_A, low_B, scale.split(rows), strict=True)]
 
-    Half precision uses A rounded to W0's dtype, as the layer does. The backward needs K and one product with W0.
+
+def _weight(view: BaseView) -> Tensor:
+    weight = view.weight()
+    assert weight is not None
+    return weight
+
+
+def _per_row(adapter: DoranAdapter, like: Tensor) -> Tensor:
+    """tau of each row, ``[d_out]``."""
+    tau, rows = adapter.tau(), adapter.spec.d_out
+    return like.new_full((rows,), tau) if isinstance(tau, float) else tau.expand(rows)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _factors(adapters: list[DoranAdapter]) -> tuple[Tensor, Tensor]:
+    """The layers' ``A^T [d_in, r]`` below each other, and their B ``[d_out, r]``; networks' last products as one."""
+    if all(type(adapter.factors) is GeneratedFactors and adapter.experts is None for adapter in adapters):
+        return GeneratedFactors.joined([adapter.factors for adapter in adapters])  # type: ignore[misc]
+    pairs = [adapter.factor_pair() for adapter in adapters]
+    return _joined([A.T for A, _ in pairs]), _joined([B for _, B in pairs])
+
+
+def share_blocks(model: nn.Module) -> None:
+    """Let torch.compile compute the weight sides of each block's layers together.
+
+    Puts hooks on the modules that are blocks (``LayerSpec.block``) and takes them off those that no longer are, so call
+    this after every change. Outside of tracing the hooks do nothing. A layer of a block that is not called gets
+    gradients of 0 from a compiled graph, instead of None.
+
+    Args:
+        model: layers are its modules with a method ``adapter_in_use``, which gives the adapter that the next call uses
+            and the view of its base layer, or None.
     """
+    blocks: dict[str, list[nn.Module]] = {}
+    for layer in model.modules():
+        pair = layer.adapter_in_use() if hasattr(layer, "adapter_in_use") else None
+        if pair is not None:
+            blocks.setdefault(pair[0].spec.block, []).append(layer)
+    for name, module in model.named_modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_before, _after)]:
+                del hooks[key]
+        vars(module).pop(_LAYERS, None)
+        if name and name in blocks:
+            # Past nn.Module, which would register them once more. A list, and no search by names, which the graph
+            # would be bound to: blocks that are compiled one by one share it.
+            vars(module)[_LAYERS] = blocks[name]
+            module.register_forward_pre_hook(_before)
+            module.register_forward_hook(_after)
 
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, weight: Tensor, squared_norm: Tensor, scaling: float) -> Tensor:
-        A = A.to(weight.dtype)
-        product = _wide_product(weight, A.T)
-        aligned = functional.aligned_product(product, A.to(B.dtype), B, scaling)
-        norm = functional.aligned_row_norm(squared_norm, product, aligned, B, scaling)
-        ctx.save_for_backward(A, B, weight, aligned, norm)
-        ctx.scaling = scaling
-        return norm
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        A, B, weight, aligned, norm = ctx.saved_tensors
-        through_norm = torch.where(norm > 0, ctx.scaling * grads[0] / norm, 0.0)[:, None]
-        grad_product = through_norm * B
-        narrow = grad_product.T.to(weight.dtype)
-        # On a CPU, W0 widened here as in the forward would be kept from there: a wide copy for each layer.
-        grad_A = _wide_product(narrow, weight) if weight.is_cuda else (narrow @ weight).to(B.dtype)
-        grad_A = torch.addmm(grad_A, B.T @ grad_product, A.to(B.dtype), alpha=ctx.scaling)
-        return grad_A, through_norm * aligned, None, None, None
+_LAYERS = "_doran_layers"
+
+
+def _before(block: nn.Module, args: object) -> None:
+    if not torch.compiler.is_compiling():
+        return
+    groups: dict[tuple[Any, ...], list[tuple[DoranAdapter, BaseView]]] = {}
+    for layer in getattr(block, _LAYERS):
+        pair = layer.adapter_in_use()
+        if pair is not None and _has_plain_norm(*pair):
+            groups.setdefault(_group(*pair), []).append(pair)
+    for layers in groups.values():
+        for (adapter, _), side in zip(layers, _together(layers), strict=True):
+            adapter.traced_side = side
+
+
+def _after(block: nn.Module, args: object, output: object) -> None:
+    if torch.compiler.is_compiling():
+        for layer in getattr(block, _LAYERS):
+            pair = layer.adapter_in_use()
+            if pair is not None:
+                pair[0].traced_side = None
+
+
+def _group(adapter: DoranAdapter, view: BaseView) -> tuple[Any, ...]:
+    """What the layers of :func:`_together` have in common."""
+    weight, config = _weight(view), adapter.config
+    return adapter.spec.rank, adapter.scaling, weight.dtype, weight.device, config.norm_grad, config.norm_method
 
 
 class _ScaledOutput(torch.autograd.Function):
@@ -102,7 +196,7 @@ class _ScaledOutput(torch.autograd.Function):
     def forward(ctx: Any, unscaled: Tensor, scale: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:
         ctx.save_for_backward(unscaled, scale, bias)
         ctx.channel_dim = channel_dim
-        scale, bias = _along(channel_dim, unscaled, scale), _along(channel_dim, unscaled, bias)
+        scale, bias = _along(channel_dim, unscaled, _once(scale)), _along(channel_dim, unscaled, bias)
         y = unscaled * scale if bias is None else unscaled * scale + (1.0 - scale) * bias
         return y.to(unscaled.dtype)
 
@@ -110,12 +204,11 @@ class _ScaledOutput(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         unscaled, scale, bias = ctx.saved_tensors
         (grad,), channel = grads, ctx.channel_dim
-        wide = grad.to(scale.dtype)
         bias = _along(channel, unscaled, bias)
+        wide = grad.to(scale.dtype)
         products = wide * (unscaled if bias is None else unscaled - bias.to(scale.dtype))
-        others = [dim for dim in range(grad.dim()) if dim != channel % grad.dim()]
-        grad_scale = products.sum(others) if others else products
-        return (wide * _along(channel, unscaled, scale)).to(grad.dtype), grad_scale, None, None
+        grad_unscaled = (wide * _along(channel, unscaled, _once(scale))).to(grad.dtype)
+        return grad_unscaled, _sums(products, grad.dtype, channel), None, None
 
 
 def _along(channel_dim: int, like: Tensor, rows: Tensor | None) -> Any:
@@ -127,8 +220,19 @@ def _along(channel_dim: int, like: Tensor, rows: Tensor | None) -> Any:
     return rows.view(shape)
 
 
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of one dtype, in acc."""
-    if left.is_cuda and left.dtype.itemsize < 4:  # the matrix units accumulate in float32 and can return it
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return functional.wide_product(left, right)
+def _once(scale: Tensor) -> Tensor:
+    """c as it is; Inductor computes what ``as_strided`` sees once, and not anew, with its division, for each output."""
+    return scale.as_strided(scale.shape, (1,)) if scale.is_cuda else scale
+
+
+def _sums(products: Tensor, dtype: torch.dtype, channel_dim: int) -> Tensor:
+    """Sums over all dimensions but one, ``[d_out]``.
+
+    A product with ones: Inductor would fuse a sum over tokens with what makes the gradient, at half of the bandwidth.
+    bfloat16 has the range of float32, and the error of its rounding averages out.
+    """
+    if channel_dim == -1 and dtype == torch.bfloat16 and products.is_cuda:
+        rows = products.to(dtype).reshape(-1, products.shape[-1])
+        return accumulated_product(rows.new_ones(1, rows.shape[0]), rows).view(-1)
+    others = [dim for dim in range(products.dim()) if dim != channel_dim % products.dim()]
+    return products.sum(others) if others else products

@@ -225,6 +225,28 @@ class GeneratedFactors(nn.Module):
         # A trunk may lie on another device, or in another precision, than this layer.
         return F.linear(hidden_A.to(w2_A), w2_A), F.linear(w2_B, hidden_B.to(w2_B))
 
+    @staticmethod
+    def joined(layers: Sequence[GeneratedFactors]) -> tuple[Tensor, Tensor]:
+        """``A^T [d_in, r]`` of all layers below each other, and their B ``[d_out, r]``.
+
+        Neighbours with the same features share one product.
+        """
+        groups: list[list[GeneratedFactors]] = []
+        for layer in layers:
+            if not groups or not layer._has_features_of(groups[-1][0]):
+                groups.append([])
+            groups[-1].append(layer)
+        parts = []
+        for group in groups:
+            hidden_A, hidden_B = group[0]._hidden()
+            weights = [[wide(w2) for w2 in layer._output_weights()] for layer in group]
+            w2_A, w2_B = torch.cat([w2 for w2, _ in weights]), torch.cat([w2 for _, w2 in weights])
+            parts.append((F.linear(w2_A, hidden_A.to(w2_A)), F.linear(w2_B, hidden_B.to(w2_B))))
+        return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts])
+
+    def _has_features_of(self, other: GeneratedFactors) -> bool:
+        return self.trunk is other.trunk and self.block_embedding is other.block_embedding
+
     def _output_weights(self) -> tuple[Tensor, Tensor]:
         if not self.share_output:
             return self.w2_A, self.w2_B

@@ -1,0 +1,109 @@
+"""The factored norm of several layers in one autograd Function that Dynamo traces through; see traced.py.
+
+    U = W0 A^T      K = U + g B (A A^T) = V A^T      n^2 = ||W0||^2 + g sum(B * (U + K), 1)
+
+Backward, from dn: M = dL/dU = (dn g / n) B      dB = (dn g / n) K      dA = M^T (W0 + g B A)
+
+Each W0 is read twice, in half precision where it is stored so: no wide copy of it is made on a GPU, and none is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from doran_core import functional
+
+__all__ = ["accumulated_product", "row_norms"]
+
+
+def row_norms(A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tensor], scaling: float) -> Tensor:
+    """``||W0 + g B A||`` per row of all layers, below each other.
+
+    Args:
+        A: the layers' ``A^T [d_in, r]`` below each other, acc; half precision uses them rounded to W0's dtype.
+        B: the layers' ``[d_out, r]`` below each other, acc.
+        squared_norm: ``||W0||^2``, ``[sum of d_out]``.
+        weights: the W0 ``[d_out, d_in]``, frozen, of one dtype.
+        scaling: ``g``.
+
+    Returns:
+        ``[sum of d_out]``.
+    """
+    norm: Tensor = _RowNorms.apply(A, B, squared_norm, scaling, *weights)  # type: ignore[no-untyped-call]
+    return norm
+
+
+def accumulated_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of one dtype, also of stacked matrices, in float32 or wider."""
+    if left.dtype.itemsize >= 4:
+        return left @ right
+    if left.is_cuda:  # the matrix units accumulate in float32 and can return it
+        product = torch.mm if left.dim() == 2 else torch.bmm
+        return product(left, right, out_dtype=torch.float32)
+    return functional.wide_product(left, right) if left.dim() == 2 else left.float() @ right.float()
+
+
+class _RowNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, squared_norm: Tensor, scaling: float, *weights: Tensor) -> Tensor:
+        low_A = A.to(weights[0].dtype)
+        parts = low_A.split([weight.shape[1] for weight in weights])
+        product = torch.cat([accumulated_product(w, a) for w, a in zip(weights, parts, strict=True)])
+        gram = torch.cat([accumulated_product(a.mT, a) for a in _stacks(low_A, weights, 1)])
+        aligned = product + scaling * _times(B, gram, weights, 0)
+        norm = functional.aligned_row_norm(squared_norm, product, aligned, B, scaling)
+        ctx.save_for_backward(low_A, B, aligned, norm, *weights)
+        ctx.scaling = scaling
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        low_A, B, aligned, norm, *weights = ctx.saved_tensors
+        through_norm = torch.where(norm > 0, ctx.scaling * grads[0] / norm, 0.0)[:, None]
+        grad_product = (through_norm * B).to(low_A.dtype)
+        parts = grad_product.split([weight.shape[0] for weight in weights])
+        grad_A = torch.cat([_transposed_product(w, m) for w, m in zip(weights, parts, strict=True)])
+        pairs = zip(_stacks(B.to(low_A.dtype), weights, 0), _stacks(grad_product, weights, 0), strict=True)
+        mixed = torch.cat([accumulated_product(b.mT, m) for b, m in pairs])  # symmetric
+        grad_A = grad_A + ctx.scaling * _times(low_A, mixed, weights, 1)
+        return grad_A, through_norm * aligned, None, None, *(None for _ in weights)
+
+
+def _transposed_product(weight: Tensor, right: Tensor) -> Tensor:
+    """``W0^T right`` in acc. On a CPU, W0 widened here as in the forward would be kept from there."""
+    if weight.is_cuda or weight.dtype.itemsize >= 4:
+        return accumulated_product(weight.T, right)
+    return (weight.T @ right).to(functional.accumulation_dtype(right))
+
+
+def _stacks(rows: Tensor, weights: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """The layers' rows, as many each as W0 is long in ``dim``: neighbours of equal size as one ``[k, size, r]``."""
+    runs: list[list[int]] = []
+    for weight in weights:
+        if runs and runs[-1][1] == weight.shape[dim]:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, weight.shape[dim]])
+    parts = rows.split([count * size for count, size in runs])
+    return [part.view(count, size, -1) for part, (count, size) in zip(parts, runs, strict=True)]
+
+
+def _times(rows: Tensor, matrices: Tensor, weights: Sequence[Tensor], dim: int) -> Tensor:
+    """Each layer's rows ``[size, r]`` times its matrix ``[r, r]``, below each other, in acc.
+
+    Where W0 has half precision, products of that: a matrix is then the sum of two, with 16 of float32's 24 bits.
+    """
+    dtype = weights[0].dtype
+    if dtype.itemsize < 4:
+        high = matrices.to(dtype)
+        matrices = torch.cat([high, (matrices - high).to(dtype)], 1)
+        rows = rows.to(dtype)
+        rows = torch.cat([rows, rows], 1)
+    stacks = _stacks(rows, weights, dim)
+    own = matrices.split([stack.shape[0] for stack in stacks])
+    products = [accumulated_product(stack, m) for stack, m in zip(stacks, own, strict=True)]
+    return torch.cat([product.reshape(-1, matrices.shape[-1]) for product in products])
