@@ -93,17 +93,12 @@ def _together(layers: list[tuple[DoranAdapter, BaseView]]) -> list[WeightSide]:
     with torch.autocast(weights[0].device.type, enabled=False):
         A, B = _factors(adapters)
         squared_norm = _joined([adapter.squared_norm_of_base(view) for adapter, view in layers])
-        detached = first.config.norm_grad == "detached"
-        norm = row_norms(
-            A.detach() if detached else A, B.detach() if detached else B, squared_norm, weights, first.scaling
-        )
-        tau = [adapter.tau() for adapter in adapters]
-        added = [
-            norm.new_full((n,), t) if isinstance(t, float) else t.expand(n) for t, n in zip(tau, rows, strict=True)
-        ]
-        scale = functional.output_scale(_joined([functional.wide(adapter.magnitude) for adapter in adapters]), norm, _joined(added))
-        low_A, low_B = A.to(dtype).split(columns), (first.scaling * B).to(dtype).split(rows)
-    return [WeightSide(a.T, b, c) for a, b, c in zip(low_A, low_B, scale.split(rows), strict=True)]
+        learns = (A.detach(), B.detach()) if first.config.norm_grad == "detached" else (A, B)
+        norm = row_norms(*learns, squared_norm, weights, first.scaling)
+        magnitude = _joined([functional.wide(adapter.magnitude) for adapter in adapters])
+        scale = functional.output_scale(magnitude, norm, _joined([_tau_of_rows(adapter, norm) for adapter in adapters]))
+        low_A, low_B = torch.split(A.to(dtype), columns), torch.split((first.scaling * B).to(dtype), rows)
+    return [WeightSide(a.T, b, c) for a, b, c in zip(low_A, low_B, torch.split(scale, rows), strict=True)]
 
 
 def _weight(view: BaseView) -> Tensor:
@@ -112,8 +107,8 @@ def _weight(view: BaseView) -> Tensor:
     return weight
 
 
-def _per_row(adapter: DoranAdapter, like: Tensor) -> Tensor:
-    """tau of each row, ``[d_out]``."""
+def _tau_of_rows(adapter: DoranAdapter, like: Tensor) -> Tensor:
+    """``[d_out]``."""
     tau, rows = adapter.tau(), adapter.spec.d_out
     return like.new_full((rows,), tau) if isinstance(tau, float) else tau.expand(rows)
 
@@ -143,7 +138,7 @@ def share_blocks(model: nn.Module) -> None:
     """
     blocks: dict[str, list[nn.Module]] = {}
     for layer in model.modules():
-        pair = layer.adapter_in_use() if hasattr(layer, "adapter_in_use") else None
+        pair = layer.adapter_in_use() if hasattr(layer, "adapter_in_use") else None  # type: ignore[operator]
         if pair is not None:
             blocks.setdefault(pair[0].spec.block, []).append(layer)
     for name, module in model.named_modules():

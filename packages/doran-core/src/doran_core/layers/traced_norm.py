@@ -33,8 +33,23 @@ def row_norms(A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tens
     Returns:
         ``[sum of d_out]``.
     """
+    # Without gradients Dynamo would count the arguments to find out whether the Function's forward takes a context: it
+    # errs with a number of arguments that varies.
+    if not (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)):
+        return _norms(A.to(weights[0].dtype), B, squared_norm, weights, scaling)[0]
     norm: Tensor = _RowNorms.apply(A, B, squared_norm, scaling, *weights)  # type: ignore[no-untyped-call]
     return norm
+
+
+def _norms(
+    low_A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tensor], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """n and K."""
+    parts = torch.split(low_A, [weight.shape[1] for weight in weights])
+    product = torch.cat([accumulated_product(w, a) for w, a in zip(weights, parts, strict=True)])
+    gram = torch.cat([accumulated_product(a.mT, a) for a in _stacks(low_A, weights, 1)])
+    aligned = product + scaling * _times(B, gram, weights, 0)
+    return functional.aligned_row_norm(squared_norm, product, aligned, B, scaling), aligned
 
 
 def accumulated_product(left: Tensor, right: Tensor) -> Tensor:
@@ -51,11 +66,7 @@ class _RowNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor, squared_norm: Tensor, scaling: float, *weights: Tensor) -> Tensor:
         low_A = A.to(weights[0].dtype)
-        parts = low_A.split([weight.shape[1] for weight in weights])
-        product = torch.cat([accumulated_product(w, a) for w, a in zip(weights, parts, strict=True)])
-        gram = torch.cat([accumulated_product(a.mT, a) for a in _stacks(low_A, weights, 1)])
-        aligned = product + scaling * _times(B, gram, weights, 0)
-        norm = functional.aligned_row_norm(squared_norm, product, aligned, B, scaling)
+        norm, aligned = _norms(low_A, B, squared_norm, weights, scaling)
         ctx.save_for_backward(low_A, B, aligned, norm, *weights)
         ctx.scaling = scaling
         return norm
@@ -65,7 +76,7 @@ class _RowNorms(torch.autograd.Function):
         low_A, B, aligned, norm, *weights = ctx.saved_tensors
         through_norm = torch.where(norm > 0, ctx.scaling * grads[0] / norm, 0.0)[:, None]
         grad_product = (through_norm * B).to(low_A.dtype)
-        parts = grad_product.split([weight.shape[0] for weight in weights])
+        parts = torch.split(grad_product, [weight.shape[0] for weight in weights])
         grad_A = torch.cat([_transposed_product(w, m) for w, m in zip(weights, parts, strict=True)])
         pairs = zip(_stacks(B.to(low_A.dtype), weights, 0), _stacks(grad_product, weights, 0), strict=True)
         mixed = torch.cat([accumulated_product(b.mT, m) for b, m in pairs])  # symmetric
@@ -88,7 +99,7 @@ def _stacks(rows: Tensor, weights: Sequence[Tensor], dim: int) -> list[Tensor]:
             runs[-1][0] += 1
         else:
             runs.append([1, weight.shape[dim]])
-    parts = rows.split([count * size for count, size in runs])
+    parts = torch.split(rows, [count * size for count, size in runs])
     return [part.view(count, size, -1) for part, (count, size) in zip(parts, runs, strict=True)]
 
 
@@ -104,6 +115,6 @@ def _times(rows: Tensor, matrices: Tensor, weights: Sequence[Tensor], dim: int) 
         rows = rows.to(dtype)
         rows = torch.cat([rows, rows], 1)
     stacks = _stacks(rows, weights, dim)
-    own = matrices.split([stack.shape[0] for stack in stacks])
+    own = torch.split(matrices, [stack.shape[0] for stack in stacks])
     products = [accumulated_product(stack, m) for stack, m in zip(stacks, own, strict=True)]
     return torch.cat([product.reshape(-1, matrices.shape[-1]) for product in products])
