@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from doran_core import functional
 from doran_core.layers.traced_norm import accumulated_product, row_norms
 from doran_core.method.factors import GeneratedFactors
+from doran_core.support.sharding import read
 
 if TYPE_CHECKING:
     from doran_core.layers.adapter import DoranAdapter  # which imports this module
@@ -95,7 +96,7 @@ def _together(layers: list[tuple[DoranAdapter, BaseView]]) -> list[WeightSide]:
         squared_norm = _joined([adapter.squared_norm_of_base(view) for adapter, view in layers])
         learns = (A.detach(), B.detach()) if first.config.norm_grad == "detached" else (A, B)
         norm = row_norms(*learns, squared_norm, weights, first.scaling)
-        magnitude = _joined([functional.wide(adapter.magnitude) for adapter in adapters])
+        magnitude = _joined([read(adapter.magnitude) for adapter in adapters])
         scale = functional.output_scale(magnitude, norm, _joined([_tau_of_rows(adapter, norm) for adapter in adapters]))
         low_A, low_B = torch.split(A.to(dtype), columns), torch.split((first.scaling * B).to(dtype), rows)
     return [WeightSide(a.T, b, c) for a, b, c in zip(low_A, low_B, torch.split(scale, rows), strict=True)]
@@ -119,10 +120,14 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 def _factors(adapters: list[DoranAdapter]) -> tuple[Tensor, Tensor]:
     """The layers' ``A^T [d_in, r]`` below each other, and their B ``[d_out, r]``; networks' last products as one."""
-    if all(type(adapter.factors) is GeneratedFactors and adapter.experts is None for adapter in adapters):
+    if all(adapter.experts is None and _has_own_networks(adapter.factors) for adapter in adapters):
         return GeneratedFactors.joined([adapter.factors for adapter in adapters])  # type: ignore[misc]
     pairs = [adapter.factor_pair() for adapter in adapters]
     return _joined([A.T for A, _ in pairs]), _joined([B for _, B in pairs])
+
+
+def _has_own_networks(factors: nn.Module) -> bool:
+    return type(factors) is GeneratedFactors and not factors.share_output
 
 
 def share_blocks(model: nn.Module) -> None:

@@ -227,31 +227,23 @@ class GeneratedFactors(nn.Module):
 
     @staticmethod
     def joined(layers: Sequence[GeneratedFactors]) -> tuple[Tensor, Tensor]:
-        """``A^T [d_in, r]`` of all layers below each other, and their B ``[d_out, r]``.
+        """``A^T [d_in, r]`` of all layers below each other, and their B ``[d_out, r]``; for layers with their own W2.
 
         Neighbours with the same features share one product.
         """
         groups: list[list[GeneratedFactors]] = []
         for layer in layers:
-            if not groups or not layer._has_features_of(groups[-1][0]):
+            first = groups[-1][0] if groups else None
+            if first is None or first.trunk is not layer.trunk or first.block_embedding is not layer.block_embedding:
                 groups.append([])
             groups[-1].append(layer)
         parts = []
         for group in groups:
             hidden_A, hidden_B = group[0]._hidden()
-            weights = [[wide(w2) for w2 in layer._output_weights()] for layer in group]
-            w2_A, w2_B = torch.cat([w2 for w2, _ in weights]), torch.cat([w2 for _, w2 in weights])
+            w2_A = torch.cat([read(layer.w2_A) for layer in group])
+            w2_B = torch.cat([read(layer.w2_B) for layer in group])
             parts.append((F.linear(w2_A, hidden_A.to(w2_A)), F.linear(w2_B, hidden_B.to(w2_B))))
         return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts])
-
-    def _has_features_of(self, other: GeneratedFactors) -> bool:
-        return self.trunk is other.trunk and self.block_embedding is other.block_embedding
-
-    def _output_weights(self) -> tuple[Tensor, Tensor]:
-        if not self.share_output:
-            return self.w2_A, self.w2_B
-        trunk = self.trunk
-        return trunk.output_A[str(self.d_in)], trunk.output_B[str(self.d_out)]
 
 
 class BlockEmbedding(SharedNetwork):
