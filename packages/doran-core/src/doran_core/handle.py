@@ -22,6 +22,7 @@ from doran_core.adapter import (
 from doran_core.adapter.apply import apply_adapter
 from doran_core.adapter.compiled import compile_module
 from doran_core.checkpoint.fingerprint import combine_digests
+from doran_core.checkpoint.ties import tied_parameters
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
 from doran_core.layers.base import BaseView
 from doran_core.layers.modules import DoranLayer
@@ -266,6 +267,7 @@ class DoranHandle:
             base_fingerprint=self.base_fingerprint(),
             base_model=base_model,
             modules_to_save=self.config.modules_to_save,
+            ties=tied_parameters(self.model),
         )
 
     def _trainable(self, base_model: str | None) -> TrainableAdapter:
@@ -278,6 +280,7 @@ class DoranHandle:
             module_kinds={
                 name: kind for name, layer in self.layers.items() if (kind := _file_kind(layer.view)) != "linear"
             },
+            ties=tied_parameters(self.model),
         )
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:

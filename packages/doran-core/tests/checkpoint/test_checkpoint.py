@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from doran_core.checkpoint.checkpoint import INDEX_FILE, Checkpoint
+from doran_core.checkpoint.model_names import ModelNames
 from doran_core.errors import CheckpointError
 
 
@@ -32,7 +33,7 @@ def test_rows(tmp_path):
 
 def key_of(tmp_path, keys, module):
     made.write_base(tmp_path, {key: torch.ones(2, 2) for key in keys}, shards=1)
-    return Checkpoint(tmp_path).weight_key(module)
+    return ModelNames(Checkpoint(tmp_path)).locate(f"{module}.weight")[0]
 
 
 @pytest.mark.parametrize(

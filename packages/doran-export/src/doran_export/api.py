@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +22,6 @@ from doran_export.graph.genai import require_genai
 from doran_export.graph.precision import EXPORTERS, exporter_for, precision_for, proof_providers, target_for
 from doran_export.graph.spec import GraphSpec, make_spec
 from doran_export.graph.torch_export import check_graph
-from doran_export.key_renaming import under_module_names
 from doran_export.loading import Source, load_model, open_source
 from doran_export.pipeline import Request, ask, export_source, prove_directory
 from doran_export.proof.proof import Proof
@@ -117,19 +114,16 @@ def export(
     timer = StageTimer(progress)
     request = Request(chosen, wanted, made_for, names, inputs, tolerance)
     with new_directory(out, error=ExportError) as work:
-        renamed, merged = work / "renamed", work / "merged"
+        merged = work / "merged"
         if adapters is not None:
-            named = under_module_names(source, adapters.values(), renamed)
-            request = replace(request, adapters=compile_adapters(adapters, named))
+            request = replace(request, adapters=compile_adapters(adapters, source.path))
         if adapter is not None:
-            named = under_module_names(source, [adapter], renamed)
             if task is None:
                 request = replace(request, replaced=sorted(read_adapter(adapter).extra))
             with timer.stage("merging"):
                 # In float32, so that PyTorch's answers are those of weights that nothing has rounded yet.
-                merge_checkpoint(named, adapter, merged, dtype=torch.float32, progress=timer.bytes("merging"))
+                merge_checkpoint(source.path, adapter, merged, dtype=torch.float32, progress=timer.bytes("merging"))
             source = open_source(merged, task)
-        shutil.rmtree(renamed, ignore_errors=True)
         return export_source(source, work, out, request, timer, scratch=merged if adapter is not None else None)
 
 
@@ -199,11 +193,7 @@ def verify(
     files = adapter_files(exported)
     if unknown := sorted(set(adapters or {}) - set(files)):
         raise ConfigError(f"{exported} has no adapter {unknown[0]!r}: expected some of {', '.join(files) or 'none'}")
-    compiled = {}
-    if adapters:
-        with tempfile.TemporaryDirectory() as scratch:
-            named = under_module_names(source, adapters.values(), Path(scratch) / "renamed")
-            compiled = compile_adapters(adapters, named)
+    compiled = compile_adapters(adapters, source.path) if adapters else {}
     references, spec = _ask_directory(source, request, files, compiled, timer)
     return prove_directory(exported, spec, references, request, timer)
 

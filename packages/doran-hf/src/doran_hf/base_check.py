@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
+from doran_core.adapter.keys import plain_name
 from doran_core.checkpoint.fingerprint import combine_digests
+from doran_core.checkpoint.ties import base_parameter, tied_parameters
 from doran_core.errors import BaseMismatchError
 from doran_hf.config import DoranConfig
 from doran_hf.layer import doran_layers
+from doran_hf.renaming import stored_name
 
-__all__ = ["base_fingerprint", "check_base", "module_kinds"]
+__all__ = ["base_fingerprint", "base_ties", "check_base", "module_kinds", "stored_names"]
 
 
 def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
@@ -34,6 +41,38 @@ def module_kinds(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Kinds of the adapted layers that are not plain linear ones, by module name."""
     kinds = {layer.name: layer.view.kind for layer in doran_layers(model, adapter_name)}
     return {name: kind for name, kind in kinds.items() if kind not in ("linear", "opaque")}
+
+
+def base_ties(model: nn.Module) -> dict[str, str]:
+    """Each tied parameter of the base model and its source, by the base model's names."""
+    return tied_parameters(_base(model))
+
+
+def stored_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """The names that the base's checkpoint has for what this adapter may change, where transformers renames on loading.
+
+    Adapted weights, tied parameters and modules_to_save, by the base model's names. Empty for a model that is not
+    transformers', and where nothing is renamed.
+    """
+    base = _base(model)
+    if not isinstance(base, PreTrainedModel):
+        return {}
+    ties = base_ties(model)
+    adapted = {f"{plain_name(layer.name)}.weight" for layer in doran_layers(model, adapter_name)}
+    wanted = {*adapted, *ties, *ties.values()}
+    saved = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    for name, _ in base.named_parameters():
+        if name.startswith(tuple(f"{place}." for place in saved)) and (plain := base_parameter(name)) is not None:
+            wanted.add(plain)
+    names = {parameter: stored_name(base, parameter) for parameter in sorted(wanted)}
+    return {parameter: name for parameter, name in names.items() if name not in (None, parameter)}
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model below PEFT's and torch.compile's wrappers."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base.model if isinstance(base, BaseTuner) else base
+    return getattr(base, "_orig_mod", base)
 
 
 def check_base(model: nn.Module, adapter_name: str, config: DoranConfig) -> None:

@@ -23,7 +23,7 @@ from doran_core.layers.uncalled import pad_encoders, read_not_called, unpad_enco
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
 from doran_core.targets import matches, refuse_read, warn_unused_patterns
-from doran_hf.base_check import base_fingerprint, check_base, module_kinds
+from doran_hf.base_check import base_fingerprint, base_ties, check_base, module_kinds, stored_names
 from doran_hf.combine import add_weighted_adapter
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
@@ -220,6 +220,8 @@ class DoranModel(BaseTuner):
                 format_version=FORMAT_VERSION,
                 base_fingerprint=base_fingerprint(model, adapter_name),
                 module_kinds=module_kinds(model, adapter_name),
+                ties=base_ties(model),
+                stored_names=stored_names(model, adapter_name),
                 created_by=created_by().replace("doran-core", "doran-hf with doran-core"),
             )
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(

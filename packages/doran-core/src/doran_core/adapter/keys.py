@@ -11,7 +11,16 @@ from typing import Literal, TypeVar
 from doran_core.adapter.schema import KEY_PREFIX
 from doran_core.errors import UnexpectedKeyError
 
-__all__ = ["PEFT_PARTS", "TRAINABLE_MARK", "check_readable", "split_keys", "strip_prefix", "trainable_key"]
+__all__ = [
+    "PEFT_PARTS",
+    "TRAINABLE_MARK",
+    "check_readable",
+    "is_saved_whole",
+    "plain_name",
+    "split_keys",
+    "strip_prefix",
+    "trainable_key",
+]
 
 TRAINABLE_MARK = "doran_adapter."
 PEFT_PARTS = (
@@ -36,8 +45,24 @@ def trainable_key(module: str, part: str) -> str:
 
 
 def strip_prefix(key: str) -> str:
-    """The key without PEFT's prefix, if it has it."""
-    return key.removeprefix(KEY_PREFIX)
+    """The key without PEFT's prefix and without torch.compile's part, if it has them."""
+    return plain_name(key.removeprefix(KEY_PREFIX))
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name as it is without torch.compile, which puts a part into the names that it wraps."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def is_saved_whole(parameter: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether a parameter belongs to a module that ``modules_to_save`` names.
+
+    PEFT takes modules by the end of their names: "classifier" is DistilBERT's "pre_classifier", too.
+    """
+    endings = tuple(name for name in modules_to_save if name)
+    return any(
+        parameter[:end].endswith(endings) for end, character in enumerate(parameter) if character == "." and endings
+    )
 
 
 def split_keys(where: object, tensors: Mapping[str, _T], form: Form) -> tuple[dict[str, dict[str, _T]], dict[str, _T]]:

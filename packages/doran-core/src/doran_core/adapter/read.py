@@ -17,7 +17,7 @@ from doran_core.adapter.digest import (
     with_scales_of,
 )
 from doran_core.adapter.fields import CONFIG_FIELDS, check_fields, peft_fields
-from doran_core.adapter.keys import TRAINABLE_MARK, split_keys, strip_prefix
+from doran_core.adapter.keys import TRAINABLE_MARK, is_saved_whole, plain_name, split_keys, strip_prefix
 from doran_core.adapter.peft_files import check_peft_options, parse_peft_modules
 from doran_core.adapter.schema import (
     CONFIG_FILE,
@@ -196,14 +196,17 @@ def _read_trainable(folder: OpenDirectory, fields: dict[str, Any]) -> TrainableA
         check_tensors(str(file), {f"{name}.{TRAINABLE_MARK}{part}": tensor for part, tensor in tensors.items()})
     check_trainable_modules(str(file), config, modules)
     _check_extra(file, extra, fields)
+    kinds = _module_kinds(path, fields.get("module_kinds") or {})
+    # A fingerprint covers the names, and these are of a compiled model: it can be compared with none.
+    named_by_compile = any(plain_name(key) != key for key in loaded.tensors)
     adapter = TrainableAdapter(
         config=config,
         modules=modules,
         extra=extra,
-        base_fingerprint=_optional_text(path, fields, "base_fingerprint"),
+        base_fingerprint=None if named_by_compile else _optional_text(path, fields, "base_fingerprint"),
         base_model=_optional_text(path, fields, "base_model_name_or_path"),
         task_type=_optional_text(path, fields, "task_type"),
-        module_kinds=_module_kinds(path, fields.get("module_kinds") or {}),
+        module_kinds={plain_name(name): kind for name, kind in kinds.items()},
         peft_fields=peft_fields(fields),
         ties=_name_map(path, fields, "ties"),
         stored_names=_name_map(path, fields, "stored_names"),
@@ -245,7 +248,7 @@ def _check_extra(file: Path, extra: Mapping[str, Tensor], fields: Mapping[str, A
     biases = fields.get("bias") not in (None, "none")
     check_tensors(str(file), extra, integers=True)
     for key in extra:
-        explained = any(f".{name}." in f".{key}" for name in saved) or (biases and key.endswith(".bias"))
+        explained = is_saved_whole(key, saved) or (biases and key.endswith(".bias"))
         embedding = key.rpartition(".")[0].rpartition(".")[2] in _EMBEDDING_NAMES
         if not explained and not embedding:
             raise UnexpectedKeyError(f"{file}: {key}: belongs to no adapted module and is not in modules_to_save")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from doran_core.adapter.digest import sealed, with_scales_of
 from doran_core.adapter.fields import check_fields
-from doran_core.adapter.keys import check_readable, trainable_key
+from doran_core.adapter.keys import check_readable, is_saved_whole, trainable_key
 from doran_core.adapter.peft_files import peft_parts
 from doran_core.adapter.schema import (
     ADAPTER_FILES,
@@ -210,5 +210,4 @@ def _dora_config(adapter: CompiledAdapter) -> dict[str, Any]:
 
 def _is_plain_bias(name: str, adapter: CompiledAdapter) -> bool:
     """Whether an extra tensor is a trained bias and not part of a module that is saved as a whole."""
-    saved = any(f".{module}." in f".{name}" for module in adapter.modules_to_save or [])
-    return name.endswith(".bias") and not saved
+    return name.endswith(".bias") and not is_saved_whole(name, adapter.modules_to_save or [])

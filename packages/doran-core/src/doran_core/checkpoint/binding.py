@@ -19,7 +19,7 @@ from doran_core.adapter.schema import Kind
 from doran_core.checkpoint.checkpoint import Checkpoint, WeightFile
 from doran_core.checkpoint.fingerprint import combine_digests, sample_stride, samples_digest, weight_digest
 from doran_core.checkpoint.full_tensors import by_base_names, without_copies
-from doran_core.checkpoint.ties import OUTPUT_KEY, tied_embedding
+from doran_core.checkpoint.model_names import ModelNames
 from doran_core.checkpoint.weight_layout import decide_kind, is_transposed, matrix_shape, to_matrix
 from doran_core.errors import AdapterFormatError, BaseMismatchError, CheckpointError
 from doran_core.files import StrPath
@@ -44,7 +44,7 @@ class BoundModule:
 
     Attributes:
         factors: what the adapter says of it.
-        key: the tensor that the merge changes. For a tied output layer it is one that the checkpoint lacks.
+        key: the tensor that the merge changes. For a tied weight it may be one that the checkpoint lacks.
         file: where the weight lies.
         kind: how it is kept.
     """
@@ -58,6 +58,11 @@ class BoundModule:
     def name(self) -> str:
         """The module's name in the adapter."""
         return self.factors.name
+
+    @property
+    def parameter(self) -> str:
+        """The weight's name in the model that was adapted."""
+        return f"{self.name}.weight"
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
@@ -114,6 +119,7 @@ class BoundAdapter:
     Attributes:
         adapter: as it was read.
         checkpoint: the base.
+        names: the model's parameters there.
         modules: the adapted modules there.
         extra: the tensors that replace base parameters in full, by the names that these have in the checkpoint, or that
             the checkpoint lacks, by their own names; without mere copies of base weights.
@@ -123,6 +129,7 @@ class BoundAdapter:
 
     adapter: AnyAdapter
     checkpoint: Checkpoint
+    names: ModelNames
     modules: list[BoundModule]
     extra: dict[str, Tensor]
     adapter_extra: dict[str, Tensor]
@@ -163,7 +170,9 @@ def _bind(
     allow_base_mismatch: bool,
     factor_builder: FactorBuilder | None,
 ) -> BoundAdapter:
-    modules = list(_modules(adapter, checkpoint, str(where), factor_builder))
+    recorded = (None, None) if isinstance(adapter, PeftAdapter) else (adapter.ties, adapter.stored_names)
+    names = ModelNames(checkpoint, *recorded)
+    modules = list(_modules(adapter, names, checkpoint, str(where), factor_builder))
     expected = None if isinstance(adapter, PeftAdapter) else adapter.base_fingerprint
     found = checkpoint_fingerprint(modules) if expected is not None else None
     if found != expected and not allow_base_mismatch:
@@ -173,39 +182,63 @@ def _bind(
             f"{where} was made for base weights with fingerprint {expected}, but {checkpoint.directory} has "
             f"{found}{hint}; pass allow_base_mismatch if you know that they fit"
         )
-    weights = {f"{module.name}.weight": module.file for module in modules}
-    kept = without_copies(adapter.extra, checkpoint, weights, where)
-    extra = by_base_names(kept, checkpoint, weights, where)
-    return BoundAdapter(adapter, checkpoint, modules, extra, kept, found)
+    kept = without_copies(adapter.extra, names, {module.parameter: module.file for module in modules}, where)
+    extra = by_base_names(kept, names, {module.parameter: module.file for module in modules}, where)
+    _check_ties_known(names, checkpoint, modules, kept, where)
+    return BoundAdapter(adapter, checkpoint, names, modules, extra, kept, found)
 
 
 def _modules(
-    adapter: AnyAdapter, checkpoint: Checkpoint, where: str, factor_builder: FactorBuilder | None
+    adapter: AnyAdapter, names: ModelNames, checkpoint: Checkpoint, where: str, factor_builder: FactorBuilder | None
 ) -> Iterator[BoundModule]:
-    tied = tied_embedding(checkpoint)
-    keys = {name: _weight_key(checkpoint, name, tied) for name in adapter.modules}
-    _check_distinct(keys, tied, where)
-    _check_matrices(checkpoint, keys.values(), where)
+    places = {name: names.locate(f"{name}.weight") for name in adapter.modules}
+    _check_distinct({name: key for name, (key, _) in places.items()}, where)
+    _check_matrices((file for _, file in places.values()), where)
     columns = None
     if isinstance(adapter, TrainableAdapter):
         columns = {
-            name: _columns(checkpoint.shape(keys[name]), parts["magnitude"].shape[0])
+            name: _columns(places[name][1].entry.shape, parts["magnitude"].shape[0])
             for name, parts in adapter.modules.items()
         }
     layers = evaluate(adapter, columns, factor_builder=factor_builder)
     transposed = _fan_in_fan_out(adapter)
     for layer in layers:
-        stored = keys[layer.name]
-        key = OUTPUT_KEY if f"{layer.name}.weight" == OUTPUT_KEY else stored
-        file = checkpoint.file(stored)
+        key, file = places[layer.name]
         if file.entry.dtype not in _MERGEABLE:
             raise CheckpointError(
-                f"{file.path}: {stored}: dtype {file.entry.dtype}; adapters merge into {list(_MERGEABLE)}, "
+                f"{file.path}: {file.entry.key}: dtype {file.entry.dtype}; adapters merge into {list(_MERGEABLE)}, "
                 "not into quantized weights"
             )
-        name = f"{file.path}: {stored} (adapter {where})"
+        name = f"{file.path}: {file.entry.key} (adapter {where})"
         kind = decide_kind(name, file.entry.shape, layer.sizes, layer.kind, fan_in_fan_out=transposed)
         yield BoundModule(layer, key, file, kind)
+
+
+def _check_ties_known(
+    names: ModelNames,
+    checkpoint: Checkpoint,
+    modules: Sequence[BoundModule],
+    extra: Mapping[str, Tensor],
+    where: StrPath,
+) -> None:
+    """Refuse to change an embedding or output layer of a model of which nobody knows whether it ties them.
+
+    Raises:
+        CheckpointError: naming the parameter and the architecture.
+    """
+    config = checkpoint.config()
+    if names.ties is not None or config.get("tie_word_embeddings") is False:
+        return
+    text = config.get("text_config")
+    sizes = {part.get("vocab_size") for part in (config, text) if isinstance(part, Mapping)} - {None}
+    touched = [m.parameter for m in modules if m.kind == "embedding" or m.file.entry.shape[0] in sizes]
+    whole = [name for name, tensor in extra.items() if tensor.dim() == 2 and tensor.shape[0] in sizes]
+    if touched or len(whole) == 1:
+        raise CheckpointError(
+            f"{where}: changes {(touched or whole)[0]}, which may be tied to another weight. The adapter does not say, "
+            f"and doran does not know the architecture {config.get('architectures')}. Save the adapter anew with its "
+            f"model, or set tie_word_embeddings to false in {checkpoint.directory}'s config.json if nothing is tied"
+        )
 
 
 def _fan_in_fan_out(adapter: AnyAdapter) -> bool:
@@ -220,25 +253,20 @@ def _columns(shape: Sequence[int], rows: int) -> int:
     return sizes[1] if sizes[0] == rows else sizes[0]
 
 
-def _weight_key(checkpoint: Checkpoint, module: str, tied: str | None) -> str:
-    """The tensor that holds a module's weight: its own, or the input embedding's for a tied output layer."""
-    return tied if tied is not None and f"{module}.weight" == OUTPUT_KEY else checkpoint.weight_key(module)
-
-
-def _check_distinct(keys: Mapping[str, str], tied: str | None, where: str) -> None:
-    """Refuse two modules with one weight, unless it is the tied embedding's."""
+def _check_distinct(keys: Mapping[str, str], where: str) -> None:
+    """Refuse two modules with one weight."""
     owners: dict[str, str] = {}
     for module, key in keys.items():
-        if key != tied and owners.setdefault(key, module) != module:
+        if owners.setdefault(key, module) != module:
             raise CheckpointError(f"{where}: {owners[key]} and {module} would both adapt {key}")
 
 
-def _check_matrices(checkpoint: Checkpoint, keys: Iterable[str], where: str) -> None:
+def _check_matrices(weights: Iterable[WeightFile], where: str) -> None:
     """Refuse weights that are no matrix or hold nothing."""
-    for key in keys:
-        shape = checkpoint.shape(key)
+    for file in weights:
+        shape = file.entry.shape
         if len(shape) < 2 or 0 in shape:
-            file = checkpoint.file(key)
+            key = file.entry.key
             raise CheckpointError(f"{file.path}: {key} (adapter {where}): shape {list(shape)} is no weight to adapt")
 
 

@@ -203,25 +203,13 @@ class Checkpoint:
             raise CheckpointError(f"{file.path}: {key}: dtype {file.entry.dtype} cannot be read")
         return file.read()
 
-    def weight_key(self, module: str) -> str:
-        """Name of a module's weight in this checkpoint.
+    def similar(self, name: str) -> list[str]:
+        """The tensors whose names differ from this one by a prefix only.
 
         The model that was adapted may carry a prefix that the checkpoint lacks, or the other way round
-        (``bert.encoder...`` and ``encoder...``): then the one name that differs by a prefix only is meant.
-
-        Raises:
-            CheckpointError: none, or more than one.
+        (``bert.encoder...`` and ``encoder...``).
         """
-        name = f"{module}.weight"
-        if name in self._files:
-            return name
-        candidates = self._prefixed(name) or self._unprefixed(name)
-        if len(candidates) > 1:
-            raise CheckpointError(f"{self.directory}: {name!r} could be any of {candidates}")
-        return candidates[0] if candidates else self.file(name).entry.key  # which raises, naming the nearest
-
-    def _prefixed(self, name: str) -> list[str]:
-        return [key for key in self._files if key.endswith(f".{name}")]
+        return [key for key in self._files if key.endswith(f".{name}")] or self._unprefixed(name)
 
     def _unprefixed(self, name: str) -> list[str]:
         parts = name.split(".")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from doran_core.checkpoint.checkpoint import Checkpoint, WeightFile
-from doran_core.checkpoint.ties import OUTPUT_KEY, tied_embedding
+from doran_core.checkpoint.model_names import ModelNames
 from doran_core.errors import CheckpointError
 from doran_core.files import StrPath
 
@@ -16,22 +16,20 @@ __all__ = ["by_base_names", "extra_keys", "without_copies"]
 
 
 def without_copies(
-    extra: Mapping[str, Tensor], checkpoint: Checkpoint, weights: Mapping[str, WeightFile], where: StrPath
+    extra: Mapping[str, Tensor], names: ModelNames, weights: Mapping[str, WeightFile], where: StrPath
 ) -> dict[str, Tensor]:
     """The extra tensors that mean something: PEFT also saves the base weight of an adapted or tied embedding.
 
     Args:
         extra: by the adapter's names.
-        checkpoint: the base.
+        names: the model's parameters in the base.
         weights: where the adapted weights lie in it, by the adapter's names.
         where: the adapter's directory, for messages.
 
     Raises:
         CheckpointError: one is an adapted weight, and not that of the base.
     """
-    own = dict(weights)
-    if (embedding := tied_embedding(checkpoint)) is not None:
-        own.setdefault(OUTPUT_KEY, checkpoint.file(embedding))
+    own = {name: names.locate(name)[1] for name in extra if names.is_tied(name)} | dict(weights)
     copies = {name for name, tensor in extra.items() if name in own and _equal(own[name], tensor)}
     for name, file in weights.items():
         if name in extra and name not in copies:
@@ -47,33 +45,38 @@ def _equal(file: WeightFile, tensor: Tensor) -> bool:
 
 
 def by_base_names(
-    extra: Mapping[str, Tensor], checkpoint: Checkpoint, weights: Mapping[str, WeightFile], where: StrPath
+    extra: Mapping[str, Tensor], names: ModelNames, weights: Mapping[str, WeightFile], where: StrPath
 ) -> dict[str, Tensor]:
-    """Extra tensors by the names that their parameters have in the checkpoint, or their own where it has none.
+    """Extra tensors by the names that their parameters have in the checkpoint, or would have where it has none.
 
     Names may differ by the prefix that the adapted modules show, and by no other: ``head.norm.weight`` is not a base's
     ``norm.weight``.
 
     Args, Raises: as :func:`without_copies`; refused is also a tensor whose place in the base is not clear.
     """
-    shown = {_prefixes(name, file.entry.key) for name, file in weights.items()}
+    shown = {_prefixes(names.nominal(name), file.entry.key) for name, file in weights.items()}
     differences = {pair for pair in shown if pair is not None} or {("", "")}
     named: dict[str, Tensor] = {}
     for name, tensor in extra.items():
-        candidates = [base + name.removeprefix(own) for own, base in differences if name.startswith(own)]
-        found = sorted({key for key in candidates if key in checkpoint})
-        if len(found) > 1:
-            raise CheckpointError(f"{where}: {name} could replace any of {found} in {checkpoint.directory}")
-        if not found and name in checkpoint:
-            raise CheckpointError(
-                f"{where}: {name} is new to the model, whose names differ from those in {checkpoint.directory} by the "
-                f"prefix {sorted(own or base for own, base in differences)}, but it has another tensor of this name"
-            )
-        key = found[0] if found else name
+        key = names.locate(name)[0] if names.is_tied(name) else _base_name(name, names, differences, where)
         if key in named:
-            raise CheckpointError(f"{where}: {name} and another tensor both replace {key} of {checkpoint.directory}")
+            raise CheckpointError(f"{where}: {name} and another tensor both replace {key} of {names.directory}")
         named[key] = tensor
     return named
+
+
+def _base_name(name: str, names: ModelNames, differences: set[tuple[str, str]], where: StrPath) -> str:
+    usual = names.nominal(name)
+    candidates = [base + usual.removeprefix(own) for own, base in differences if usual.startswith(own)]
+    found = sorted({key for key in candidates if key in names})
+    if len(found) > 1:
+        raise CheckpointError(f"{where}: {name} could replace any of {found} in {names.directory}")
+    if not found and usual in names:
+        raise CheckpointError(
+            f"{where}: {name} is new to the model, whose names differ from those in {names.directory} by the "
+            f"prefix {sorted(own or base for own, base in differences)}, but it has another tensor of this name"
+        )
+    return found[0] if found else usual
 
 
 def _prefixes(name: str, key: str) -> tuple[str, str] | None:

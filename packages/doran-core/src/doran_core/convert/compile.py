@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from doran_core.adapter import AnyAdapter, CompiledAdapter, PeftAdapter, TrainableAdapter, read_adapter
 from doran_core.adapter.compiled import compile_layer
-from doran_core.checkpoint.binding import BoundModule, bind, checkpoint_fingerprint
+from doran_core.checkpoint.binding import BoundAdapter, BoundModule, bind, checkpoint_fingerprint
 from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.errors import AdapterFormatError
 from doran_core.files import StrPath
@@ -67,6 +67,8 @@ def compile_adapter(
         base_model=adapter.base_model,
         task_type=adapter.task_type,
         modules_to_save=_modules_to_save(adapter),
+        ties=bound.names.ties,
+        stored_names=_stored_names(bound),
     )
 
 
@@ -81,6 +83,13 @@ def from_peft(peft_dir: StrPath, base_dir: StrPath, *, progress: Progress | None
     if not isinstance(adapter, PeftAdapter):
         raise AdapterFormatError(f"{peft_dir}: is a DoRAN adapter, expected a PEFT LoRA or DoRA adapter")
     return compile_adapter(peft_dir, base_dir, progress=progress)
+
+
+def _stored_names(bound: BoundAdapter) -> dict[str, str]:
+    """The names in a checkpoint of those parameters whose names differ there."""
+    parameters = [*(m.parameter for m in bound.modules), *bound.adapter_extra, *(bound.names.ties or {})]
+    names = {parameter: bound.names.nominal(parameter) for parameter in parameters}
+    return {parameter: name for parameter, name in names.items() if name != parameter}
 
 
 def _fingerprint(modules: list[BoundModule]) -> str | None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from doran_core.checkpoint.binding import BoundAdapter, BoundModule
 from doran_core.checkpoint.checkpoint import Checkpoint, WeightFile, open_for_reading
 from doran_core.checkpoint.full_tensors import extra_keys
-from doran_core.checkpoint.ties import OUTPUT_KEY, tied_embedding
+from doran_core.checkpoint.model_names import ModelNames
+from doran_core.checkpoint.ties import FLAG_IN_FORWARD
 from doran_core.errors import CheckpointError, ConfigError
 from doran_core.files.layout import DTYPES, Layout, TensorEntry, compose_header, dtype_name
 
@@ -88,9 +89,10 @@ def make_plan(
     contents.update({key: Given(tensor) for key, tensor in replaced.items()})
     contents.update({key: Merged(tuple(updates)) for key, updates in merged.items()})
     contents.update({key: Given(tensor) for key, tensor in added.items()})
-    untied = _untie(checkpoint, contents)
+    names = [bound.names for _, bound in adapters]
+    untied = _untie(checkpoint, next((n for n in names if n.ties is not None), names[0]), contents)
     prefix = _lacking_prefix(adapters) if added else ""
-    shards, changed = _shards(checkpoint, contents, set(added), prefix, dtype)
+    shards, changed = _shards(checkpoint, contents, prefix, dtype)
     return MergePlan(shards, untied, changed)
 
 
@@ -140,32 +142,37 @@ def _extra_tensors(
     return replaced, added
 
 
-def _untie(checkpoint: Checkpoint, contents: dict[str, Content]) -> bool:
-    """Give a tied output layer a weight of its own if the merge changes either end alone."""
-    embedding = tied_embedding(checkpoint)
-    if embedding is None:
-        return False
-    if OUTPUT_KEY not in contents and isinstance(contents[embedding], Copied):
-        return False
-    contents.setdefault(OUTPUT_KEY, Copied(checkpoint.file(embedding)))
-    return True
+def _untie(checkpoint: Checkpoint, names: ModelNames, contents: dict[str, Content]) -> bool:
+    """Give weights that the base ties tensors of their own, if the merge changes one end of a tie alone.
+
+    ``tie_word_embeddings`` unties all at once, so that then all need one. Where the flag also decides what the model
+    computes it stays, and transformers unties what differs: only the changed groups need tensors.
+
+    Returns:
+        Whether the flag is to be cleared.
+    """
+
+    def is_changed(key: str) -> bool:
+        return isinstance(contents.get(key), Merged | Given)
+
+    broken = [group for group in names.groups if any(map(is_changed, group.keys.values()))]
+    keeps_flag = checkpoint.config().get("model_type") in FLAG_IN_FORWARD
+    for group in broken if keeps_flag else names.groups if broken else []:
+        for key in group.keys.values():
+            contents.setdefault(key, Copied(group.file))
+    return bool(broken) and not keeps_flag
 
 
 def _lacking_prefix(adapters: Sequence[tuple[float, BoundAdapter]]) -> str:
     """The prefix, as "bert.", of the adapted model's names that the base checkpoint lacks, or ""."""
-    prefixes = {
-        f"{module.name}.weight".removesuffix(module.key)
-        for _, adapter in adapters
-        for module in adapter.modules
-        if f"{module.name}.weight".endswith(f".{module.key}")
-    }
+    names = {adapter.names.nominal(m.parameter): m.key for _, adapter in adapters for m in adapter.modules}
+    prefixes = {name.removesuffix(key) for name, key in names.items() if name.endswith(f".{key}")}
     return prefixes.pop() if len(prefixes) == 1 else ""
 
 
 def _shards(
     checkpoint: Checkpoint,
     contents: Mapping[str, Content],
-    added: set[str],
     prefix: str,
     dtype: torch.dtype | None,
 ) -> tuple[list[ShardPlan], bool]:
@@ -176,7 +183,7 @@ def _shards(
         keys = list(layout.entries) + (new_keys if number == len(checkpoint.shards) - 1 else [])
         outputs = {}
         for key in keys:
-            name = key if key in added else prefix + key
+            name = prefix + key if key in checkpoint else key
             outputs[name] = _describe(key, layout.entries.get(key), contents[key], usual, dtype)
         same = outputs == {key: (key, entry.dtype, entry.shape) for key, entry in layout.entries.items()}
         changed = changed or not same

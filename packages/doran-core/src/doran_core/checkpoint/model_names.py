@@ -1,0 +1,123 @@
+"""The parameters of the model that was adapted, in a checkpoint: where each lies, and which of them are one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from doran_core.checkpoint.architectures import known_ties, stored_candidates
+from doran_core.checkpoint.checkpoint import Checkpoint, WeightFile
+from doran_core.errors import CheckpointError
+
+__all__ = ["ModelNames", "TiedGroup"]
+
+
+@dataclass(frozen=True)
+class TiedGroup:
+    """Parameters that are one in the model.
+
+    Attributes:
+        file: the tensor that stands for those which the checkpoint lacks.
+        keys: the name of each in the checkpoint, whether it is there or not, by its name in the model.
+    """
+
+    file: WeightFile
+    keys: dict[str, str]
+
+
+class ModelNames:
+    """The names of a model's parameters in a checkpoint.
+
+    Args:
+        checkpoint: the base.
+        ties: each tied parameter and its source, by the model's names, as an adapter records them; None to take them
+            from the table of architectures.
+        stored_names: names in a checkpoint by those in the model, likewise.
+
+    Attributes:
+        ties: as given, or by the table; None if neither knows.
+        groups: the tied parameters of which the checkpoint has at least one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ties: Mapping[str, str] | None = None,
+        stored_names: Mapping[str, str] | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._stored = stored_names or {}
+        self.ties = known_ties(checkpoint.config()) if ties is None else ties
+        self.groups = [group for members in _members(self.ties or {}) if (group := self._group(members)) is not None]
+        self._by_parameter = {name: group for group in self.groups for name in group.keys}
+
+    @property
+    def directory(self) -> Path:
+        """The checkpoint's."""
+        return self._checkpoint.directory
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return key in self._checkpoint
+
+    def locate(self, parameter: str) -> tuple[str, WeightFile]:
+        """A parameter's name in the checkpoint, and the tensor there that holds it: for a tied one perhaps another's.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor, or more than one that could be meant.
+        """
+        group = self._by_parameter.get(parameter)
+        if group is not None:
+            key = group.keys[parameter]
+            return key, self._checkpoint.file(key) if key in self._checkpoint else group.file
+        key = self._key(parameter)
+        return key, self._checkpoint.file(key)
+
+    def nominal(self, parameter: str) -> str:
+        """The name that a checkpoint of the whole model has for a parameter."""
+        return next(iter(self._candidates(parameter)))
+
+    def is_tied(self, parameter: str) -> bool:
+        """Whether a parameter is one with another one, as far as is known."""
+        return parameter in self._by_parameter
+
+    def _key(self, parameter: str) -> str:
+        for name in self._candidates(parameter):
+            if name in self._checkpoint:
+                return name
+        for name in self._candidates(parameter):
+            found = self._checkpoint.similar(name)
+            if len(found) > 1:
+                raise CheckpointError(f"{self._checkpoint.directory}: {name!r} could be any of {found}")
+            if found:
+                return found[0]
+        return self._checkpoint.file(parameter).entry.key  # which raises, naming the nearest
+
+    def _candidates(self, parameter: str) -> Iterable[str]:
+        recorded = [self._stored[parameter]] if parameter in self._stored else []
+        return dict.fromkeys([*recorded, *stored_candidates(self._checkpoint.config(), parameter), parameter])
+
+    def _group(self, members: list[str]) -> TiedGroup | None:
+        """The group of these parameters, the source first; None if the checkpoint has none of them."""
+        present = {name: key for name in members for key in self._candidates(name) if key in self._checkpoint}
+        if not present:  # the checkpoint of a part of the model, perhaps
+            found = {name: self._checkpoint.similar(key) for name in members[:1] for key in self._candidates(name)}
+            present = {name: keys[0] for name, keys in found.items() if len(keys) == 1}
+        if not present:
+            return None
+        first = next(name for name in members if name in present)
+        keys = {name: present.get(name, self.nominal(name)) for name in members}
+        return TiedGroup(self._checkpoint.file(present[first]), keys)
+
+
+def _members(ties: Mapping[str, str]) -> Iterable[list[str]]:
+    """Groups of parameters that are one, the source first."""
+    groups: dict[str, list[str]] = {}
+    for tied, source in ties.items():
+        seen = {tied}
+        while source in ties and source not in seen:  # a source that is tied itself
+            seen.add(source)
+            source = ties[source]
+        groups.setdefault(source, [source]).append(tied)
+    return groups.values()
