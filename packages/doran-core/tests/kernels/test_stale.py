@@ -190,7 +190,7 @@ def test_a_model_loaded_in_inference_mode_is_computed_anew(alone):
                 y = model(x)
         with use_backend("reference"):
             right = model(x)
-    assert cases.error(y, right.double()) < 1e-5
+    assert cases.error(y, right.double().cpu()) < 1e-5
     assert len(alone) == 18
 
 
@@ -231,10 +231,10 @@ def test_merged_disabled_and_back(alone):
     y = outputs(model, x)
     handle = model.handle
     handle.merge()
-    assert cases.error(outputs(model, x), y.double()) < 1e-5
+    assert cases.error(outputs(model, x), y.double().cpu()) < 1e-5
     handle.unmerge()
     with handle.disabled():
-        assert cases.error(outputs(model, x), y.double()) > 1e-3
+        assert cases.error(outputs(model, x), y.double().cpu()) > 1e-3
     assert torch.equal(outputs(model, x), y)
     assert len(alone) == 9
 

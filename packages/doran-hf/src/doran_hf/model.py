@@ -171,6 +171,9 @@ class DoranModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT calls this around forward and generate, and takes adapter_names out of the arguments itself.
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
         known = {name for layer in doran_layers(self.model) for name in layer.doran_adapter}
         beams = kwargs.get("num_beams")
         with adapter_per_row(

@@ -229,9 +229,10 @@ def apply(
         base: the base layer's output, where the layer was called; else it is computed from x and W0.
         recomputes: do not keep the output.
     """
-    if side.ports is None or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         with without_autocast(side.scale):
             return _forward(side, x, low, weight, bias, base)[0]
+    assert side.ports is not None
     y: Tensor = _apply(side, recomputes, x, low, weight, bias, base, *side.ports)
     return y
 

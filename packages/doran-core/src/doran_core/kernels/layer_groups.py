@@ -14,10 +14,11 @@ from doran_core.kernels import torch_internals as internals
 from doran_core.kernels.adapted_linear import LayerSide, without_autocast
 from doran_core.kernels.backend import Implementation
 from doran_core.kernels.passes import passes_of
-from doran_core.kernels.weight_side import Shape, Stack, compute
+from doran_core.kernels.weight_side import Product, Shape, Stack, compute
 from doran_core.method.experts import RankOneExperts
 from doran_core.method.factors import GeneratedFactors, StaticFactors
 from doran_core.method.tau import Tau
+from doran_core.support.sharding import is_sharded
 
 if TYPE_CHECKING:
     from doran_core.layers.adapter import DoranAdapter
@@ -46,10 +47,7 @@ def is_supported(adapter: DoranAdapter, view: BaseView) -> bool:
 def is_ordinary(tensor: Any) -> bool:
     """Whether a tensor lies in memory now and until the backward pass, and is no subclass with a meaning of its own."""
     return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and not tensor.is_meta
-        and tensor.numel() > 0
-        and not internals.is_sharded(tensor)
+        type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0 and not is_sharded(tensor)
     )
 
 
@@ -61,6 +59,7 @@ class LayerInputs:
         view: of its base layer.
         device: of all of it.
         columns: its trainable tensors by name, the same names for all layers of a group.
+        implementation: the backend that was asked for, and what it came to; None before that was looked up.
         key: what the layers of a group have in common.
     """
 
@@ -91,6 +90,9 @@ class LayerInputs:
         self.tensors = [value for _, _, value in self._slots if isinstance(value, Tensor)]
         self.is_usable = not any(self._hooks) and all(map(self._fits, self.columns.values())) and self._base_fits()
         self._addresses = [tensor.data_ptr() for tensor in self.tensors] if self.is_usable else []
+        self._weight = base._parameters.get("weight") if self.is_usable else None
+        self._weight_version = 0 if self._weight is None else internals.version(self._weight)
+        self.implementation: tuple[str, Implementation] | None = None
         self.key: tuple[Any, ...] = self._key() if self.is_usable else ()
 
     def is_random(self) -> bool:
@@ -126,6 +128,10 @@ class LayerInputs:
         base = None if weight is None else (weight.shape, weight.stride(), weight.dtype)
         method = adapter.config.norm_grad, adapter.config.norm_method, adapter.tau.kind
         return self.device, self.columns["magnitude"].dtype, base, adapter.scaling, method, made_by, shapes
+
+    def weight_is_unwritten(self) -> bool:
+        """Whether W0 was not written to since this was made: else ``||W0||^2`` is another."""
+        return self._weight is None or internals.version(self._weight) == self._weight_version
 
     def hold(self) -> bool:
         """Whether every tensor, module and option is the object that it was, where it was, and no hook wants a call."""
@@ -211,7 +217,8 @@ class LayerGroup:
                 embedding = tensors[f"embedding_{name}"]
                 embedding = embedding if offset is None else embedding + offset[:, None]
                 hidden.append(getattr(factors.trunk, name).features(embedding, weights))
-            A, B = hidden[0] @ tensors["w2_A"].mT, tensors["w2_B"] @ hidden[1].mT
+            A = Product.apply(self.shape, hidden[0], tensors["w2_A"].mT)  # type: ignore[no-untyped-call]
+            B = Product.apply(self.shape, tensors["w2_B"], hidden[1].mT)  # type: ignore[no-untyped-call]
         return (tensors["coefficients"][..., None] * A if "coefficients" in tensors else A), B
 
 

@@ -99,12 +99,13 @@ class Runtime:
 
     def current_inputs(self, adapter: DoranAdapter, view: BaseView) -> LayerInputs | None:
         """The layer's inputs as they are now; None if they cannot be read, or are drawn anew by each call."""
-        weight = view.weight()
-        if not has_known_parts(adapter) or (weight is not None and not is_ordinary(weight)):
-            return None
-        adapter.refresh(view)
         inputs = self.inputs
-        if inputs is None or inputs.view is not view or not inputs.is_usable or not inputs.hold():
+        known = inputs is not None and inputs.view is view and inputs.is_usable
+        if inputs is None or not known or not inputs.hold() or not inputs.weight_is_unwritten():
+            weight = view.weight()
+            if not has_known_parts(adapter) or (weight is not None and not is_ordinary(weight)):
+                return None
+            adapter.refresh(view)
             self.inputs = inputs = LayerInputs(adapter, view)
         return None if not inputs.is_usable or inputs.is_random() else inputs
 
@@ -222,10 +223,14 @@ class _Model:
 
 
 def _implementation(inputs: LayerInputs) -> Implementation:
+    backend = get_backend()
+    if inputs.implementation is not None and inputs.implementation[0] == backend:
+        return inputs.implementation[1]
     wide = inputs.columns["magnitude"].dtype
     weight = inputs.view.weight()
     dtype = wide if wide.itemsize > 4 or weight is None else weight.dtype
-    return choose(inputs.view.device, dtype)
+    inputs.implementation = backend, choose(inputs.device, dtype)
+    return inputs.implementation[1]
 
 
 _models: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()

@@ -26,7 +26,6 @@ __all__ = [
     "has_tensor_mode",
     "has_transforms",
     "is_replica",
-    "is_sharded",
     "is_tracing",
     "uses_fully_shard",
     "version",
@@ -97,8 +96,6 @@ version: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 _KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS: list[Mapping[Any, Any]] = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in _KINDS]
-_SHARD_MARKS = ("_fsdp_flattened", "ds_id")
-"""Attributes by which FSDP1 and DeepSpeed mark parameters that are elsewhere between uses."""
 
 
 def backward_pass() -> int:
@@ -140,11 +137,6 @@ def uses_fully_shard() -> bool:
     """Whether any module of this process was given to ``fully_shard`` (or another composable wrapper)."""
     state = sys.modules.get("torch.distributed._composable_state")
     return bool(state is not None and getattr(state, "_module_state_mapping", True))
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether FSDP1 or DeepSpeed may take this parameter's memory away between uses."""
-    return any(hasattr(tensor, mark) for mark in _SHARD_MARKS)
 
 
 def is_replica(module: nn.Module) -> bool:
