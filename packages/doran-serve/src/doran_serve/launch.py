@@ -159,6 +159,8 @@ def plan(base: str, adapters: Path | None, mode: str, given: Sequence[str]) -> P
 
 def _by_name(checked: Checked, given: Sequence[str]) -> dict[str, str]:
     """Variables by which vLLM finds the directory's adapters by name when a request asks for one."""
+    if (checked.folder / CONFIG_FILE).exists():  # one adapter, and no directory of them
+        return {}
     if flags.api_servers(given) > 1:  # vLLM refuses it there
         print(f"adapters that are put into {checked.folder} from now on are served after a restart", flush=True)
         if len(checked.paths) > flags.LISTED:

@@ -1,0 +1,73 @@
+"""An engine that goes on while its adapter is replaced, and one that slept in between."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from adapter_specs import make_adapter
+from test_mixed import ALL, prompts_of, requests_for
+
+from doran_core.errors import DoranError
+from doran_serve import reload_adapter
+
+
+def test_versions_follow_each_other_in_place(
+    engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    base, running, folder = reference("llama"), engine("llama"), tmp_path / "policy"
+    prompts = prompts_of([100, 9], 512, seed=21)  # the first is longer than a block of the prefix cache
+    untouched = base.answer(prompts, None, 6)
+    held = []
+    for update, form in enumerate(("compiled", "trainable", "lora", "compiled")):
+        spec = make_adapter(form, base.weights, ALL, rank=4, seed=400 + update, size=0.5)
+        request = reload_adapter(running.llm, "policy", spec.write(folder))
+        shutil.rmtree(folder)
+        assert running.answer(prompts, [request, request], 6) == base.answer(prompts, spec, 6)
+        assert running.answer(prompts, [None, None], 6) == untouched
+        held.append(request.lora_int_id)
+        loaded = running.llm.llm_engine.list_loras()
+        assert held[-1] in loaded
+        assert not loaded & set(held[:-1])
+    folder.mkdir()
+    with pytest.raises(DoranError, match="'policy' refused"):
+        reload_adapter(running.llm, "policy", folder)
+    assert running.answer(prompts, [request, None], 6)[0] == base.answer(prompts[:1], spec, 6)[0]
+
+
+def lose_memory(worker: Any) -> None:
+    """What sleep level 2 does to the slots on a GPU: all that is no buffer is lost. The CPU's worker does not sleep."""
+    for module in worker.get_model().modules():
+        for tensor in (*getattr(module, "lora_a_stacked", ()), *getattr(module, "lora_b_stacked", ())):
+            tensor.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_scales_survive_sleep(
+    level: int, engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    base, running = reference("llama"), engine("llama")
+    adapters = {
+        form: make_adapter(form, base.weights, ALL, rank=4, seed=420 + index, size=0.5)
+        for index, form in enumerate(("compiled", "dora", "lora"))
+    }
+    lora = requests_for(adapters, tmp_path, first=500 + 10 * level)
+    prompts = prompts_of([9], 512, seed=22)
+    expected = {name: base.answer(prompts, name and adapters[name], 6)[0] for name in (None, *adapters)}
+
+    def check() -> None:
+        found = running.answer(prompts * 4, [name and lora[name] for name in expected], 6)
+        assert dict(zip(expected, found, strict=True)) == expected
+
+    check()
+    running.llm.sleep(level=level)
+    if level == 2:
+        running.llm.collective_rpc(lose_memory)
+    running.llm.wake_up()
+    check()
