@@ -21,6 +21,19 @@ def test_step_zero_is_the_base_layer_to_the_bit(dtype, tokens):
     assert torch.equal(wrap(base, DoranConfig(rank=5))(x), base(x))
 
 
+def test_a_seed_gives_the_same_networks_on_every_device():
+    starts = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48)).to(device)
+        handle = adapt(model, DoranConfig(rank=8, target_modules="all-linear"))
+        named = model.named_parameters()
+        starts.append({name: p.detach().cpu() for name, p in named if ".factors." in name})
+        assert len(handle.layers) == 2
+    assert len(starts[0]) == 8
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_function_and_gradients_are_the_float64_references(dtype, bound):
     base = nn.Linear(256, 192).to("cuda", dtype)

@@ -218,8 +218,22 @@ def test_the_choice_of_a_start_is_not_saved_and_an_adapter_of_the_old_one_loads(
     assert loaded.config.embedding_dim == 64
 
 
-def test_a_layer_starts_as_its_base(tmp_path):
+def test_a_layer_starts_as_its_base():
     base, x = nn.Linear(64, 48), torch.randn(3, 64)
     for activation in [*UNBOUNDED, "tanh"]:
         layer = DoranLinear(base, DoranConfig(rank=8, activation=activation))
         assert torch.equal(layer(x), base(x))
+
+
+def test_a_layer_after_one_that_has_moved_starts_the_same():
+    def start(dtype):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 12))
+        for parameter in model.to(dtype).parameters():  # a float64 base takes its adapter along, as another device does
+            nn.init.constant_(parameter, 0.1)
+        adapt(model, DoranConfig(rank=4, target_modules="all-linear"))
+        return {name: p.detach() for name, p in model.named_parameters() if ".factors." in name}
+
+    narrow, wide = start(torch.float32), start(torch.float64)
+    assert len(narrow) == 8
+    assert all(torch.equal(value.double(), wide[name]) for name, value in narrow.items())

@@ -86,17 +86,17 @@ def identity_start(rank: int, widths: Sequence[int], activation: Activation) -> 
 
 
 def first_output_weight(features: Tensor, d_in: int) -> Tensor:
-    """W2_A ``[d_in, h]`` such that ``features @ W2_A.T`` has the spread of LoRA's A, whatever the network.
+    """W2_A ``[d_in, h]`` in float32 such that ``features @ W2_A.T`` has the spread of LoRA's A, whatever the network.
 
     Args:
-        features: H of A, ``[r, h]``.
+        features: H of A, ``[r, h]``, in float64 on the CPU, or on the meta device.
         d_in: columns of A.
     """
+    weight = torch.randn(d_in, features.shape[1], dtype=torch.float32, device=features.device)
     if features.is_meta:
-        return features.new_empty(d_in, features.shape[1])
-    weight = torch.randn(d_in, features.shape[1], dtype=torch.float32, device="cpu").to(features.dtype)
-    spread = (features.double().cpu() @ weight.double().T).square().mean().sqrt().clamp_min(1e-12)
-    return (weight * (1.0 / math.sqrt(3.0 * d_in) / float(spread))).to(features.device)
+        return weight
+    spread = (features @ weight.to(features).T).square().mean().sqrt().clamp_min(1e-12)
+    return weight * (1.0 / math.sqrt(3.0 * d_in) / float(spread))
 
 
 def _support(rank: int, width: int) -> Tensor:

@@ -138,6 +138,15 @@ class _HiddenLayers(nn.Module):
         hidden: Tensor = self.weights(embedding, self.features)
         return hidden
 
+    @torch.no_grad()
+    def start(self, offset: Tensor | None) -> Tensor:
+        """H in float64 on the CPU, the same bits whatever device the network has moved to; meta on the meta device."""
+        if self.embedding.is_meta:
+            return self(offset)
+        embedding = self.embedding.double().cpu()
+        embedding = embedding if offset is None else embedding + offset.double().cpu()
+        return self.features(embedding, [weight.double().cpu() for weight in self.weights])
+
     def features(self, embedding: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """H ``[..., r, h]`` from embeddings ``[..., r, e]`` and weights ``[..., h, e]``, of one network or of many."""
         hidden = embedding
@@ -168,12 +177,17 @@ class FactorTrunk(SharedNetwork):
 
     def add_shared_outputs(self, d_in: int, d_out: int) -> None:
         """Make the shared W2 for layers of this size, unless the group has them already."""
-        with torch.no_grad():
-            hidden_A, hidden_B = self()
+        w2_A, w2_B = self.first_outputs(d_in, d_out, None)
         if str(d_in) not in self.output_A:
-            self.output_A[str(d_in)] = nn.Parameter(first_output_weight(hidden_A, d_in))
+            self.output_A[str(d_in)] = w2_A
         if str(d_out) not in self.output_B:
-            self.output_B[str(d_out)] = nn.Parameter(hidden_B.new_zeros(d_out, hidden_B.shape[1]))
+            self.output_B[str(d_out)] = w2_B
+
+    def first_outputs(self, d_in: int, d_out: int, offset: Tensor | None) -> tuple[nn.Parameter, nn.Parameter]:
+        """W2 of A ``[d_in, h]`` and of B ``[d_out, h]`` at the start, on the trunk's device."""
+        hidden, device = self.A.start(offset), self.A.embedding.device
+        w2_A = first_output_weight(hidden, d_in).to(device)
+        return nn.Parameter(w2_A), nn.Parameter(torch.zeros(d_out, hidden.shape[1], dtype=w2_A.dtype, device=device))
 
 
 class GeneratedFactors(nn.Module):
@@ -206,10 +220,8 @@ class GeneratedFactors(nn.Module):
         if self.share_output:
             trunk.add_shared_outputs(spec.d_in, spec.d_out)
             return
-        with torch.no_grad():
-            hidden_A, hidden_B = self._hidden()
-        self.w2_A = nn.Parameter(first_output_weight(hidden_A, spec.d_in))
-        self.w2_B = nn.Parameter(hidden_B.new_zeros(spec.d_out, hidden_B.shape[1]))
+        offset = None if block_embedding is None else block_embedding.vector
+        self.w2_A, self.w2_B = trunk.first_outputs(spec.d_in, spec.d_out, offset)
 
     def _hidden(self) -> tuple[Tensor, Tensor]:
         block = self.block_embedding
