@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from doran_serve import kernels
+from doran_serve import fused, kernels
 from doran_serve.tile_config import expand_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,3 +102,24 @@ def test_the_sum_does_not_depend_on_the_other_tokens() -> None:
         kernels.expand(h, b.to(DEVICE), scale.to(DEVICE), None, out, *meta, blocks, config)
         results.append(out[[0, 5]].cpu())
     assert torch.equal(*results)
+
+
+def test_the_operator_of_a_layer() -> None:
+    """`fused` puts the two kernels together, with the column blocks that a layer keeps as a buffer."""
+    draw = torch.Generator().manual_seed(11)
+    sizes, rank, d_in, most = [40, 24], 8, 32, 3
+    x, a = torch.randn(7, d_in, generator=draw), torch.randn(most, 2 * rank, d_in, generator=draw)
+    b, y = torch.randn(most, sum(sizes), rank, generator=draw), torch.randn(7, sum(sizes), generator=draw)
+    scale = torch.rand(most + 1, sum(sizes), generator=draw) + 0.5
+    slots = torch.tensor([2, -1, 0, 0, 2, -1, 1])
+    blocks = fused.column_blocks(sizes, y.dtype, torch.device(DEVICE))
+    on = [tensor.to(DEVICE) for tensor in (x, a, b, scale)]
+    found = y.clone().to(DEVICE)
+    fused._add_adapters(found, *on, None, blocks, *metadata(slots, most), torch.tensor([False]))
+    expected = y.double()
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            inner = (a[slot].double() @ x[token].double()).view(2, rank)
+            delta = torch.cat([part.double() @ inner[i] for i, part in enumerate(b[slot].split(sizes))])
+            expected[token] = scale[slot].double() * (expected[token] + delta)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -128,8 +129,6 @@ def test_a_module_that_the_base_lacks(store: AdapterStore, base: Any, tmp_path: 
 
 
 def test_replaced_base_parameters_cannot_share_a_batch(store: AdapterStore, base: Any, tmp_path: Path) -> None:
-    import json
-
     spec = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4)
     folder = spec.write(tmp_path / "a")
     from safetensors.torch import load_file
@@ -161,3 +160,28 @@ def test_a_damaged_cache_entry_is_made_anew(store: AdapterStore, base: Any, tmp_
     adapter = store.load(folder)
     assert adapter is not None
     assert adapter.rank == 3
+
+
+@pytest.mark.parametrize("form", ["lora", "compiled"])
+def test_layers_beside_the_language_model(form: str, tmp_path: Path) -> None:
+    names = ("model.language_model.layers.0.mlp.up_proj", "model.visual.blocks.0.mlp.fc1", "lm_head")
+    base = {name: torch.randn(24, 16) for name in names}
+    tensors = {f"{name}.weight": weight for name, weight in base.items()}
+    tensors["model.language_model.embed_tokens.weight"] = torch.randn(24, 16)
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    config = {"architectures": ["None"], "text_config": {"vocab_size": 24}, "vision_config": {}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    store = AdapterStore(tmp_path / "base", cache_directory=tmp_path / "cache")
+    folders = {
+        name: make_adapter(form, {name: base[name]}, (name,), rank=3, seed=1, size=0.4).write(tmp_path / name)
+        for name in names
+    }
+    assert store.check(folders[names[0]]).others == ()
+    with pytest.raises(TargetError, match=r"visual.* serves this layer as another tower"):
+        store.check(folders[names[1]])
+    if form == "lora":
+        assert store.check(folders["lm_head"]).others == ("lm_head",)
+    else:
+        with pytest.raises(TargetError, match=r"lm_head.* as output head"):
+            store.check(folders["lm_head"])
