@@ -171,18 +171,26 @@ def has_known_parts(adapter: DoranAdapter) -> bool:
     )
 
 
+_stack, _product = internals.apply_directly(Stack), internals.apply_directly(Product)
+
+
 class LayerGroup:
     """The layers of one shape.
 
     Args:
         members: their inputs; all of one key.
         implementation: "torch" or "triton".
+
+    Attributes:
+        sizes: ``(d_out, d_in)`` of each.
+        recomputed: see :attr:`LayerSide.recomputes`, of each.
     """
 
     def __init__(self, members: Sequence[LayerInputs], implementation: Implementation) -> None:
         self.members, self.implementation = members, implementation
         self.shape = _shape_of([(m.adapter, m.view) for m in members], implementation)
         self.sizes = [(m.view.d_out, m.view.d_in) for m in members]
+        self.recomputed = [(False, False)] * len(members)
         self._stacks: dict[str, tuple[list[int], list[Tensor]]] = {}
         for name in members[0].columns:
             every = [member.columns[name] for member in members]
@@ -194,7 +202,7 @@ class LayerGroup:
         """The weight sides of the members."""
         used: list[bool] = []
         with without_autocast(self.shape.squared_norm):
-            tensors = {name: Stack.apply(used, index, *all_) for name, (index, all_) in self._stacks.items()}  # type: ignore[no-untyped-call]
+            tensors = {name: _stack(used, index, *all_) for name, (index, all_) in self._stacks.items()}
             A, B = self._factors(tensors)
             tau_module, magnitude = self.members[0].adapter.tau, tensors["magnitude"]
             tau = tau_module.value_of(tensors["tau"]) if "tau" in tensors else magnitude.new_zeros(len(A), 1)
@@ -217,8 +225,8 @@ class LayerGroup:
                 embedding = tensors[f"embedding_{name}"]
                 embedding = embedding if offset is None else embedding + offset[:, None]
                 hidden.append(getattr(factors.trunk, name).features(embedding, weights))
-            A = Product.apply(self.shape, hidden[0], tensors["w2_A"].mT)  # type: ignore[no-untyped-call]
-            B = Product.apply(self.shape, tensors["w2_B"], hidden[1].mT)  # type: ignore[no-untyped-call]
+            A = _product(self.shape, hidden[0], tensors["w2_A"].mT)
+            B = _product(self.shape, tensors["w2_B"], hidden[1].mT)
         return (tensors["coefficients"][..., None] * A if "coefficients" in tensors else A), B
 
 

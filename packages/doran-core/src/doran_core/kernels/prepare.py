@@ -1,9 +1,9 @@
 """When weight sides are computed: together at the start of a model's forward pass, kept where there are no gradients.
 
 **With gradients**, a forward pre-hook on the model (and on the modules below it down to the lowest one that holds all
-adapted layers: callers enter at any of them) computes the weight sides of all layers at once and opens a *window*; the
-layers take theirs from it until the call that opened it returns. What cannot be computed together, and a layer called
-outside a window, is computed alone by the layer, under autograd.
+adapted layers: callers enter at any of them) opens a *window*. Until that call returns the layers take their weight
+sides from it, and the first of a shape has those of all of them computed. What cannot be computed together, and a layer
+called outside a window, is computed alone by the layer, under autograd.
 
 **Recomputation.** Non-reentrant checkpointing repeats a block in the backward pass for the tensors that it saves: there
 a layer takes what it took in the pass. In reentrant checkpointing every block has a backward pass of its own: there it
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -145,11 +146,40 @@ def refresh() -> None:
 
 
 class _Window:
-    """The weight sides of one forward pass with gradients, by adapter; it may be the repetition of a backward pass."""
+    """The weight sides of one forward pass with gradients; it may be the repetition of a backward pass.
 
-    def __init__(self, opener: nn.Module, sides: dict[DoranAdapter, LayerSide]) -> None:
-        self.opener, self.sides, self.backward_pass = opener, sides, internals.backward_pass()
-        self.was_asked = False
+    Those of a shape are computed when one of its layers first asks: then the GPU has work while Python goes on.
+    """
+
+    def __init__(self, opener: nn.Module, groups: list[LayerGroup]) -> None:
+        self.opener, self.backward_pass = opener, internals.backward_pass()
+        self.groups = {member.adapter: group for group in groups for member in group.members}
+        self._sides: dict[DoranAdapter, LayerSide] = {}
+
+    def side(self, adapter: DoranAdapter) -> LayerSide:
+        """The weight side of one of the layers."""
+        side = self._sides.get(adapter)
+        if side is None:
+            self._compute(self.groups[adapter])
+            side = self._sides[adapter]
+        return side
+
+    def _compute(self, group: LayerGroup) -> None:
+        for member in group.members:
+            member.adapter.runtime.last = None  # free the old ones before the new ones are made
+        # A checkpointed block that asks first must not take what is computed here for its own, to be done again.
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+            sides = group.compute()
+        for member, side, choice in zip(group.members, sides, group.recomputed, strict=True):
+            side.recomputes, side.checked = choice, _Checked(member, group.implementation)
+            if side.ports is not None and not any(tensor.requires_grad for tensor in member.columns.values()):
+                A, B, c = side.ports  # others of its shape train, it does not
+                side.ports = A.detach(), B.detach(), c.detach()
+            self._sides[member.adapter] = side
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Windows(threading.local):
@@ -163,9 +193,8 @@ _windows = _Windows()
 def _from_window(adapter: DoranAdapter, view: BaseView, implementation: Implementation) -> LayerSide | None:
     """From the innermost open window that has the adapter; None if there is none or its inputs have changed."""
     for window in reversed(_windows.open):
-        window.was_asked = True
-        side = window.sides.get(adapter)
-        if side is not None and window.backward_pass == internals.backward_pass():
+        if adapter in window.groups and window.backward_pass == internals.backward_pass():
+            side = window.side(adapter)
             # An interrupt skips the hook that closes a window: so a weight side is checked when it is used, too.
             return side if side.checked.hold(view, implementation) else None
     return None
@@ -175,51 +204,25 @@ class _Model:
     """The adapted layers below a module, and their groups."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.asks = True  # blocks that torch.compile compiles one by one never ask for what their model prepares
         self.layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "adapter_in_use")]
         self._inputs: list[tuple[LayerInputs, Implementation]] = []
         self._groups: list[LayerGroup] = []
-        self._recomputed: list[list[tuple[bool, bool]]] = []
 
-    def current(self) -> Iterator[tuple[LayerInputs, Implementation]]:
-        """The inputs of what the layers' next calls will use."""
-        for layer in self.layers:
-            pair = layer.adapter_in_use()
-            if pair is None or not is_supported(*pair):
-                continue
-            inputs = pair[0].runtime.current_inputs(*pair)
-            if inputs is not None:
-                yield inputs, _implementation(inputs)
-
-    def compute(self) -> dict[DoranAdapter, LayerSide]:
-        """The weight sides by adapter."""
-        inputs = list(self.current())
+    def groups(self) -> list[LayerGroup]:
+        """Those of what the layers' next calls will use, as it is now."""
+        pairs = [layer.adapter_in_use() for layer in self.layers]
+        found = [pair[0].runtime.current_inputs(*pair) for pair in pairs if pair is not None and is_supported(*pair)]
+        inputs = [(each, _implementation(each)) for each in found if each is not None]
         if inputs != self._inputs:
-            self._regroup(inputs)
-        for group in self._groups:
-            for member in group.members:
-                member.adapter.runtime.last = None  # free the old ones before the new ones are made
-        found: dict[DoranAdapter, LayerSide] = {}
-        for group, recomputed in zip(self._groups, self._recomputed, strict=True):
-            for member, side, choice in zip(group.members, group.compute(), recomputed, strict=True):
-                side.recomputes, side.checked = choice, _Checked(member, group.implementation)
-                if side.ports is not None and not any(tensor.requires_grad for tensor in member.columns.values()):
-                    A, B, c = side.ports  # others of its shape train, it does not
-                    side.ports = A.detach(), B.detach(), c.detach()
-                found[member.adapter] = side
-        return found
-
-    def _regroup(self, inputs: list[tuple[LayerInputs, Implementation]]) -> None:
-        self._inputs, self._groups = inputs, group_layers(inputs)
-        fused = [group for group in self._groups if group.implementation == "triton"]
-        sizes = [size for group in fused for size in group.sizes]
-        choices = iter(
-            zip(choose_recomputed(sizes, _RECOMPUTED), choose_recomputed(sizes, _RECOMPUTED_UNDER_HOOKS), strict=True)
-        )
-        self._recomputed = [
-            [next(choices) if group.implementation == "triton" else (False, False) for _ in group.members]
-            for group in self._groups
-        ]
+            self._inputs, self._groups = inputs, group_layers(inputs)
+            # Which outputs are kept is decided by sizes alone, so that a resumed run has the same bits.
+            fused = [group for group in self._groups if group.implementation == "triton"]
+            sizes = [size for group in fused for size in group.sizes]
+            choices = (choose_recomputed(sizes, share) for share in (_RECOMPUTED, _RECOMPUTED_UNDER_HOOKS))
+            chosen = iter(zip(*choices, strict=True))
+            for group in fused:
+                group.recomputed = [next(chosen) for _ in group.sizes]
+        return self._groups
 
 
 def _implementation(inputs: LayerInputs) -> Implementation:
@@ -238,7 +241,7 @@ _handles: WeakKeyDictionary[nn.Module, tuple[RemovableHandle, RemovableHandle]] 
 
 
 def open_window(module: nn.Module, args: object) -> None:
-    """Forward pre-hook: compute the weight sides of the layers below, unless a call further out did."""
+    """Forward pre-hook: offer the weight sides of the layers below, unless a call further out does."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or get_backend() == "reference":
         return
     if internals.is_replica(module) or internals.has_transforms() or internals.uses_fully_shard():
@@ -249,9 +252,9 @@ def open_window(module: nn.Module, args: object) -> None:
     model = _models.get(module)
     if model is None:
         _models[module] = model = _Model(module)
-    if any(_covers(window, model) for window in _windows.open):
-        return
-    _windows.open.append(_Window(module, model.compute() if model.asks else {}))
+    groups = model.groups()
+    if groups and not any(groups[0].members[0].adapter in window.groups for window in _windows.open):
+        _windows.open.append(_Window(module, groups))
 
 
 def close_window(module: nn.Module, args: object, output: object) -> None:
@@ -259,15 +262,7 @@ def close_window(module: nn.Module, args: object, output: object) -> None:
     if torch.compiler.is_compiling():
         return
     if _windows.open and _windows.open[-1].opener is module:
-        window = _windows.open.pop()
-        if module in _models and (window.was_asked or window.sides):
-            _models[module].asks = window.was_asked
-
-
-def _covers(window: _Window, model: _Model) -> bool:
-    """Whether the window has the weight sides of one of the model's layers, and so of all that can have one."""
-    pairs = (layer.adapter_in_use() for layer in model.layers)
-    return any(pair is not None and pair[0] in window.sides for pair in pairs)
+        _windows.open.pop()
 
 
 def prepare(root: nn.Module) -> None:

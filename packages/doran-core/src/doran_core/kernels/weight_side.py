@@ -26,6 +26,7 @@ from torch import Tensor
 from doran_core.errors import BackendError
 from doran_core.kernels.adapted_linear import SECOND_DERIVATIVE, LayerSide, small_scale, without_autocast
 from doran_core.kernels.passes import TorchPasses
+from doran_core.kernels.torch_internals import apply_directly
 
 __all__ = ["Product", "Shape", "Stack", "compute", "forget", "now"]
 
@@ -156,7 +157,7 @@ def compute(
     """
     found: list[LayerSide] = []
     if torch.is_grad_enabled():
-        ports = WeightSide.apply(shape, used, found, A, B, magnitude, tau, U)  # type: ignore[no-untyped-call]
+        ports = _apply(shape, used, found, A, B, magnitude, tau, U)
         count = len(found)
         for layer, side in enumerate(found):
             side.ports = ports[layer], ports[count + layer], ports[2 * count + layer]
@@ -217,6 +218,9 @@ class WeightSide(torch.autograd.Function):
         saved = ctx.saved_tensors
         with _precision(ctx.shape):
             return None, None, None, *_backward(ctx.shape, ports, *saved)
+
+
+_apply = apply_directly(WeightSide)
 
 
 def _backward(
