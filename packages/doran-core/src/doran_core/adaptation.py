@@ -8,6 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from doran_core import kernels
+from doran_core.adapter.keys import plain_name
 from doran_core.errors import TargetError
 from doran_core.handle import DoranHandle, read_trainable, set_trained
 from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
@@ -49,8 +50,9 @@ def _adapt(
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers: dict[str, DoranLayer] = {}
     try:
-        for name in names:
-            layers[name] = wrap(model.get_submodule(name), config, name=name, factor_builder=builder)
+        for place in names:
+            name = plain_name(place)
+            layers[name] = wrap(model.get_submodule(place), config, name=name, factor_builder=builder)
             layers[name].train(layers[name].base_layer.training)
     except Exception:
         set_trained(trained)

@@ -21,6 +21,7 @@ from doran_core.adapter import (
 )
 from doran_core.adapter.apply import apply_adapter
 from doran_core.adapter.compiled import compile_module
+from doran_core.adapter.keys import plain_name
 from doran_core.checkpoint.fingerprint import combine_digests
 from doran_core.checkpoint.ties import tied_parameters
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
@@ -105,7 +106,8 @@ class DoranHandle:
         """The factors' penalty, the mean over the layers: add it to the loss. 0 if ``factor_penalty`` is 0."""
         if self.config.factor_penalty == 0.0:
             return torch.zeros(())
-        return torch.stack([layer.doran_adapter.penalty() for layer in self.layers.values()]).mean()
+        parts = [layer.doran_adapter.penalty() for layer in self.layers.values()]
+        return torch.stack([part.to(parts[0].device) for part in parts]).mean()
 
     def tau(self) -> dict[str, Tensor]:
         """tau of each layer as inference uses it, detached: ``[1]``, or ``[d_out]`` per head or row."""
@@ -163,7 +165,9 @@ class DoranHandle:
             DoranError: if they were taken out before.
         """
         (self.merge if merged else self.unmerge)()
+        trained = {id(parameter) for parameter, requires_grad in self._trained if requires_grad}
         for place, layer in self._places:
+            layer.release(trained)
             self.model.set_submodule(place, layer.base_layer)
         unpad_encoders(self.model)
         kernels.unprepare(self.model)
@@ -301,7 +305,7 @@ class DoranHandle:
             module = self.model.get_submodule(name)
             with gathered(module, recurse=True):
                 for key, value in module.state_dict().items():
-                    extra[f"{name}.{key}"] = whole(value, f"{name}.{key}").cpu().clone()
+                    extra[plain_name(f"{name}.{key}")] = whole(value, f"{name}.{key}").cpu().clone()
         return extra
 
     def load_record(self, saved: TrainableAdapter, path: str | os.PathLike[str], allow_base_mismatch: bool) -> None:
@@ -309,7 +313,7 @@ class DoranHandle:
         apply_adapter(
             saved,
             {name: layer.doran_adapter for name, layer in self.layers.items()},
-            {name: self.model.get_submodule(name) for name in self.modules_to_save},
+            {plain_name(name): self.model.get_submodule(name) for name in self.modules_to_save},
             self.config,
             None if allow_base_mismatch else self.base_fingerprint(),
             Path(path),

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
 from torch import Tensor, nn
 
+from doran_core.adapter.keys import plain_name
 from doran_core.adapter.schema import FORMAT_VERSION, created_by
 from doran_core.adapter.validate import check_tensors
 from doran_core.errors import ConfigError, MissingKeyError, TargetError, UnexpectedKeyError
@@ -156,7 +157,8 @@ class DoranModel(BaseTuner):
         refuse_read(current_key, self._plan.read)
         _refuse_saved(current_key, config)
         core, builder = self._plan.core, self._plan.builder
-        layer = target if isinstance(target, DoranLayer) else layer_class(target, current_key)(target, current_key)
+        name = plain_name(current_key)
+        layer = target if isinstance(target, DoranLayer) else layer_class(target, name)(target, name)
         layer.add(adapter_name, core, builder, inference_mode=config.inference_mode)
         if layer is target:
             return
@@ -237,13 +239,14 @@ class DoranModel(BaseTuner):
         # The name stands right behind the container, however deep the parameter lies below it.
         before, mark, after = key.rpartition(f"{_MARK}{adapter_name}.")
         if mark:
-            return f"{before}{_MARK}{after}"
+            return plain_name(f"{before}{_MARK}{after}")
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        state_dict = {plain_name(key) if _MARK in key else key: tensor for key, tensor in state_dict.items()}
         own = {key: tensor for key, tensor in state_dict.items() if _MARK in key}
         check_tensors(f"adapter {adapter_name!r}", own)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -155,6 +155,14 @@ class DoranLayer(nn.Module):
         with self.whole_weight() as weight:
             merged = torch.empty(0) if weight is None else self.doran_adapter.merged_weight(weight)
         self._swap.put(view, merged, name, check_finite=check_finite)
+
+    def release(self, trained: Collection[int]) -> None:
+        """Let a merged weight train if W0 did, before the base layer goes on alone.
+
+        Args:
+            trained: ``id`` of the parameters that trained before the layer was adapted.
+        """
+        self._swap.release(self.view, trained)
 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit."""

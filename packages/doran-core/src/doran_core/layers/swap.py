@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -95,6 +95,11 @@ class WeightSwap:
         view.layer.weight = nn.Parameter(rounded, requires_grad=current.requires_grad)
         if self._original is None:
             self._original = current
+
+    def release(self, view: BaseView, trained: Collection[int]) -> None:
+        """Make W', if it is in, train where W0 is among the parameters with these ids."""
+        if self._original is not None:
+            view.layer.weight.requires_grad_(id(self._original) in trained)  # type: ignore[operator, union-attr]
 
     def restore(self, view: BaseView) -> None:
         """Put W0 back."""
