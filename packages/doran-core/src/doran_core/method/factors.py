@@ -142,7 +142,7 @@ class _HiddenLayers(nn.Module):
     def start(self, offset: Tensor | None) -> Tensor:
         """H in float64 on the CPU, the same bits whatever device the network has moved to; meta on the meta device."""
         if self.embedding.is_meta:
-            return self(offset)
+            return self.forward(offset)
         embedding = self.embedding.double().cpu()
         embedding = embedding if offset is None else embedding + offset.double().cpu()
         return self.features(embedding, [weight.double().cpu() for weight in self.weights])
