@@ -1,0 +1,124 @@
+"""Every reader of every package, called on a directory. Each returns or raises a DoranError: nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import made
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from doran_core import load
+from doran_core.adapter import read_adapter, write_compiled
+from doran_core.adapter.digest import directory_digest
+from doran_core.checkpoint.checkpoint import Checkpoint
+from doran_core.convert import compile_adapter
+from doran_core.diagnostics import inspect_adapter
+from doran_core.merge import merge_checkpoint
+
+__all__ = ["ADAPTER_READERS", "BASE_READERS", "YAML_READERS"]
+
+Reader = Callable[[Path, Path, Path], Any]
+"""Called with the mutated directory, the folder of the legal inputs, and a folder to write to."""
+
+
+def live_model() -> nn.Module:
+    """The adapted modules of the made base, live."""
+    root = nn.Module()
+    for name, weight in made.base_weights().items():
+        if name.endswith("proj.weight"):
+            *path, last = name.removesuffix(".weight").split(".")
+            parent = root
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent._modules[part]  # type: ignore[assignment]
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            layer.weight = nn.Parameter(weight)
+            parent.add_module(last, layer)
+    return root
+
+
+def _merge(adapter: Path, legal: Path, out: Path) -> None:
+    _readable(merge_checkpoint(legal / "base", adapter, out / "merged"))
+
+
+def _merge_into(base: Path, legal: Path, out: Path) -> None:
+    _readable(merge_checkpoint(base, legal / "static", out / "merged", dtype=torch.bfloat16))
+
+
+def _readable(folder: Path) -> None:
+    """What was reported as done is what other programs read."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - it is no mapping
+                opened.get_slice(key).get_shape()
+
+
+def _convert(adapter: Path, legal: Path, out: Path) -> None:
+    read_adapter(write_compiled(compile_adapter(adapter, legal / "base"), out / "converted"))
+
+
+def _peft(adapter: Path, legal: Path, out: Path) -> None:
+    from peft import PeftModel
+
+    from doran_hf import DoranConfig
+
+    # PEFT opens adapter_config.json itself before it knows whose it is: what is no JSON is PEFT's own error.
+    config = DoranConfig.from_pretrained(str(adapter))
+    PeftModel.from_pretrained(live_model(), str(adapter), config=config)
+
+
+def _store(adapter: Path, legal: Path, out: Path) -> None:
+    from doran_serve import AdapterStore
+
+    AdapterStore(legal / "base", cache_directory=out / "cache").check(adapter)
+
+
+def _listed(adapter: Path, legal: Path, out: Path) -> None:
+    """`doran serve`'s list of a directory, with leftovers of killed writers beside the adapter."""
+    launch = importlib.import_module("doran_serve.launch")
+    (out / "adapters").mkdir()
+    shutil.copytree(legal / "static", out / "adapters" / ".static.0123abcd.doran-tmp")
+    shutil.copytree(legal / "static", out / "adapters" / "good")
+    found = launch.find_adapters(out / "adapters")
+    assert list(found) == ["good"], found
+
+
+def _export(base: Path, legal: Path, out: Path) -> None:
+    from doran_export.loading import open_source
+
+    open_source(base)
+
+
+def _yaml(folder: Path, legal: Path, out: Path) -> None:
+    from doran_hf.train.config import load_config
+
+    load_config(folder / "doran.yaml")
+
+
+ADAPTER_READERS: dict[str, Reader] = {
+    "read": lambda adapter, legal, out: read_adapter(adapter),
+    "digest": lambda adapter, legal, out: directory_digest(adapter),
+    "inspect": lambda adapter, legal, out: inspect_adapter(adapter),
+    "inspect with base": lambda adapter, legal, out: inspect_adapter(adapter, legal / "base"),
+    "load": lambda adapter, legal, out: load(live_model(), adapter),
+    "merge": _merge,
+    "convert": _convert,
+    "peft": _peft,
+    "store": _store,
+    "find_adapters": _listed,
+}
+BASE_READERS: dict[str, Reader] = {
+    "checkpoint": lambda base, legal, out: [Checkpoint(base).config()],
+    "merge into": _merge_into,
+    "convert on": lambda base, legal, out: compile_adapter(legal / "generated", base),
+    "inspect on": lambda base, legal, out: inspect_adapter(legal / "peft-lora", base),
+    "export": _export,
+}
+YAML_READERS: dict[str, Reader] = {"train configuration": _yaml}
