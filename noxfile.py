@@ -142,6 +142,15 @@ def identities(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """The long form of tests/faults: 20,000 mutated inputs, 200 kills, races, full disks. Options after --."""
+    install_vllm(session)
+    install(session, *PACKAGES, extra={"export": f"[{ONNXRUNTIME}]", "core": "[test]", "hf": "[train]"})
+    session.env["OMP_NUM_THREADS"] = "1"
+    session.run("python", "tests/faults/run.py", *session.posargs)
+
+
+@nox.session
 def packaging(session: nox.Session) -> None:
     """What wheels and source distributions ask for and hold, and that one version stands in all places."""
     session.install("build>=1.2", "twine>=6", "hatchling>=1.25", "editables", "packaging>=24", "pytest>=8")

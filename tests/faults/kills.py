@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ WRITERS: dict[str, tuple[Write, str | None]] = {
 """Each writer and the legal adapter that it overwrites, if it overwrites one."""
 
 
-def kill_writers(legal: Path, count: int, seed: int) -> dict[str, Any]:
+def kill_writers(legal: Path, count: int) -> dict[str, Any]:
     """Kill each writer before operations that a first run recorded, evenly over all of them.
 
     After each kill the target is absent, the old one or the new one, whole; and the writer, called again, ends with the
@@ -82,7 +81,6 @@ def kill_writers(legal: Path, count: int, seed: int) -> dict[str, Any]:
     """
     report: dict[str, Any] = dict.fromkeys(("kills", "absent", "old", "new", "wrong", "left_over"), 0)
     report["operations"] = {}
-    random = Random(seed)
     for name, (write, old) in WRITERS.items():
         with tempfile.TemporaryDirectory(prefix="doran-kills-") as folder:
             expected = Path(folder, "expected", "target")
@@ -92,7 +90,7 @@ def kill_writers(legal: Path, count: int, seed: int) -> dict[str, Any]:
             report["operations"][name] = operations
             share = count // len(WRITERS) + (name == "merge") * (count % len(WRITERS))
             for number in range(share):
-                moment = number % operations if number < operations else random.randrange(operations)
+                moment = number * operations // share if share < operations else number % operations
                 target = Path(folder, f"{number}", "target")
                 _prepare(legal, target, old)
                 _run(write, legal, target, moment)
@@ -103,7 +101,8 @@ def kill_writers(legal: Path, count: int, seed: int) -> dict[str, Any]:
                 report[state] += 1
                 write(legal, target)
                 report["wrong"] += wrong or _contents(target) != new
-                report["left_over"] += [path.name for path in target.parent.iterdir()] != ["target"]
+                hidden = [path for path in target.parent.rglob("*") if path.name.startswith(".")]
+                report["left_over"] += bool(hidden) or [path.name for path in target.parent.iterdir()] != ["target"]
                 shutil.rmtree(target.parent)
     return report
 
@@ -118,7 +117,8 @@ def _contents(folder: Path) -> dict[str, str] | None:
     """An adapter by its meaning, everything else by its bytes."""
     if (folder / "adapter_config.json").exists():
         return {"meaning": meaning(folder)}
-    return {str(path.relative_to(folder)): path.read_bytes().hex() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(folder)): path.read_bytes().hex() for path in files}
 
 
 def _run(write: Write, legal: Path, target: Path, moment: int | None) -> int:

@@ -25,6 +25,7 @@ def mutate(folder: Path, others: list[Path], random: Random) -> str:
     done = []
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        files = [path for path in files if path.stat().st_size < 2**20]  # not those that were made huge
         if not files:
             break
         file = random.choice(files)

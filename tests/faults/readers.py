@@ -21,10 +21,21 @@ from doran_core.convert import compile_adapter
 from doran_core.diagnostics import inspect_adapter
 from doran_core.merge import merge_checkpoint
 
-__all__ = ["ADAPTER_READERS", "BASE_READERS", "YAML_READERS"]
+__all__ = ["ADAPTER_READERS", "BASE_READERS", "YAML_READERS", "import_everything"]
 
 Reader = Callable[[Path, Path, Path], Any]
 """Called with the mutated directory, the folder of the legal inputs, and a folder to write to."""
+
+
+def import_everything() -> None:
+    """Import what the readers import, once and before any clock runs."""
+    for name in ("peft", "transformers", "doran_hf.train.config", "doran_export.loading", "doran_serve.launch"):
+        importlib.import_module(name)
+    importlib.import_module("doran_hf").DoranConfig()
+    importlib.import_module("transformers").AutoConfig  # noqa: B018 - which loads what is loaded lazily
+    importlib.import_module("transformers").AutoTokenizer  # noqa: B018
+    importlib.import_module("transformers").TrainingArguments  # noqa: B018
+    importlib.import_module("doran_serve").AdapterStore  # noqa: B018
 
 
 def live_model() -> nn.Module:

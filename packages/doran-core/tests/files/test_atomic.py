@@ -304,6 +304,19 @@ def test_a_disk_with_nothing_left(small_disk, tmp_path, left):
         assert [path.name for path in small_disk.iterdir()] == ["full"]
 
 
+def test_a_disk_that_fills_up_while_the_small_files_are_copied(tmp_path, monkeypatch):
+    made.write_base(tmp_path / "base")
+    made.write_adapter(tmp_path / "adapter", made.base_weights())
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr("doran_core.merge.side_files.shutil.copyfile", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert hidden(tmp_path) == []
+
+
 def test_temporary_names_fit_any_target(tmp_path):
     with temporary(tmp_path / ("n" * 250), directory=True) as path:
         assert path.is_dir()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from doran_core.adapter import read_adapter, write_compiled, write_trainable
+from doran_core.adapter.digest import directory_digest
 from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.convert import compile_adapter
 from doran_core.errors import AdapterFormatError, CheckpointError, CorruptFileError, DoranError, MissingKeyError
@@ -132,6 +133,28 @@ def test_a_sparse_tensor_file_larger_than_the_memory(originals, tmp_path):
     os.truncate(folder / FILES[1], 2**42)
     with pytest.raises(CorruptFileError, match=f"{FILES[1]}: more than"):
         read_adapter(folder)
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_header_does_not_describe_is_not_read(originals, tmp_path, name):
+    """A sparse file of 8 GB takes no disk, and would take all memory."""
+    folder = shutil.copytree(originals / "compiled", tmp_path / "adapter")
+    os.truncate(folder / name, 2**33)
+    for use in (
+        lambda: read_adapter(folder),
+        lambda: directory_digest(folder),
+        lambda: merge_checkpoint(originals / "base", folder, tmp_path / "out"),
+    ):
+        with pytest.raises(AdapterFormatError, match=name):
+            use()
+
+
+def test_a_huge_file_beside_the_weights_is_not_copied(originals, tmp_path):
+    base = shutil.copytree(originals / "base", tmp_path / "base")
+    os.truncate(base / "tokenizer.json", 2**41)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: too large"):
+        merge_checkpoint(base, originals / "trainable", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from peft.config import PeftConfig
 
 from doran_core.adapter.digest import check_directory, seal_directory
 from doran_core.adapter.fields import CONFIG_FIELDS, check_fields
-from doran_core.adapter.read import require_safetensors
+from doran_core.adapter.read import require_adapter_files
 from doran_core.adapter.schema import FORMAT_VERSION
 from doran_core.errors import AdapterFormatError, ConfigError, FormatVersionError
 from doran_core.files.jsonfile import read_json
@@ -147,7 +147,7 @@ class DoranConfig(AdapterOptions, PeftConfig):
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir():
-            require_safetensors(folder)
+            require_adapter_files(folder)
         config: DoranConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         return config
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
 from doran_core.errors import AdapterFormatError
+from doran_core.files.jsonfile import JSON_LIMIT
+from doran_core.files.layout import layout_of
 from doran_core.files.opening import open_regular
 
 __all__ = ["AdmittedCopies", "content_digest", "marked", "unmarked"]
@@ -72,6 +74,10 @@ def _digest(folder: Path, take: Callable[[str, bytes], None]) -> str:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     with open_regular(path) as descriptor:
+        if path.name != CONFIG_FILE:
+            layout_of(path, descriptor)  # a file of another size than its header says is not worth reading
+        elif os.fstat(descriptor).st_size > JSON_LIMIT:
+            raise AdapterFormatError(f"{path}: more than {JSON_LIMIT} bytes, too large for a configuration")
         while data := os.read(descriptor, _CHUNK):
             yield data
 

@@ -34,7 +34,8 @@ from doran_core.errors import (
     TargetError,
     UnexpectedKeyError,
 )
-from doran_core.files.jsonfile import read_json
+from doran_core.files.jsonfile import JSON_LIMIT, read_json
+from doran_core.files.layout import layout_of
 from doran_core.files.opening import open_regular
 from doran_serve.admission import AdmittedCopies, unmarked
 from doran_serve.base import BaseModel, local_directory
@@ -367,6 +368,10 @@ def _content_key(folder: Path, base_identity: str) -> str:
     for name in (CONFIG_FILE, TENSOR_FILE):
         try:
             with open_regular(folder / name) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
+                if name == TENSOR_FILE:
+                    layout_of(folder / name, descriptor)
+                elif os.fstat(descriptor).st_size > JSON_LIMIT:
+                    continue  # the reader refuses it
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError:
             digest.update(b"missing")  # the reader names it

@@ -19,8 +19,8 @@ from doran_core.errors import CorruptFileError
 from doran_core.files import StrPath
 from doran_core.files.jsonfile import JSON_LIMIT, parse_json, read_json, write_json
 from doran_core.files.layout import dtype_name
-from doran_core.files.opening import OpenDirectory, read_directory, read_file
-from doran_core.files.tensors import LoadedFile, bytes_view, memory_limit
+from doran_core.files.opening import OpenDirectory, read_directory
+from doran_core.files.tensors import LoadedFile, bytes_view, read_tensor_bytes
 
 __all__ = [
     "DIGEST",
@@ -138,7 +138,7 @@ def _check_open(directory: OpenDirectory) -> None:
     fields = parse_json(path, directory.read(CONFIG_FILE, JSON_LIMIT))
     check_fields_digest(path, fields)
     if fields.get(TENSORS_DIGEST) is not None and directory.holds(TENSOR_FILE):
-        data = directory.read(TENSOR_FILE, memory_limit())
+        data = read_tensor_bytes(directory, TENSOR_FILE)
         check_tensors_digest(tensor_file, fields, LoadedFile(tensor_file, data).tensors)
 
 
@@ -153,7 +153,9 @@ def seal_directory(directory: Path) -> None:
     path, tensor_file = directory / CONFIG_FILE, directory / TENSOR_FILE
     fields = {name: value for name, value in read_json(path).items() if name not in (DIGEST, TENSORS_DIGEST)}
     if tensor_file.exists():
-        fields = sealed(fields, LoadedFile(tensor_file, read_file(tensor_file, memory_limit())).tensors)
+        fields = sealed(
+            fields, LoadedFile(tensor_file, read_tensor_bytes(OpenDirectory(directory), TENSOR_FILE)).tensors
+        )
     part = path.with_name(f".{CONFIG_FILE}.part")
     write_json(part, dict(sorted(fields.items())))
     part.replace(path)
@@ -175,6 +177,7 @@ def _directory_digest(directory: OpenDirectory) -> str:
     total = hashlib.sha256()
     for name in (CONFIG_FILE, TENSOR_FILE, SCALE_FILE):
         if directory.holds(name):
-            data = directory.read(name, memory_limit())
+            json_file = name == CONFIG_FILE
+            data = directory.read(name, JSON_LIMIT) if json_file else read_tensor_bytes(directory, name)
             total.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\0".encode())
     return f"sha256:{total.hexdigest()}"

@@ -43,10 +43,10 @@ from doran_core.errors import (
 from doran_core.files import StrPath
 from doran_core.files.jsonfile import JSON_LIMIT, parse_json, parse_object
 from doran_core.files.opening import OpenDirectory, named_errors, open_regular, read_directory
-from doran_core.files.tensors import LoadedFile, memory_limit
+from doran_core.files.tensors import LoadedFile, read_tensor_bytes
 from doran_core.method.config import DoranConfig
 
-__all__ = ["read_adapter", "read_compiled", "require_safetensors"]
+__all__ = ["read_adapter", "read_compiled", "require_adapter_files"]
 
 _logger = logging.getLogger("doran_core")
 
@@ -99,30 +99,31 @@ def read_compiled(directory: StrPath) -> CompiledAdapter:
     return adapter
 
 
-def _read_bytes(folder: OpenDirectory, name: str, limit: int) -> bytes:
+def _read_bytes(folder: OpenDirectory, name: str) -> bytes:
     path = folder.path / name
     try:
-        return folder.read(name, limit)
+        return folder.read(name, JSON_LIMIT) if name == CONFIG_FILE else read_tensor_bytes(folder, name)
     except FileNotFoundError as error:
         raise MissingKeyError(_missing_message(folder, name)) from error
     except OSError as error:
         raise AdapterFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def require_safetensors(directory: Path) -> None:
-    """Refuse an adapter directory whose tensor file is absent or no regular file, before something else opens it.
+def require_adapter_files(directory: Path) -> None:
+    """Refuse a directory whose configuration or tensor file is absent or no regular file, before others open them.
 
     Raises:
         MissingKeyError: there is none; the message says if there is a pickle instead.
         CorruptFileError: it is a pipe, a device or a directory.
     """
-    path = directory / TENSOR_FILE
-    with named_errors(path):
-        try:
-            with open_regular(path):
-                return
-        except FileNotFoundError as error:
-            raise MissingKeyError(_missing_message(OpenDirectory(directory), TENSOR_FILE)) from error
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        with named_errors(directory / name):
+            try:
+                with open_regular(directory / name):
+                    continue
+            except FileNotFoundError as error:
+                with OpenDirectory(directory) as opened:
+                    raise MissingKeyError(_missing_message(opened, name)) from error
 
 
 def _missing_message(folder: OpenDirectory, name: str) -> str:
@@ -136,14 +137,14 @@ def _missing_message(folder: OpenDirectory, name: str) -> str:
 
 def _read_config(folder: OpenDirectory) -> dict[str, Any]:
     path = folder.path / CONFIG_FILE
-    config = parse_json(path, _read_bytes(folder, CONFIG_FILE, JSON_LIMIT))
+    config = parse_json(path, _read_bytes(folder, CONFIG_FILE))
     if "peft_type" not in config:
         raise MissingKeyError(f"{path}: no field 'peft_type'")
     return config
 
 
 def _read_tensors(folder: OpenDirectory, name: str) -> LoadedFile:
-    return LoadedFile(folder.path / name, _read_bytes(folder, name, memory_limit()))
+    return LoadedFile(folder.path / name, _read_bytes(folder, name))
 
 
 def _check_version(path: Path, version: object) -> None:

@@ -101,7 +101,8 @@ def writing(target: Path, error: type[DoranError]) -> Iterator[None]:
             raise
         raise error(f"cannot write {target}: the disk is full") from known
     except OSError as failed:
-        if failed.filename is not None and not _is_beside(failed.filename, target):
+        names = [name for name in (failed.filename, failed.filename2) if name is not None]
+        if names and not _disk_is_full(failed) and not any(_is_beside(name, target) for name in names):
             raise  # something else that was read meanwhile
         reason = "the disk is full" if _disk_is_full(failed) else failed.strerror or str(failed)
         if failed.errno == errno.ENOTEMPTY or failed.filename == str(target.resolve()):

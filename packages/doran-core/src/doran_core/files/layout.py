@@ -20,7 +20,16 @@ from doran_core.errors import CorruptFileError
 from doran_core.files.jsonfile import parse_object
 from doran_core.files.opening import open_regular
 
-__all__ = ["DTYPES", "Layout", "TensorEntry", "compose_header", "dtype_name", "parse_layout", "read_layout"]
+__all__ = [
+    "DTYPES",
+    "Layout",
+    "TensorEntry",
+    "compose_header",
+    "dtype_name",
+    "layout_of",
+    "parse_layout",
+    "read_layout",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -90,11 +99,16 @@ def read_layout(path: Path) -> Layout:
     Raises:
         CorruptFileError: the file is truncated, is a pickle, or is not safetensors. A missing file raises OSError.
     """
-    with open_regular(path) as fd, os.fdopen(fd, "rb", closefd=False) as file:
-        size = os.fstat(fd).st_size
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        header = file.read(length) if len(head) == 8 and length <= min(size - 8, _MAX_HEADER) else b""
+    with open_regular(path) as fd:
+        return layout_of(path, fd)
+
+
+def layout_of(path: Path, fd: int) -> Layout:
+    """The layout of an open file; `path` is for messages. Raises as :func:`read_layout`."""
+    size = os.fstat(fd).st_size
+    head = os.pread(fd, 8, 0)
+    length = int.from_bytes(head, "little")
+    header = os.pread(fd, length, 8) if len(head) == 8 and length <= min(size - 8, _MAX_HEADER) else b""
     return parse_layout(path, head + header, size)
 
 

@@ -96,12 +96,19 @@ def open_regular(path: Path | str, where: Path | None = None, *, dir_fd: int | N
         os.close(fd)
 
 
-def read_file(path: Path | str, limit: int, where: Path | None = None, *, dir_fd: int | None = None) -> bytes:
+Check = Callable[[Path, int], object]
+"""Looks at an open file before it is read as a whole; called with its path and descriptor."""
+
+
+def read_file(
+    path: Path | str, limit: int, where: Path | None = None, *, dir_fd: int | None = None, check: Check | None = None
+) -> bytes:
     """All bytes of a regular file.
 
     Args:
         path, where, dir_fd: as for :func:`open_regular`.
         limit: the most bytes that such a file may have.
+        check: raises if the file is not worth reading.
 
     Raises:
         CorruptFileError: it is larger, or no regular file. OSError otherwise.
@@ -109,6 +116,8 @@ def read_file(path: Path | str, limit: int, where: Path | None = None, *, dir_fd
     with open_regular(path, where, dir_fd=dir_fd) as fd, os.fdopen(fd, "rb", closefd=False) as file:
         size = os.fstat(fd).st_size
         if size <= limit:
+            if check is not None:
+                check(where or Path(path), fd)
             data = file.read(size + 1)
             if len(data) <= size:
                 return data
@@ -146,9 +155,9 @@ class OpenDirectory:
             return False
         return True
 
-    def read(self, name: str, limit: int) -> bytes:
+    def read(self, name: str, limit: int, check: Check | None = None) -> bytes:
         """The bytes of one of its files; arguments and errors as for :func:`read_file`."""
-        return read_file(self._place(name), limit, self.path / name, dir_fd=self._fd)
+        return read_file(self._place(name), limit, self.path / name, dir_fd=self._fd, check=check)
 
     def is_current(self) -> bool:
         """Whether its path still leads to it."""

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from doran_core.errors import CorruptFileError
-from doran_core.files.layout import DTYPES, TensorEntry, compose_header, dtype_name, parse_layout
+from doran_core.files.layout import DTYPES, TensorEntry, compose_header, dtype_name, layout_of, parse_layout
+from doran_core.files.opening import OpenDirectory
 
-__all__ = ["LoadedFile", "bytes_view", "memory_limit", "read_rows", "save_safetensors", "write_tensor"]
+__all__ = ["LoadedFile", "bytes_view", "read_rows", "read_tensor_bytes", "save_safetensors", "write_tensor"]
 
 
 class LoadedFile:
@@ -43,7 +44,16 @@ class LoadedFile:
             raise CorruptFileError(f"{path}: safetensors cannot read it: {error}") from error
 
 
-def memory_limit() -> int:
+def read_tensor_bytes(directory: OpenDirectory, name: str) -> bytes:
+    """The bytes of a safetensors file, read only if its header describes a file of its size.
+
+    Raises:
+        CorruptFileError: it does not, or the file is larger than this machine's memory. OSError: it cannot be read.
+    """
+    return directory.read(name, _memory_limit(), check=layout_of)
+
+
+def _memory_limit() -> int:
     """Bytes of this machine's memory: a larger file is never loaded whole."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -36,6 +36,8 @@ _WEIGHT_SUFFIXES = (
     ".index.json",
 )
 _ADAPTER_NAMES = re.compile(r"adapter_.*|doran_scale.*")
+_LARGEST = 2**30
+"""Bytes of a tokenizer or the like; those of the largest vocabularies have some ten million."""
 _HEADS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
 
@@ -48,7 +50,10 @@ def write_companions(
 ) -> None:
     """Write all that is not a shard of weights."""
     for relative in _small_files(checkpoint.directory):
-        shutil.copyfile(checkpoint.directory / relative, staging.part(str(relative)))
+        source = checkpoint.directory / relative
+        if source.stat().st_size > _LARGEST:
+            raise CheckpointError(f"{source}: too large for a file beside the weights ({source.stat().st_size} bytes)")
+        shutil.copyfile(source, staging.part(str(relative)))
         staging.complete(str(relative))
     with named_errors(checkpoint.directory / "config.json", CheckpointError):
         config = _merged_config(checkpoint.config(), plan, adapters, dtype)
