@@ -9,11 +9,19 @@ import pytest
 import torch
 import transformers
 from conftest import make_bert, make_llama, make_vit
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForImageClassification, BertConfig, BertForMaskedLM, LlamaForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForImageClassification,
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaForCausalLM,
+)
 
 from doran_core.adapter import read_adapter
 from doran_core.checkpoint.architectures import known_ties, stored_candidates
+from doran_core.errors import AdapterFormatError
 from doran_core.merge import merge_checkpoint
 from doran_hf import DoranConfig
 from doran_hf.renaming import stored_name
@@ -139,3 +147,51 @@ def test_a_head_that_is_tied_with_its_bias(tmp_path: Path) -> None:
 def test_bert_is_not_renamed() -> None:
     model = make_bert()
     assert all(stored_name(model, name) in (name, None) for name, _ in model.named_parameters())
+
+
+def moved(model: PeftModel) -> PeftModel:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("config", [DoranConfig, LoraConfig])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_saved_in_full(config: type, tied: bool, tmp_path: Path) -> None:
+    base = tied_llama() if tied else make_llama()
+    base.resize_token_embeddings(base.config.vocab_size + 7, mean_resizing=False)
+    base.save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    saved = ["embed_tokens", "lm_head"]
+    model = moved(get_peft_model(base, config(target_modules=["q_proj"], modules_to_save=saved)))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()(tokens).logits
+        assert torch.allclose(merged, model(tokens).logits, atol=1e-5)
+
+
+def test_modules_to_save_by_the_end_of_their_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "hidden_dim": 24, "n_heads": 2, "n_layers": 1, "vocab_size": 40, "max_position_embeddings": 24}
+    DistilBertForSequenceClassification(DistilBertConfig(**sizes)).save_pretrained(tmp_path / "base")
+    base = DistilBertForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = moved(get_peft_model(base, DoranConfig(task_type="SEQ_CLS", target_modules=["q_lin"])))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = DistilBertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(tokens).logits, model(input_ids=tokens).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [DoranConfig, LoraConfig])
+def test_single_trained_tokens_are_refused_with_what_to_do(config: type, tmp_path: Path) -> None:
+    get_peft_model(make_llama(), config(target_modules=["q_proj"], trainable_token_indices=[1])).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(AdapterFormatError, match="load it with PEFT, call merge_and_unload"):
+        read_adapter(tmp_path)

@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from doran_core.adapter.digest import DIGEST, TENSORS_DIGEST
-from doran_core.errors import MissingKeyError, UnexpectedKeyError
+from doran_core.errors import AdapterFormatError, MissingKeyError, UnexpectedKeyError
 from doran_core.method.config import NOT_SAVED, DoranConfig
 
-__all__ = ["CONFIG_FIELDS", "check_fields", "peft_fields"]
+__all__ = ["CONFIG_FIELDS", "TOKENS", "TOKENS_ADVICE", "check_fields", "peft_fields"]
 
 CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(DoranConfig)) - NOT_SAVED
 """The method's options. A reader that filled in a default for one would compute another function."""
@@ -40,6 +40,12 @@ _PEFT_FIELDS = frozenset(
         "runtime_config",
     }
 )
+TOKENS = "trainable_token_indices"
+TOKENS_ADVICE = (
+    f"{TOKENS}: doran reads no adapter that trains single tokens from files; load it with PEFT, call "
+    "merge_and_unload() and save the model"
+)
+
 _PEFT_PREFIX = "peft_"
 """Names that start so are PEFT's to add (``peft_version``). Other fields of a later PEFT need a place in the list."""
 
@@ -54,6 +60,8 @@ def check_fields(where: str, names: Collection[str]) -> None:
     Raises:
         MissingKeyError, UnexpectedKeyError: naming the fields, and the known name nearest to an unknown one.
     """
+    if TOKENS in names:
+        raise AdapterFormatError(f"{where}: {TOKENS_ADVICE}")
     missing = sorted((CONFIG_FIELDS | {"format_version"}) - set(names))
     unknown = sorted(name for name in names if not _is_known(name))
     hints = "; ".join(_hint(name, missing) for name in unknown)

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar
 
+import torch
+from torch import Tensor
+
 from doran_core.adapter.schema import KEY_PREFIX
 from doran_core.errors import UnexpectedKeyError
 
@@ -20,6 +23,7 @@ __all__ = [
     "split_keys",
     "strip_prefix",
     "trainable_key",
+    "without_wrappers_copies",
 ]
 
 TRAINABLE_MARK = "doran_adapter."
@@ -63,6 +67,22 @@ def is_saved_whole(parameter: str, modules_to_save: Iterable[str]) -> bool:
     return any(
         parameter[:end].endswith(endings) for end, character in enumerate(parameter) if character == "." and endings
     )
+
+
+def without_wrappers_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without PEFT's further copies of an embedding in ``modules_to_save``: its original, and itself again.
+
+    It does so when the vocabulary was resized. A second copy that differs from the first stays, to be refused.
+    """
+    kept = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        plain = ".".join(part for part in parts if part not in ("modules_to_save", "original_module"))
+        is_original = plain in tensors and "original_module" in parts
+        is_again = plain in tensors and "modules_to_save" in parts and torch.equal(tensors[plain], tensor)
+        if not is_original and not is_again:
+            kept[key] = tensor
+    return kept
 
 
 def split_keys(where: object, tensors: Mapping[str, _T], form: Form) -> tuple[dict[str, dict[str, _T]], dict[str, _T]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from doran_core.adapter.fields import TOKENS, TOKENS_ADVICE
 from doran_core.adapter.keys import PEFT_PARTS, split_keys
 from doran_core.adapter.schema import CONFIG_FILE, Kind, PeftModule
 from doran_core.adapter.validate import check_pair, check_vector
@@ -70,6 +71,8 @@ def check_peft_options(path: Path, config: Mapping[str, Any]) -> None:
             raise AdapterFormatError(f"{path}: {name}={config[name]!r}, expected true or false")
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(path, name, config.get(name) or {})
+    if config.get(TOKENS):
+        raise AdapterFormatError(f"{path}: {TOKENS_ADVICE}")
     for name, value in config.items():
         if name not in _UNDERSTOOD and name not in _NO_EFFECT and value not in (None, False, [], {}, ""):
             raise AdapterFormatError(f"{path}: {name}={value!r} cannot be represented exactly; doran does not know it")

@@ -17,7 +17,14 @@ from doran_core.adapter.digest import (
     with_scales_of,
 )
 from doran_core.adapter.fields import CONFIG_FIELDS, check_fields, peft_fields
-from doran_core.adapter.keys import TRAINABLE_MARK, is_saved_whole, plain_name, split_keys, strip_prefix
+from doran_core.adapter.keys import (
+    TRAINABLE_MARK,
+    is_saved_whole,
+    plain_name,
+    split_keys,
+    strip_prefix,
+    without_wrappers_copies,
+)
 from doran_core.adapter.peft_files import check_peft_options, parse_peft_modules
 from doran_core.adapter.schema import (
     CONFIG_FILE,
@@ -190,7 +197,7 @@ def _read_trainable(folder: OpenDirectory, fields: dict[str, Any]) -> TrainableA
         raise ConfigError(f"{path}: {error}") from error
     file = folder.path / TENSOR_FILE
     loaded = _read_tensors(folder, TENSOR_FILE)
-    modules, extra = split_keys(file, loaded.tensors, "trainable")
+    modules, extra = split_keys(file, without_wrappers_copies(loaded.tensors), "trainable")
     if not modules:
         raise MissingKeyError(f"{file}: holds no tensor of any adapted module (no key with '.{TRAINABLE_MARK}')")
     for name, tensors in modules.items():
@@ -263,7 +270,7 @@ def _read_peft(folder: OpenDirectory, config: dict[str, Any]) -> tuple[PeftAdapt
     path, file = folder.path / CONFIG_FILE, folder.path / TENSOR_FILE
     check_peft_options(path, config)
     loaded = _read_tensors(folder, TENSOR_FILE)
-    modules, extra = parse_peft_modules(file, config, loaded.tensors)
+    modules, extra = parse_peft_modules(file, config, without_wrappers_copies(loaded.tensors))
     check_tensors(str(file), {key: value for key, value in loaded.tensors.items() if strip_prefix(key) not in extra})
     _check_extra(file, extra, config)
     if {DIGEST, TENSORS_DIGEST} & loaded.metadata.keys():  # doran's, converted
