@@ -107,7 +107,7 @@ def test_the_template_takes_the_flags_values(tmp_path: Path) -> None:
 def test_the_example_is_a_configuration() -> None:
     config = load_config(Path(__file__).parents[4] / "examples" / "train_sentiment.yaml")
     assert config.adapter_config().core() == DoranConfig().core()
-    assert (config.trainer["learning_rate"], config.trainer["max_steps"]) == (4e-3, 100)
+    assert (config.trainer["learning_rate"], config.trainer["max_steps"]) == (2e-3, 100)
 
 
 def test_every_field_is_a_flag() -> None:
