@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ import torch
 from conftest import saved, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from doran_core.errors import ConfigError
 from doran_export import ExportReport, OnnxRunner, ProofError, verify
 
 Decoder = tuple[Path, ExportReport]
@@ -51,6 +53,19 @@ def test_padding_on_the_left_changes_nothing(tiny_decoder: Decoder) -> None:
     alone = runner.run({"input_ids": [[5, 6, 7]]})["logits"]
     padded = runner.run({"input_ids": [[0, 0, 5, 6, 7]], "attention_mask": [[0, 0, 1, 1, 1]]})["logits"]
     np.testing.assert_allclose(padded[:, 2:], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[5, 6, 7], [5, 6]], r"input_ids: expected rows of one length, got rows of \[3, 2\]; pad them"),
+        ([5, 6, 7], r"input_ids: expected \[batch, sequence\]"),
+        ([[]], r"input_ids: expected \[batch, sequence\]"),
+    ],
+)
+def test_prompts_of_another_shape_are_refused(tiny_decoder: Decoder, ids: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OnnxRunner(tiny_decoder[1].directory).generate(ids)
 
 
 def test_stops_at_an_end_token(tiny_decoder: Decoder, tmp_path: Path) -> None:

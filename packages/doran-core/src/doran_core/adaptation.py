@@ -8,7 +8,6 @@ from collections.abc import Collection
 from torch import nn
 
 from doran_core import kernels
-from doran_core.adapter.keys import plain_name
 from doran_core.errors import TargetError
 from doran_core.handle import DoranHandle, read_trainable, set_trained
 from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
@@ -16,6 +15,7 @@ from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import pad_encoders
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import FactorBuilder
+from doran_core.support.names import plain_modules
 from doran_core.targets import find_targets, matches
 
 __all__ = ["adapt", "load"]
@@ -45,14 +45,14 @@ def _adapt(
     if any(isinstance(module, DoranLayer) for module in model.modules()):
         raise TargetError(f"this {type(model).__name__} is adapted already; call remove() on its handle first")
     names = find_targets(model, config, known)
+    modules = plain_modules(model)
     saved = _modules_to_save(model, config)
     builder = factor_builder or make_factor_builder(config)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers: dict[str, DoranLayer] = {}
     try:
-        for place in names:
-            name = plain_name(place)
-            layers[name] = wrap(model.get_submodule(place), config, name=name, factor_builder=builder)
+        for name in names:
+            layers[name] = wrap(modules[name], config, name=name, factor_builder=builder)
             layers[name].train(layers[name].base_layer.training)
     except Exception:
         set_trained(trained)
@@ -63,7 +63,7 @@ def _adapt(
         model.set_submodule(place, layer)
     pad_encoders(model, layers.values())
     for name in saved:
-        model.get_submodule(name).requires_grad_(True)
+        modules[name].requires_grad_(True)
     kernels.prepare(model)
     share_blocks(model)
     return DoranHandle(model, config, layers, saved, places, trained)
@@ -109,7 +109,7 @@ def load(
 
 
 def _modules_to_save(model: nn.Module, config: DoranConfig) -> list[str]:
-    names = [name for name, _ in model.named_modules() if name and matches(name, config.modules_to_save)]
+    names = [name for name in plain_modules(model) if name and matches(name, config.modules_to_save)]
     for entry in config.modules_to_save or []:
         if not any(matches(name, [entry]) for name in names):
             raise TargetError(f"modules_to_save: {entry!r} matches no module of this {type(model).__name__}")

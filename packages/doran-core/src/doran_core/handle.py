@@ -21,7 +21,6 @@ from doran_core.adapter import (
 )
 from doran_core.adapter.apply import apply_adapter
 from doran_core.adapter.compiled import compile_module
-from doran_core.adapter.keys import plain_name
 from doran_core.checkpoint.fingerprint import combine_digests
 from doran_core.checkpoint.ties import tied_parameters
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
@@ -31,6 +30,7 @@ from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig
 from doran_core.method.optimizer_groups import parameter_groups
+from doran_core.support.names import plain_modules, plain_name
 from doran_core.support.sharding import first_process, gathered, whole
 
 __all__ = ["DoranHandle", "read_trainable", "set_trained"]
@@ -193,6 +193,10 @@ class DoranHandle:
         if self._removed:
             raise DoranError("this handle's adapters were removed from the model; call adapt() for a new one")
 
+    def _saved_modules(self) -> dict[str, nn.Module]:
+        modules = plain_modules(self.model)
+        return {name: modules[name] for name in self.modules_to_save}
+
     def _warn_uncalled(self, doing: str) -> None:
         warn_uncalled((layer.doran_adapter for layer in self.layers.values()), doing)
 
@@ -301,8 +305,7 @@ class DoranHandle:
 
     def _extra(self) -> dict[str, Tensor]:
         extra = {}
-        for name in self.modules_to_save:
-            module = self.model.get_submodule(name)
+        for name, module in self._saved_modules().items():
             with gathered(module, recurse=True):
                 for key, value in module.state_dict().items():
                     extra[plain_name(f"{name}.{key}")] = whole(value, f"{name}.{key}").cpu().clone()
@@ -313,7 +316,7 @@ class DoranHandle:
         apply_adapter(
             saved,
             {name: layer.doran_adapter for name, layer in self.layers.items()},
-            {plain_name(name): self.model.get_submodule(name) for name in self.modules_to_save},
+            self._saved_modules(),
             self.config,
             None if allow_base_mismatch else self.base_fingerprint(),
             Path(path),

@@ -12,6 +12,7 @@ from doran_core.errors import TargetError
 from doran_core.layers.base import is_adaptable, is_linear
 from doran_core.layers.uncalled import read_not_called
 from doran_core.method.config import ALL_LINEAR, DoranConfig
+from doran_core.support.names import plain_modules, plain_name
 from doran_core.support.patterns import name_pattern, pattern_matches_ending
 
 __all__ = [
@@ -46,7 +47,8 @@ def find_targets(model: nn.Module, config: DoranConfig, known: Collection[str] =
         TargetError: if no ``target_modules`` are given, one of them matches nothing (with the nearest names), or one
             matches a module that DoRAN cannot adapt, or that the model does not call.
     """
-    candidates = {name: module for name, module in model.named_modules() if name and is_adaptable(module)}
+    modules = plain_modules(model)
+    candidates = {name: module for name, module in modules.items() if name and is_adaptable(module)}
     targets = config.target_modules
     if not targets:
         raise TargetError(
@@ -59,7 +61,7 @@ def find_targets(model: nn.Module, config: DoranConfig, known: Collection[str] =
         found = [name for name in linear if name not in read]
         warn_left_out(model, (name for name in linear if name in read), read)
     else:
-        found = _named_targets(model, candidates, targets)
+        found = _named_targets(modules, candidates, targets)
     for name in config.exclude_modules if isinstance(config.exclude_modules, list) else []:
         if not any(matches(module, [name]) for module in found):
             raise TargetError(
@@ -117,7 +119,8 @@ def warn_left_out(model: nn.Module, names: Iterable[str], read: Mapping[str, str
 
 def expert_weights(model: nn.Module) -> list[str]:
     """Names of parameters that hold the matrices of several experts, ``[experts, rows, columns]``."""
-    return [name for name, parameter in model.named_parameters() if "expert" in name and parameter.dim() == 3]
+    named = ((plain_name(name), parameter) for name, parameter in model.named_parameters())
+    return [name for name, parameter in named if "expert" in name and parameter.dim() == 3]
 
 
 def shortened(names: Sequence[str]) -> str:
@@ -134,11 +137,13 @@ def warn_unused_patterns(config: DoranConfig, names: Collection[str]) -> None:
             warnings.warn(f"{field}: {unused} match no adapted module", RuntimeWarning, stacklevel=4)
 
 
-def _named_targets(model: nn.Module, candidates: dict[str, nn.Module], targets: str | list[str]) -> list[str]:
+def _named_targets(
+    modules: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module], targets: str | list[str]
+) -> list[str]:
     entries: list[str | list[str]] = [targets] if isinstance(targets, str) else [[entry] for entry in targets]
     found: set[str] = set()
     for entry in entries:
-        named = [name for name, _ in model.named_modules() if name and matches(name, entry)]
+        named = [name for name in modules if name and matches(name, entry)]
         fitting = [name for name in named if name in candidates]
         shown = entry if isinstance(entry, str) else entry[0]
         if not named:
@@ -147,7 +152,7 @@ def _named_targets(model: nn.Module, candidates: dict[str, nn.Module], targets: 
                 advice = f"a string is a regex for the whole name; for the ending, write [{entry!r}]"
             raise TargetError(f"target_modules: {shown!r} matches no module; {advice}")
         if not fitting:
-            kinds = sorted({type(model.get_submodule(name)).__name__ for name in named})
+            kinds = sorted({type(modules[name]).__name__ for name in named})
             raise TargetError(
                 f"target_modules: {shown!r} matches only modules that DoRAN cannot adapt ({', '.join(kinds)}); "
                 "it adapts linear layers, Conv1D, Embedding and Conv2d"

@@ -10,12 +10,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from doran_core.adapter.keys import plain_name
-from doran_core.checkpoint.fingerprint import combine_digests
+from doran_core.checkpoint.fingerprint import combine_digests, exact_digest
 from doran_core.checkpoint.ties import base_parameter, tied_parameters
 from doran_core.errors import BaseMismatchError
+from doran_core.support.names import plain_name
 from doran_hf.config import DoranConfig
-from doran_hf.layer import doran_layers
+from doran_hf.layer import DoranLayer, doran_layers
 from doran_hf.renaming import stored_name
 
 __all__ = ["base_fingerprint", "base_ties", "check_base", "module_kinds", "stored_names"]
@@ -35,6 +35,19 @@ def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
             return None
         digests.append((layer.name, digest))
     return combine_digests(digests) if digests else None
+
+
+def _by_compiled_names(model: nn.Module, adapter_name: str) -> str | None:
+    """The same with torch.compile's names, under which earlier versions saved adapters of compiled models."""
+    digests = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, DoranLayer) and adapter_name in layer.doran_adapter:
+            weight = layer.original_weight()
+            digest = None if weight is None or weight.is_meta else exact_digest(name, weight)
+            if digest is None:
+                return None
+            digests.append((name, digest))
+    return combine_digests(digests)
 
 
 def module_kinds(model: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -85,6 +98,8 @@ def check_base(model: nn.Module, adapter_name: str, config: DoranConfig) -> None
         return
     found = base_fingerprint(model, adapter_name)
     if found is not None and found != config.base_fingerprint:
+        if config.base_fingerprint == _by_compiled_names(model, adapter_name):
+            return
         raise BaseMismatchError(
             f"adapter {adapter_name!r} was made for the base weights {config.base_fingerprint}"
             f"{_of(config.base_model_name_or_path)}, but the weights of this {type(model).__name__} are {found}. To "

@@ -109,6 +109,10 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         self.doran_adapter[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # To PEFT that is the weight's: "meta" for one that accelerate brings per call.
+        super()._move_adapter_to_device_of_base_layer(adapter_name, self.view.device if device is None else device)
+
     def adapter(self, name: str) -> DoranAdapter:
         """The adapter of this name."""
         return cast(DoranAdapter, self.doran_adapter[name])

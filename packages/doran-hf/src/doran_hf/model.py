@@ -13,7 +13,6 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
 from torch import Tensor, nn
 
-from doran_core.adapter.keys import plain_name
 from doran_core.adapter.schema import FORMAT_VERSION, created_by
 from doran_core.adapter.validate import check_tensors
 from doran_core.errors import ConfigError, MissingKeyError, TargetError, UnexpectedKeyError
@@ -23,6 +22,7 @@ from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import pad_encoders, read_not_called, unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
+from doran_core.support.names import plain_name
 from doran_core.targets import matches, refuse_read, warn_unused_patterns
 from doran_hf.base_check import base_fingerprint, base_ties, check_base, module_kinds, stored_names
 from doran_hf.combine import add_weighted_adapter
@@ -32,7 +32,7 @@ from doran_hf.layer import DoranLayer, doran_layers, layer_class
 from doran_hf.mixed_batch import adapter_per_row
 from doran_hf.penalty import PenaltyHook
 from doran_hf.random_start import warn_random_start
-from doran_hf.register import PREFIX
+from doran_hf.register import PREFIX, is_offloaded_and_unhooked
 from doran_hf.targets import check_exclusions, check_targets, expand_all_linear, fill_targets
 from doran_hf.untying import keep_untied
 
@@ -106,6 +106,7 @@ class DoranModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         # PEFT's own answer, with each pattern of ours replaced by what it says of this one name.
+        key = plain_name(key)
         view = copy.copy(peft_config)
         view.target_modules = _resolved(peft_config.target_modules, key)
         view.exclude_modules = _resolved(peft_config.exclude_modules, key)
@@ -154,10 +155,15 @@ class DoranModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        refuse_read(current_key, self._plan.read)
-        _refuse_saved(current_key, config)
-        core, builder = self._plan.core, self._plan.builder
         name = plain_name(current_key)
+        if is_offloaded_and_unhooked(self.model, target):
+            raise TargetError(
+                f"{name}: its weight is offloaded, and PEFT has taken off the hooks that bring it; adapt the base with "
+                "get_peft_model, then set_peft_model_state_dict(model, load_peft_weights(path))"
+            )
+        refuse_read(name, self._plan.read)
+        _refuse_saved(name, config)
+        core, builder = self._plan.core, self._plan.builder
         layer = target if isinstance(target, DoranLayer) else layer_class(target, name)(target, name)
         layer.add(adapter_name, core, builder, inference_mode=config.inference_mode)
         if layer is target:
@@ -237,21 +243,25 @@ class DoranModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # The name stands right behind the container, however deep the parameter lies below it.
+        key = plain_name(key)
         before, mark, after = key.rpartition(f"{_MARK}{adapter_name}.")
         if mark:
-            return plain_name(f"{before}{_MARK}{after}")
+            return f"{before}{_MARK}{after}"
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state_dict = {plain_name(key) if _MARK in key else key: tensor for key, tensor in state_dict.items()}
+        state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
         own = {key: tensor for key, tensor in state_dict.items() if _MARK in key}
         check_tensors(f"adapter {adapter_name!r}", own)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        places = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        there = {plain_name(key): key for key, _ in places}
+        remapped = {there.get(key, key): tensor for key, tensor in remapped.items()}
         held = _tensors_by_name(model, adapter_name)
         unknown = sorted(key for key in remapped if _MARK in key and key not in held)
         if unknown:

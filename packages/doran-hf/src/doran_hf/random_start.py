@@ -24,7 +24,7 @@ def random_parameters(model: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in parameters.items()
-        if not was_loaded(parameter) and not ignored_if_missing(model, name)
+        if not was_loaded(parameter) and not parameter.is_meta and not ignored_if_missing(model, name)
     ]
 
 

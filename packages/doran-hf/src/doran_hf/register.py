@@ -4,7 +4,8 @@ PEFT's own ``register_peft_method`` refuses names outside its enum. When PEFT ac
 call of its function replaces ``register``. The other names go when PEFT offers what they do under public ones:
 ``_maybe_include_all_linear_layers`` (which layers "all-linear" means), and when transformers says of a model which
 parameters were not in its checkpoint: ``_is_hf_initialized``, its mark of a parameter that was loaded, and
-``_keys_to_ignore_on_load_missing``, the patterns of those that no checkpoint needs to have.
+``_keys_to_ignore_on_load_missing``, the patterns of those that no checkpoint needs to have. ``_hf_hook`` is
+accelerate's, and goes when accelerate says of a module whether its weights are elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 
 from doran_core.errors import DoranError
 
-__all__ = ["PREFIX", "DoranPeftType", "ignored_if_missing", "linear_layers", "register", "was_loaded"]
+__all__ = [
+    "PREFIX",
+    "DoranPeftType",
+    "ignored_if_missing",
+    "is_offloaded_and_unhooked",
+    "linear_layers",
+    "register",
+    "was_loaded",
+]
 
 PREFIX = "doran_"
 """What the names of DORAN's submodules begin with in an adapted layer."""
@@ -64,7 +73,8 @@ def _same(old: Any, new: Any) -> bool:
 
 def linear_layers(config: PeftConfig, model: nn.Module) -> set[str]:
     """Names of the layers that "all-linear" means in a model, for a configuration with these target_modules."""
-    return set(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules)
+    inside = getattr(model, "_orig_mod", model)  # a compiled model is no model of transformers to PEFT
+    return set(_maybe_include_all_linear_layers(copy.copy(config), inside).target_modules)
 
 
 def was_loaded(tensor: Tensor) -> bool:
@@ -80,3 +90,12 @@ def ignored_if_missing(model: nn.Module, name: str) -> bool:
         for pattern in getattr(module, "_keys_to_ignore_on_load_missing", None) or ()
     }
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def is_offloaded_and_unhooked(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether a device_map offloads a layer's weights, and nothing brings them for a call.
+
+    PEFT takes accelerate's hooks off a model with such a map before it loads an adapter.
+    """
+    mapped = {"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    return bool(mapped) and not hasattr(layer, "_hf_hook") and any(p.is_meta for p in layer.parameters())

@@ -12,6 +12,7 @@ from torch import nn
 from doran_core.errors import TargetError
 from doran_core.layers import is_adaptable
 from doran_core.method.config import ALL_LINEAR
+from doran_core.support.names import plain_modules, plain_name
 from doran_core.targets import matches, nearest_names, shortened, warn_left_out
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
@@ -81,10 +82,10 @@ def expand_all_linear(config: DoranConfig, model: nn.Module, read: Mapping[str, 
     """
     if config.target_modules != ALL_LINEAR:
         return
-    linear = linear_layers(config, model)
+    linear = {plain_name(name) for name in linear_layers(config, model)}
     named = [
         name
-        for name, _ in model.named_modules()
+        for name in plain_modules(model)
         if name in linear and not _is_saved(name, config) and not _cannot_be_saved(name, model)
     ]
     kept = [name for name in named if name not in read]
@@ -130,7 +131,7 @@ def _base_modules(model: nn.Module) -> dict[str, bool]:
     """Names of the base model's modules, and whether each can be adapted; what is inside adapted layers is left out."""
     names: dict[str, bool] = {}
     inside = ""
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model).items():
         if not name or (inside and name.startswith(inside)):
             continue
         adapted = isinstance(module, BaseTunerLayer)

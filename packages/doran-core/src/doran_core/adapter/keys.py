@@ -13,13 +13,13 @@ from torch import Tensor
 
 from doran_core.adapter.schema import KEY_PREFIX
 from doran_core.errors import UnexpectedKeyError
+from doran_core.support.names import plain_name
 
 __all__ = [
     "PEFT_PARTS",
     "TRAINABLE_MARK",
     "check_readable",
     "is_saved_whole",
-    "plain_name",
     "split_keys",
     "strip_prefix",
     "trainable_key",
@@ -51,11 +51,6 @@ def trainable_key(module: str, part: str) -> str:
 def strip_prefix(key: str) -> str:
     """The key without PEFT's prefix and without torch.compile's part, if it has them."""
     return plain_name(key.removeprefix(KEY_PREFIX))
-
-
-def plain_name(name: str) -> str:
-    """A module's or parameter's name as it is without torch.compile, which puts a part into the names that it wraps."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def is_saved_whole(parameter: str, modules_to_save: Iterable[str]) -> bool:

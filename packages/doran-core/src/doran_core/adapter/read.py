@@ -20,7 +20,6 @@ from doran_core.adapter.fields import CONFIG_FIELDS, check_fields, peft_fields
 from doran_core.adapter.keys import (
     TRAINABLE_MARK,
     is_saved_whole,
-    plain_name,
     split_keys,
     strip_prefix,
     without_wrappers_copies,
@@ -52,6 +51,7 @@ from doran_core.files.jsonfile import JSON_LIMIT, parse_json, parse_object
 from doran_core.files.opening import OpenDirectory, named_errors, open_regular, read_directory
 from doran_core.files.tensors import LoadedFile, read_tensor_bytes
 from doran_core.method.config import DoranConfig
+from doran_core.support.names import plain_name
 
 __all__ = ["read_adapter", "read_compiled", "require_adapter_files"]
 

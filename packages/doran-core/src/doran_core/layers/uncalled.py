@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from doran_core.layers.adapter import DoranAdapter
+from doran_core.support.names import plain_modules
 
 __all__ = ["READ_BY_CLASS", "pad_encoders", "read_not_called", "unpad_encoders", "warn_uncalled"]
 
@@ -64,7 +65,7 @@ def read_not_called(model: nn.Module) -> dict[str, str]:
         For each name the reason, as the end of a sentence.
     """
     found: dict[str, str] = {}
-    for place, parent in model.named_modules():
+    for place, parent in plain_modules(model).items():
         names = READ_BY_CLASS.get(type(parent).__name__, ())
         for name, child in parent.named_children():
             full = f"{place}.{name}" if place else name
@@ -77,7 +78,7 @@ def read_not_called(model: nn.Module) -> dict[str, str]:
 
 def _stand_ins(model: nn.Module) -> dict[str, str]:
     """The modules "shared" of T5, BART and their kin: they hold the weight that other embeddings are called with."""
-    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    embeddings = {name: module for name, module in plain_modules(model).items() if isinstance(module, nn.Embedding)}
     found = {}
     for name, module in embeddings.items():
         called = [other for other, its in embeddings.items() if its is not module and its.weight is module.weight]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class OnnxRunner:
             The next token ids [batch].
 
         Raises:
-            ConfigError: the model has no cache, or a prompt is padded on the right.
+            ConfigError: the model has no cache, the prompts are not rows of one length, or one is padded on the right.
         """
         if not self.has_cache:
             raise ConfigError(f"{self.directory} is not a decoder with a cache: it cannot generate")
@@ -216,9 +216,15 @@ class OnnxRunner:
 
     def _complete(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         """The given inputs as arrays of the graph's dtypes, with what follows from them filled in."""
-        feed = {name: np.asarray(value) for name, value in inputs.items()}
+        feed = {name: _as_array(name, value) for name, value in inputs.items()}
         if "input_ids" in feed:
             feed.setdefault("attention_mask", np.ones_like(feed["input_ids"]))
+            shapes = [feed[name].shape for name in ("input_ids", "attention_mask")]
+            if len(shapes[0]) != 2 or 0 in shapes[0] or shapes[0] != shapes[1]:
+                raise ConfigError(
+                    f"input_ids: expected [batch, sequence] and an attention_mask like it, got {list(shapes[0])} and "
+                    f"{list(shapes[1])}"
+                )
             if "token_type_ids" in self.input_names:
                 feed.setdefault("token_type_ids", np.zeros_like(feed["input_ids"]))
             if "position_ids" in self.input_names and "position_ids" not in feed:
@@ -229,3 +235,14 @@ class OnnxRunner:
         if set(feed) != set(expected):
             raise ConfigError(f"inputs {sorted(feed)} were given, but {self.directory.name} reads {sorted(expected)}")
         return {name: as_dtype(name, feed[name], self.graph.numpy_type(name)) for name in expected}
+
+
+def _as_array(name: str, value: Any) -> Array:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        lengths = [len(row) if isinstance(row, Sized) else type(row).__name__ for row in value]
+        raise ConfigError(
+            f"{name}: expected rows of one length, got rows of {lengths}; pad them to one length and mark the padding "
+            "with 0 in attention_mask, or take generate_text"
+        ) from error
