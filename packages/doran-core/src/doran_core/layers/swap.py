@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -99,13 +100,13 @@ class WeightSwap:
     def release(self, view: BaseView, trained: Collection[int]) -> None:
         """Make W', if it is in, train where W0 is among the parameters with these ids."""
         if self._original is not None:
-            view.layer.weight.requires_grad_(id(self._original) in trained)  # type: ignore[operator, union-attr]
+            cast(Tensor, view.layer.weight).requires_grad_(id(self._original) in trained)
 
     def restore(self, view: BaseView) -> None:
         """Put W0 back."""
         if self._original is None:
             return
-        current = view.layer.weight
+        current = cast(Tensor, view.layer.weight)
         if is_dtensor(current):
             with torch.no_grad():
                 current.copy_(self._original)
