@@ -167,6 +167,20 @@ def hf(session: nox.Session) -> None:
 
 
 @nox.session
+def distributed(session: nox.Session) -> None:
+    """Two processes over gloo: DDP, FSDP1, FSDP2 and DeepSpeed ZeRO against one process. Not part of bare ``nox``."""
+    install(session, "core", "hf", extra={"hf": "[test]"})
+    session.install("wheel", "setuptools", "ninja")  # DeepSpeed comes as a source distribution that looks for torch
+    session.run_install(
+        *("python", "-m", "pip", "install", "--no-build-isolation", "deepspeed>=0.18"),
+        env={"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"},
+        success_codes=[0, 1],  # without it the tests of ZeRO are skipped, and say so
+    )
+    session.env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    test(session, "packages/doran-hf/tests_distributed")
+
+
+@nox.session
 def export(session: nox.Session) -> None:
     """doran-export: merged models in ONNX Runtime, on real weights."""
     genai = "genai," if ONNXRUNTIME == "cpu" else ""  # it brings onnxruntime, which hides onnxruntime-gpu

@@ -1,0 +1,78 @@
+"""Saving, fingerprint and merge of sharded models: the bytes of one process; FSDP2 merges in place and back."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Adaptation, handle_of, probe, train
+from processes import Pair, RemoteError
+from strategies import Options, Spread
+
+
+def save(spreading: Spread, folder: str) -> tuple[str | None, dict[str, str]]:
+    """The fingerprint, and digests of the files of both forms."""
+    handle = handle_of(spreading.inner)
+    with spreading.whole() if spreading.options.strategy == "fsdp1" else nullcontext():
+        for form in ("trainable", "compiled"):
+            handle.save(f"{folder}/{form}", form=form)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return handle.base_fingerprint(), {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        }
+
+
+def train_and_save(options: Options, folder: str) -> Any:
+    return train(Adaptation(), options, lambda spreading: save(spreading, folder))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options("fsdp2", steps=0),
+        Options("fsdp2", units="linear", steps=0),
+        Options("fsdp1", steps=0),
+        Options("zero3", steps=0),
+    ],
+    ids=["fsdp2", "fsdp2-linear", "fsdp1", "zero3"],
+)
+def test_the_files_are_those_of_one_process(pair: Pair, tmp_path: Path, options: Options) -> None:
+    fingerprint, files = train_and_save(Options(steps=0), str(tmp_path / "one"))
+    assert fingerprint is not None
+    assert len(files) == 5
+    found = pair.run(train_and_save, options, str(tmp_path / "two"))
+    assert [part[0] for part in found] == [fingerprint, fingerprint]
+    assert found[0][1] == files
+
+
+def merge(options: Options) -> Any:
+    def run(spreading: Spread) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        handle, before = handle_of(spreading.inner), probe(spreading)
+        handle.merge()
+        merged = probe(spreading)
+        handle.unmerge()
+        return before, merged, probe(spreading)
+
+    return train(Adaptation(), options, run)
+
+
+@pytest.mark.parametrize("units", ["block", "linear"])
+def test_fsdp2_merges_in_place_and_back_to_the_bit(pair: Pair, units: str) -> None:
+    for before, merged, after in pair.run(merge, Options("fsdp2", units=units)):
+        torch.testing.assert_close(merged, before, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(merged, before)  # another order of sums: W' was in use
+        assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"), [(Options("fsdp1"), "summon_full_params"), (Options("zero3"), "GatheredParameters")],
+    ids=["fsdp1", "zero3"],
+)  # fmt: skip
+def test_elsewhere_the_remedy_is_named(pair: Pair, options: Options, remedy: str) -> None:
+    with pytest.raises(RemoteError, match=remedy) as caught:
+        pair.run(merge, options)
+    assert caught.value.kind == "TargetError"

@@ -1,0 +1,64 @@
+"""Settings of real users, one row each: right as one process is, or refused by a named error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from models import Adaptation, train
+from processes import Pair, RemoteError
+from strategies import Options
+from test_matrix import EXACT, distances
+
+PENALTY = {"factor_penalty": 1.0}
+MODEL_WIDE = {"sharing": "model"}
+
+RIGHT: dict[str, tuple[Adaptation, Options]] = {
+    "fsdp2, each Linear a unit": (Adaptation(), Options("fsdp2", units="linear")),
+    "fsdp2, one unit": (Adaptation(), Options("fsdp2", units="root")),
+    "fsdp2, kept after the forward": (Adaptation(), Options("fsdp2", reshard=False)),
+    "fsdp2, accumulation": (Adaptation(), Options("fsdp2", accumulate=2)),
+    "fsdp2, checkpointing": (Adaptation(checkpointing="plain"), Options("fsdp2")),
+    "fsdp2, reentrant checkpointing": (Adaptation(checkpointing="reentrant"), Options("fsdp2")),
+    "fsdp2, penalty": (Adaptation(options=PENALTY), Options("fsdp2", penalty=True)),
+    "fsdp1, one unit": (Adaptation(), Options("fsdp1", units="root")),
+    "fsdp1, checkpointing": (Adaptation(checkpointing="plain"), Options("fsdp1")),
+    "fsdp1, reentrant checkpointing": (Adaptation(checkpointing="reentrant"), Options("fsdp1")),
+    "fsdp1, accumulation": (Adaptation(), Options("fsdp1", accumulate=2)),
+    "fsdp1, kept after the forward": (Adaptation(), Options("fsdp1", reshard=False)),
+    "ddp, penalty": (Adaptation(options=PENALTY), Options("ddp", penalty=True)),
+    "ddp, checkpointing, model-wide": (Adaptation(checkpointing="plain", options=MODEL_WIDE), Options("ddp")),
+    "ddp, reentrant checkpointing": (Adaptation(checkpointing="reentrant"), Options("ddp")),
+    "zero2, accumulation": (Adaptation(), Options("zero2", accumulate=2)),
+    "zero2, penalty": (Adaptation(options=PENALTY), Options("zero2", penalty=True)),
+    "zero3, model-wide": (Adaptation(options=MODEL_WIDE), Options("zero3")),
+    "zero3, penalty": (Adaptation(options=PENALTY), Options("zero3", penalty=True)),
+    "zero3, checkpointing": (Adaptation(checkpointing="plain"), Options("zero3")),
+    "zero3, accumulation": (Adaptation(), Options("zero3", accumulate=2)),
+}
+
+
+@pytest.mark.parametrize("method", ["core", "hf"])
+@pytest.mark.parametrize("setting", RIGHT)
+def test_it_is_one_process(pair: Pair, setting: str, method: str) -> None:
+    how, options = RIGHT[setting]
+    how = Adaptation(method, how.options, how.checkpointing)
+    one = train(how, Options(accumulate=options.accumulate, penalty=options.penalty))
+    found = distances(pair.run(train, how, options), one)
+    assert max(found) < EXACT, found
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Options]] = {
+    "fsdp1, penalty": (PENALTY, Options("fsdp1", penalty=True)),
+    "fsdp1 NO_SHARD, model-wide": (MODEL_WIDE, Options("fsdp1", no_shard=True)),
+    "fsdp1, model-wide": (MODEL_WIDE, Options("fsdp1")),
+}
+
+
+@pytest.mark.parametrize("method", ["core", "hf"])
+@pytest.mark.parametrize("setting", REFUSED)
+def test_it_is_refused_with_the_remedy(pair: Pair, setting: str, method: str) -> None:
+    options, spreading = REFUSED[setting]
+    with pytest.raises(RemoteError, match="use FSDP2") as caught:
+        pair.run(train, Adaptation(method, options), spreading)
+    assert caught.value.kind == "TargetError"
