@@ -33,7 +33,7 @@ class RemoteError(Exception):
 class Pair:
     """Two processes; ``run(function, *args)`` calls the function in both and returns ``[result of 0, result of 1]``."""
 
-    def __init__(self, timeout: float = 120.0) -> None:
+    def __init__(self, timeout: float = 400.0) -> None:
         self._timeout = timeout
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []

@@ -13,6 +13,12 @@ _OURS: dict[str, list[str]] = {
     "phi": ["q_proj", "v_proj"],
     "rwkv": ["receptance", "value"],
     "rwkv7": ["r_proj", "v_proj"],
+    # Decoders with experts: their attention. DeepSeek's queries and values may go through a smaller space.
+    **{key: ["q_proj", "q_b_proj", "kv_b_proj"] for key in ["deepseek_v2", "deepseek_v3"]},
+    **{
+        key: ["q_proj", "v_proj"]
+        for key in ["ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"]
+    },
     # Families that PEFT has no LoRA default for. Vision models have both spellings, by their age.
     "dinov2": ["q_proj", "v_proj", "query", "value"],
     "distilbert": ["q_lin", "v_lin"],

@@ -7,7 +7,7 @@ import warnings
 
 from torch import nn
 
-from doran_core.config import ALL_LINEAR
+from doran_core.method.config import ALL_LINEAR
 
 __all__ = ["expert_share", "warn_of_experts"]
 
@@ -15,7 +15,7 @@ _EXPERTS = re.compile(r"(^|\.|_)experts?(\.|_|$)")
 
 
 def expert_share(model: nn.Module) -> float:
-    """The part of a model's parameters that lies in stacked expert weights ``[experts, rows, columns]``, from 0 to 1."""
+    """The part of a model's parameters in stacked expert weights ``[experts, rows, columns]``, from 0 to 1."""
     total = left_out = 0
     for name, parameter in model.named_parameters():
         if ".doran_adapter." in name:

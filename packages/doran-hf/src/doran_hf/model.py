@@ -28,6 +28,7 @@ from doran_hf.base_check import base_fingerprint, base_ties, check_base, module_
 from doran_hf.combine import add_weighted_adapter
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
+from doran_hf.expert_share import warn_of_experts
 from doran_hf.layer import DoranLayer, doran_layers, layer_class
 from doran_hf.mixed_batch import adapter_per_row
 from doran_hf.penalty import PenaltyHook
@@ -76,11 +77,13 @@ class DoranModel(BaseTuner):
         config = self.peft_config[adapter_name]
         is_new = config.created_by is None
         read = read_not_called(model) if is_new else {}  # a saved adapter is loaded as it is
+        asked = config.target_modules
         fill_targets(config, model)
         if state_dict is None:
             expand_all_linear(config, model, read)
             check_targets(config, model)
             check_exclusions(config, model)
+        warn_of_experts(model, asked)
         warn_random_start(model, config.modules_to_save)
         _fill_head_dim(config, model)
         core = config.core()

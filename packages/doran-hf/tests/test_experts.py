@@ -1,0 +1,51 @@
+"""Mixture-of-experts decoders: what is left out is said, and the defaults fit."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from doran_hf import DoranConfig
+from doran_hf.expert_share import expert_share
+from doran_hf.layer import doran_layers
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def make(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if family == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=4, moe_intermediate_size=48, head_dim=8, **SIZES))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_all_linear_says_what_it_leaves_out(family: str) -> None:
+    model = make(family)
+    share = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) / sum(
+        p.numel() for p in model.parameters()
+    )
+    assert expert_share(model) == pytest.approx(share)
+    with pytest.warns(UserWarning, match=rf"{share:.0%} of its parameters are expert weights"):
+        get_peft_model(model, DoranConfig(rank=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def test_a_pattern_that_names_experts_says_so() -> None:
+    targets = r".*(experts|q_proj).*"
+    with pytest.warns(UserWarning, match="expert weights"), warnings.catch_warnings():
+        get_peft_model(make("mixtral"), DoranConfig(rank=2, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_defaults_adapt_attention_without_a_warning(family: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*expert weights.*")
+        model = get_peft_model(make(family), DoranConfig(rank=2, task_type="CAUSAL_LM"))
+    assert {layer.name.rpartition(".")[2] for layer in doran_layers(model)} == {"q_proj", "v_proj"}
