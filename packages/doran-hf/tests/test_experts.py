@@ -37,12 +37,6 @@ def test_all_linear_says_what_it_leaves_out(family: str) -> None:
         get_peft_model(model, DoranConfig(rank=2, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def test_a_pattern_that_names_experts_says_so() -> None:
-    targets = r".*(experts|q_proj).*"
-    with pytest.warns(UserWarning, match="expert weights"), warnings.catch_warnings():
-        get_peft_model(make("mixtral"), DoranConfig(rank=2, target_modules=targets, task_type="CAUSAL_LM"))
-
-
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_the_defaults_adapt_attention_without_a_warning(family: str) -> None:
     with warnings.catch_warnings():
