@@ -27,6 +27,24 @@ REQUIRED: dict[str, list[str]] = {
     ],
     "vllm.lora.model_manager:LoRAModelManager": [
         *("self.modules", "self.packed_modules", "self.lora_index_to_id", "self.model", "module.reset_lora(index)"),
+        *("self._registered_adapters", "def _add_adapter", "def list_adapters", "def remove_adapter"),
+    ],
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager": [
+        "def _apply_adapters",
+        "self.add_adapter(lora)",
+        "load_inplace",
+    ],
+    "vllm.lora.model_manager:LRUCacheLoRAModelManager": ["def remove_oldest_adapter", "def activate_adapter"],
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin": [
+        "self.lora_manager",
+        "def add_lora",
+        "def remove_lora",
+    ],
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": ["def get_block_ids", "def evict_blocks"],
+    "vllm.v1.engine.output_processor:OutputProcessor": ["def propagate_error"],
+    "vllm.v1.engine.async_llm:AsyncLLM.shutdown": ["output_handler"],
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": [
+        *("static_lora_modules", "self.lora_requests", "raise ValueError(load_result.error.message)"),
     ],
     "vllm.lora.worker_manager:WorkerLoRAManager": ["_manager_cls", "self._adapter_manager", "self.lora_config"],
     "vllm.v1.engine.input_processor:InputProcessor": ["self.vllm_config", "self._validate_lora(lora_request)"],
@@ -37,6 +55,7 @@ REQUIRED: dict[str, list[str]] = {
     ],
     "vllm.v1.core.sched.scheduler:Scheduler": [
         *("self.requests", "def add_request(self, request", "def finish_requests(", "def get_num_unfinished_requests("),
+        *("self.kv_cache_manager", "num_scheduled_tokens", "if request is None or request.is_finished():"),
         *("def pause_state(", "def reset_prefix_cache(", "def update_from_output(", "def get_request_counts("),
     ],
     "vllm.v1.core.sched.interface:PauseState": ["UNPAUSED"],

@@ -269,10 +269,11 @@ class Load:
             if answer.status != 200:
                 return answer.status, text
             if not stream:
-                return 200, json.loads(text)["choices"][0]["token_ids"]
+                choice = json.loads(text)["choices"][0]
+                return 200, text if choice["finish_reason"] == "abort" else choice["token_ids"]
             events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
             chunks = [json.loads(event) for event in events]
-            if any("error" in chunk for chunk in chunks):
+            if any("error" in chunk or chunk["choices"][0]["finish_reason"] == "abort" for chunk in chunks):
                 return 200, text
             return 200, [token for chunk in chunks for token in chunk["choices"][0]["token_ids"] or []]
         except (OSError, http.client.HTTPException) as error:

@@ -216,11 +216,15 @@ PATCHES = (
         "vLLM empties its slots at level 2",
     ),
     *(
-        Patch(target, frontend.checked_model, _STREAM_REASON, _BOTH, _FRONT_GOES, optional=True)
-        for target in (
-            "vllm.entrypoints.openai.engine.serving:OpenAIServing._check_model",
-            "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
-            "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+        Patch(f"{holder}.{name}", build, _STREAM_REASON, _BOTH, _FRONT_GOES, optional=True)
+        for name, build in (
+            ("_check_model", frontend.checked_model),
+            ("_maybe_get_adapters", frontend.admitted_adapter),
+        )
+        for holder in (
+            "vllm.entrypoints.openai.engine.serving:OpenAIServing",
+            "vllm.entrypoints.pooling.base.serving:PoolingBaseServing",
+            "vllm.entrypoints.serve.engine.serving:BaseServing",
         )
     ),
     Patch(

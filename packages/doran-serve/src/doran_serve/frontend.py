@@ -28,6 +28,7 @@ __all__ = [
     "EngineNames",
     "adapter_id",
     "admit",
+    "admitted_adapter",
     "checked_add",
     "checked_async_add",
     "checked_model",
@@ -42,7 +43,7 @@ __all__ = [
 
 _logger = logging.getLogger("vllm.doran_serve")
 _admitted: ContextVar[tuple[Any, Any]] = ContextVar("doran_admitted", default=(None, None))
-"""The adapter that the HTTP request of this task names, and the version that was admitted for it."""
+"""The adapter that this task's HTTP request names, and the version that was admitted for it."""
 _configs: dict[str, Any] = {}
 """vLLM's configuration of each engine of this process, by the name of its model."""
 
@@ -116,12 +117,12 @@ def current_request(vllm_config: Any, lora_request: Any) -> Any:
         AdapterRefusedError: as `admit` does.
         LoRAAdapterNotFoundError: as `admit` does.
     """
-    if unmarked(lora_request.lora_path)[1] is not None:  # it has been here
-        return lora_request
     if hasattr(lora_request, "lora_tensors"):  # another package's request, which brings tensors instead of files
         return lora_request
-    path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
-    version = admit(vllm_config, lora_request.lora_name, path).version
+    path, version = unmarked(lora_request.lora_path)
+    if version is None:
+        path = lookup("get_adapter_absolute_path")(path)
+        version = admit(vllm_config, lora_request.lora_name, path).version
     current = copy.copy(lora_request)
     current.lora_name, current.lora_int_id = _engine_names(lora_request.lora_name, lora_request.lora_int_id, version)
     current.lora_path = marked(path, version)
@@ -182,16 +183,34 @@ def checked_model(stock: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any,
     return check_model
 
 
+def admitted_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Around the HTTP server's `_maybe_get_adapters`: the version that `checked_model` admitted goes with the request.
+
+    Its files may change before the engine is asked, which for a streamed answer is after the status was sent.
+    """
+
+    @functools.wraps(stock)
+    def maybe_get_adapters(*args: Any, **kwargs: Any) -> Any:
+        lora_request = stock(*args, **kwargs)
+        checked, admitted = _admitted.get()
+        if lora_request is None or checked is not lora_request:
+            return lora_request
+        pinned = copy.copy(lora_request)  # under the name that the client knows
+        pinned.lora_path = admitted.lora_path
+        return pinned
+
+    return maybe_get_adapters
+
+
 def with_current_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Around `InputProcessor.process_inputs`, which every request passes."""
 
     @functools.wraps(stock)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("lora_request") is not None:
-            asked = kwargs["lora_request"]
-            checked, admitted = _admitted.get()
-            kwargs["lora_request"] = admitted if checked is asked else current_request(self.vllm_config, asked)
-            metrics.accepted(asked.lora_name)
+            adapter = kwargs["lora_request"].lora_name
+            kwargs["lora_request"] = current_request(self.vllm_config, kwargs["lora_request"])
+            metrics.accepted(adapter)
         return stock(self, *args, **kwargs)
 
     return process_inputs
