@@ -83,7 +83,8 @@ def test_the_template_has_every_field_with_its_default(tmp_path: Path, monkeypat
     uncommented = yaml.safe_load("\n".join(map(_uncomment, text.splitlines())))
     defaults = DoranConfig()
     for name, value in uncommented["adapter"].items():
-        assert getattr(defaults, name) == value, name
+        assert getattr(defaults, name) == (16 if name == "embedding_dim" else value), name
+    assert uncommented["adapter"]["embedding_dim"] is None  # a number as soon as a rank is known
     assert {"rank", "tau_kind", "norm_grad", "target_modules", "sharing"} < set(uncommented["adapter"])
     assert all(
         "  # " in line for line in text.partition("\ntrainer:")[0].splitlines() if ": " in line and line[0] != "#"
