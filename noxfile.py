@@ -220,6 +220,7 @@ def docs(session: nox.Session) -> None:
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     session.run("mkdocs", "build", "--strict")  # with --quiet it would not count its warnings
     test(session, "docs/tools")
+    test(session, "tests/faults")  # the short form: only here are all four packages in one environment
 
 
 @nox.session

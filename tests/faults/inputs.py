@@ -132,7 +132,11 @@ def _work(legal: Path, indices: list[int], seed: int, failures: Path, pipe: Conn
         if done == 100:  # by then every package is imported
             start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with tempfile.TemporaryDirectory(prefix="doran-faults-", dir=_scratch()) as scratch:
-            report = _one(legal, index, seed, failures, Path(scratch), meanings)
+            try:
+                report = _one(legal, index, seed, failures, Path(scratch), meanings)
+            except Exception:  # the harness' own
+                _keep(failures, seed, index, None, {"what": "other_errors", "error": traceback.format_exc()})
+                report = {"inputs": 1, "other_errors": 1, "slowest": 0.0}
         now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         pipe.send(report | {"index": index, "memory_mb": 0.0 if start is None else (now - start) / 1024})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import shutil
 from collections.abc import Callable
@@ -19,28 +20,36 @@ from doran_core.adapter.digest import directory_digest
 from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.convert import compile_adapter
 from doran_core.diagnostics import inspect_adapter
+from doran_core.errors import DoranError
 from doran_core.merge import merge_checkpoint
 
-__all__ = ["ADAPTER_READERS", "BASE_READERS", "YAML_READERS", "import_everything"]
+__all__ = ["ADAPTER_READERS", "BASE_READERS", "YAML_READERS", "warm_up"]
 
 Reader = Callable[[Path, Path, Path], Any]
 """Called with the mutated directory, the folder of the legal inputs, and a folder to write to."""
 
 
-def import_everything() -> None:
-    """Import what the readers import, once and before any clock runs."""
-    for name in ("peft", "transformers", "doran_hf.train.config", "doran_export.loading", "doran_serve.launch"):
-        importlib.import_module(name)
-    importlib.import_module("doran_hf").DoranConfig()
-    importlib.import_module("transformers").AutoConfig  # noqa: B018 - which loads what is loaded lazily
-    importlib.import_module("transformers").AutoTokenizer  # noqa: B018
-    importlib.import_module("transformers").TrainingArguments  # noqa: B018
-    importlib.import_module("doran_serve").AdapterStore  # noqa: B018
+def warm_up(legal: Path, out: Path) -> None:
+    """Every reader on a legal input that it accepts: by then all is imported, before any clock runs."""
+    for number, reader in enumerate([*ADAPTER_READERS.values(), *BASE_READERS.values(), *YAML_READERS.values()]):
+        base = reader in BASE_READERS.values()
+        source = "base" if base else "yaml" if reader is _yaml else "generated"
+        (out / str(number)).mkdir()
+        reader(legal / source, legal, out / str(number))
+    (out / "lora").mkdir()
+    with contextlib.suppress(DoranError):
+        _store(legal / "peft-embedding", legal, out / "lora")
+
+
+class _Root(nn.Module):
+    """What PEFT asks of a causal language model."""
+
+    def prepare_inputs_for_generation(self) -> None: ...
 
 
 def live_model() -> nn.Module:
     """The adapted modules of the made base, live."""
-    root = nn.Module()
+    root = _Root()
     for name, weight in made.base_weights().items():
         if name.endswith("proj.weight"):
             *path, last = name.removesuffix(".weight").split(".")

@@ -21,7 +21,7 @@ from inputs import throw
 from kills import kill_writers
 from legal import write_all
 from pressure import full_disks, limits, readers_and_writers, two_writers
-from readers import import_everything
+from readers import warm_up
 
 BAD = ("crashes", "hangs", "other_errors", "silent", "wrong", "left_over", "lost", "mixed", "raised")
 
@@ -37,12 +37,13 @@ def main() -> int:
     parser.add_argument("--failures", type=Path, default=Path("faults-failures"), help="where to keep what failed")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    import_everything()
     print(f"seed {options.seed}", flush=True)
     report = {}
     with tempfile.TemporaryDirectory(prefix="doran-legal-") as folder:
         legal = Path(folder)
         write_all(legal)
+        (legal / "warm").mkdir()
+        warm_up(legal, legal / "warm")
         steps = {
             "kills": lambda: kill_writers(legal, options.kills),
             "races": lambda: readers_and_writers(legal, options.races),

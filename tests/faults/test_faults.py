@@ -18,14 +18,14 @@ from inputs import throw
 from kills import kill_writers
 from legal import write_all
 from pressure import full_disks, readers_and_writers, two_writers
-from readers import import_everything
+from readers import warm_up
 
 
 @pytest.fixture(scope="module")
 def legal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("legal")
     write_all(folder)
-    import_everything()
+    warm_up(folder, tmp_path_factory.mktemp("warm"))
     return folder
 
 

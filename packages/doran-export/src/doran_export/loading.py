@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.errors import CheckpointError
+from doran_core.files.opening import named_errors
 from doran_export.errors import UnsupportedModelError
 from doran_export.files import read_json
 from doran_export.tasks import Task, task_for
@@ -47,6 +48,11 @@ def open_source(path: Path, task: str | None = None) -> Source:
         ConfigError: `task` is not a known name.
     """
     _require_files(path)
+    with named_errors(path, CheckpointError):
+        return _open_source(path, task)
+
+
+def _open_source(path: Path, task: str | None) -> Source:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # ValueError, KeyError, and the errors of each configuration's own checks

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
-from doran_core.errors import CorruptFileError
+from doran_core.errors import AdapterFormatError, CorruptFileError
 from doran_core.files import StrPath
 from doran_core.files.jsonfile import JSON_LIMIT, parse_json, read_json, write_json
 from doran_core.files.layout import dtype_name
-from doran_core.files.opening import OpenDirectory, read_directory
+from doran_core.files.opening import OpenDirectory, named_errors, read_directory
 from doran_core.files.tensors import LoadedFile, bytes_view, read_tensor_bytes
 
 __all__ = [
@@ -168,9 +168,10 @@ def directory_digest(directory: StrPath) -> str:
         directory: an adapter directory; files that are not an adapter's do not count.
 
     Raises:
-        CorruptFileError: a file is no regular file. OSError: it cannot be read.
+        AdapterFormatError: a file is no regular file, or cannot be read.
     """
-    return read_directory(Path(directory), _directory_digest)
+    with named_errors(directory, AdapterFormatError):
+        return read_directory(Path(directory), _directory_digest)
 
 
 def _directory_digest(directory: OpenDirectory) -> str:

@@ -36,7 +36,7 @@ _WEIGHT_SUFFIXES = (
     ".index.json",
 )
 _ADAPTER_NAMES = re.compile(r"adapter_.*|doran_scale.*")
-_LARGEST = 2**30
+_LARGEST = 2**28
 """Bytes of a tokenizer or the like; those of the largest vocabularies have some ten million."""
 _HEADS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 

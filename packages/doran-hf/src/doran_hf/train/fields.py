@@ -33,6 +33,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST_BRACKETS = 2000
+"""Of a configuration: the time that YAML takes for nested ones grows with their square."""
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """YAML text as plain data.
 
@@ -43,6 +47,8 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises:
         ConfigError: the text is not YAML.
     """
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:
+        raise ConfigError(f"{where}: more than {_MOST_BRACKETS} brackets")
     try:
         # A few lines of aliases of aliases would become gigabytes where they are written out or compared.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
