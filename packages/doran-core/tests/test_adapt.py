@@ -276,3 +276,14 @@ def test_half_precision_base_and_its_fingerprint(tmp_path):
     saved = read_adapter(tmp_path / "h")
     assert isinstance(saved, TrainableAdapter)
     assert saved.base_fingerprint is None
+
+
+def test_module_paths_of_before_are_still_importable():
+    from doran_core import config, factors, tau
+    from doran_core.checkpoint import Checkpoint
+    from doran_core.checkpoint.checkpoint import Checkpoint as Home
+
+    assert config.DoranConfig is DoranConfig
+    assert factors.LayerSpec is doran_core.LayerSpec
+    assert tau.Tau is doran_core.Tau
+    assert Checkpoint is Home
