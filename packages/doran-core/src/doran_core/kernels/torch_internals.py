@@ -32,62 +32,22 @@ __all__ = [
     "without_view",
 ]
 
+_C, _LAUNCH = "torch._C", "Triton's own launch takes under 10 microseconds"
 NAMES: tuple[tuple[str, str, str, str], ...] = (
-    (
-        "torch._C", "_current_graph_task_id",
-        "tells a checkpoint's recomputation from a forward pass",
-        "torch.utils.checkpoint says publicly that it is recomputing",
-    ),
-    (
-        "torch._C._autograd", "_top_saved_tensors_default_hooks",
-        "tells non-reentrant checkpointing, and offloading, from a plain pass",
-        "torch.autograd.graph has a public query",
-    ),
-    (
-        "torch._C", "_are_functorch_transforms_active",
-        "a Function without a vmap rule is left to the reference inside vmap and grad",
-        "torch.func has a public query",
-    ),
-    (
-        "torch._C", "_len_torch_dispatch_stack",
-        "selective checkpointing and other modes must see single operations",
-        "torch.utils._python_dispatch has a public query",
-    ),
-    (
-        "torch._C", "_get_tracing_state",
-        "a trace must not hold weight sides as constants",
-        "torch.jit.trace is gone",
-    ),
-    (
-        "torch.ops.aten", "_unsafe_view",
-        "what a Function returns may not be a view, and a reshape is one",
-        "autograd.Function allows views of what it made itself",
-    ),
-    (
-        "torch._C", "_cuda_getCurrentRawStream",
-        "the stream of a launch past Triton's dispatcher",
-        "Triton's own launch takes under 10 microseconds",
-    ),
-    (
-        "torch._C", "_cuda_getDevice",
-        "likewise its device",
-        "Triton's own launch takes under 10 microseconds",
-    ),
-    (
-        "torch._C", "_FunctionBase",
-        "Function.apply spends microseconds a call on function transforms, which are checked once before",
-        "Function.apply is as fast without active transforms",
-    ),
+    (_C, "_current_graph_task_id", "a checkpoint's recomputation", "torch.utils.checkpoint tells it publicly"),
+    ("torch._C._autograd", "_top_saved_tensors_default_hooks", "non-reentrant checkpointing", "likewise"),
+    (_C, "_are_functorch_transforms_active", "vmap and grad take the reference", "torch.func has a query"),
+    (_C, "_len_torch_dispatch_stack", "modes, as of selective checkpointing, see operations", "they have a query"),
+    (_C, "_get_tracing_state", "a trace must not hold weight sides as constants", "torch.jit.trace is gone"),
+    ("torch.ops.aten", "_unsafe_view", "a Function may return no view", "it may return one of what it made itself"),
+    (_C, "_cuda_getCurrentRawStream", "the stream of a launch past Triton's dispatcher", _LAUNCH),
+    (_C, "_cuda_getDevice", "likewise its device", _LAUNCH),
+    (_C, "_FunctionBase", "apply without a look at every argument", "Function.apply takes no microseconds for it"),
     (
         "torch.distributed._composable_state", "_module_state_mapping",
-        "fully_shard takes the memory of parameters away between forward and backward",
-        "a module tells publicly that a module above it was given to fully_shard",
+        "fully_shard takes parameters' memory away between forward and backward", "modules tell it publicly",
     ),
-    (
-        "torch.nn.modules.module", "_global_forward_hooks",
-        "hooks that see a base layer's call forbid computing its product without calling it",
-        "nn.Module has a public query for hooks",
-    ),
+    ("torch.nn.modules.module", "_global_forward_hooks", "hooks on a base layer's call", "nn.Module has a query"),
 )  # fmt: skip
 """``(module, name, why, removed when)``."""
 
