@@ -5,11 +5,11 @@ import pytest
 
 pytestmark = cases.needs_triton
 
-FULL_POINTERS = {"B", "squared_norm", "magnitude", "tau", "norm", "scale", "aligned", "along", "sums", "out"}
+FULL_POINTERS = {"B", "squared_norm", "magnitude", "tau", "norm", "scale", "aligned", "sums", "out"}
 HALF_POINTERS = {"A", "base_output", "hidden", "bias", "y", "grad", "kept", "scaled", "left"}
 FLOATS = {"scaling", "threshold"}
 BLOCKS = {"BLOCK_D": 64, "BLOCK_R": 32, "BLOCK_K": 64, "BLOCK_T": 64}
-FLAGS = {"TAU_PER_ROW": False, "REPAIR": True, "HAS_BIAS": True, "IS_OUTPUT": True, "FROM_WEIGHT": True, "WIDEN": False}
+FLAGS = {"TAU_PER_ROW": False, "REPAIR": True, "HAS_BIAS": True, "IS_OUTPUT": True, "WIDEN": False}
 
 PROGRAM = """
 import sys
@@ -38,14 +38,12 @@ def compile_all(half, capability):
 
     for kernel_name in [n for n in vars(triton_kernels) if n.endswith("_kernel")]:
         kernel = vars(triton_kernels)[kernel_name]
-        for from_weight in (True, False) if "FROM_WEIGHT" in kernel.arg_names else (True,):
-            values = BLOCKS | FLAGS | {"PRECISION": "ieee", "FROM_WEIGHT": from_weight}
-            constants = {n: v for n, v in values.items() if n in kernel.arg_names}
-            signature = {n: "constexpr" if n in constants else type_of(kernel_name, n, half) for n in kernel.arg_names}
-            source = ASTSource(kernel, signature=signature, constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-            assert ".entry" in compiled.asm["ptx"], kernel_name
-            print(kernel_name, "compiled")
+        constants = {n: v for n, v in (BLOCKS | FLAGS | {"PRECISION": "ieee"}).items() if n in kernel.arg_names}
+        signature = {n: "constexpr" if n in constants else type_of(kernel_name, n, half) for n in kernel.arg_names}
+        source = ASTSource(kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert ".entry" in compiled.asm["ptx"], kernel_name
+        print(kernel_name, "compiled")
 
 
 @pytest.mark.parametrize(("half", "capability"), [("bf16", 90), ("fp16", 80), ("fp32", 80)])
@@ -61,4 +59,4 @@ def test_every_kernel_compiles(half, capability, tmp_path):
     program = PROGRAM.format(folder=folder, half=half, capability=capability)
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 5, run.stdout
+    assert run.stdout.count("compiled") == 4, run.stdout

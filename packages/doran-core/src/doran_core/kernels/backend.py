@@ -12,7 +12,7 @@ import torch
 
 from doran_core.errors import BackendError
 
-__all__ = ["Backend", "Implementation", "choose", "get_backend", "set_backend", "triton_can_run", "use_backend"]
+__all__ = ["Backend", "Implementation", "choose", "get_backend", "set_backend", "use_backend"]
 
 Implementation = Literal["reference", "torch", "triton"]
 """``reference``: the formulas of doran_core.functional under autograd. ``torch``: the same function with a backward
@@ -77,17 +77,10 @@ def choose(device: torch.device, dtype: torch.dtype) -> Implementation:
     """
     if _current in ("reference", "torch"):
         return _current
-    if triton_can_run(device, dtype):
-        return "triton"
-    if _current == "triton":
-        raise BackendError(f"backend 'triton' cannot run on this layer: {_triton_cannot(device, dtype)}")
-    return "torch"
-
-
-def triton_can_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tensors of this device and dtype would go to Triton; asks, and raises nothing."""
-    wanted = _current == "triton" or (_current == "auto" and torch.version.hip is None)
-    return wanted and _triton_cannot(device, dtype) is None
+    reason = _triton_cannot(device, dtype)
+    if _current == "triton" and reason is not None:
+        raise BackendError(f"backend 'triton' cannot run on this layer: {reason}")
+    return "torch" if reason is not None or (_current == "auto" and torch.version.hip) else "triton"
 
 
 def interpreting() -> bool:

@@ -60,7 +60,7 @@ def _implementation(adapter: DoranAdapter, view: BaseView, x: Tensor) -> Impleme
     """
     if not is_supported(adapter, view) or not x.is_floating_point() or x.numel() == 0:
         return "reference"
-    if internals.has_transforms() or internals.has_tensor_mode() or internals.is_tracing():
+    if internals.needs_single_operations():
         return "reference"
     magnitude = adapter.magnitude
     if not is_ordinary(magnitude) or magnitude.dtype.itemsize < 4 or internals.is_replica(adapter):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +15,7 @@ from torch import Tensor
 from doran_core import functional
 from doran_core.kernels.backend import Implementation
 
-__all__ = ["RowScales", "TorchPasses", "accumulating_product", "passes_of"]
-
-
-class RowScales(NamedTuple):
-    """What the factors make of N layers.
-
-    Attributes:
-        aligned: ``K = V A^T``, ``[N, d_out, r]`` acc: the norm's gradient needs it.
-        norm: ``n``, ``[N, d_out]`` acc.
-        scale: ``c``, ``[N, d_out]`` acc.
-    """
-
-    aligned: Tensor
-    norm: Tensor
-    scale: Tensor
+__all__ = ["TorchPasses", "accumulating_product", "passes_of"]
 
 
 def narrow_on_cuda(tensor: Tensor) -> bool:
@@ -90,8 +75,8 @@ class TorchPasses:
         table: Tensor | None,
         *,
         repair: bool,
-    ) -> RowScales:
-        """Norm and scale of N layers.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``K = V A^T [N, d_out, r]``, which the norm's gradient needs, and n and c ``[N, d_out]``, all acc.
 
         Args:
             weights: their W0, None if hidden.
@@ -115,7 +100,7 @@ class TorchPasses:
         if repair and weights is not None:
             self._repair(weights, wide_A, B, squared_norm, scaling, aligned, norm)
         denominator = norm + tau
-        return RowScales(aligned, norm, (magnitude / denominator).masked_fill_(denominator <= 0, 0.0))
+        return aligned, norm, (magnitude / denominator).masked_fill_(denominator <= 0, 0.0)
 
     @staticmethod
     def _repair(
@@ -127,6 +112,8 @@ class TorchPasses:
         aligned: Tensor,
         norm: Tensor,
     ) -> None:
+        if norm.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a graph's replays cannot ask
         lost = norm.square() < functional.CANCELLATION_THRESHOLD**2 * squared_norm
         if not bool(lost.any()):
             return

@@ -244,9 +244,7 @@ def open_window(module: nn.Module, args: object) -> None:
     """Forward pre-hook: offer the weight sides of the layers below, unless a call further out does."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or get_backend() == "reference":
         return
-    if internals.is_replica(module) or internals.has_transforms() or internals.uses_fully_shard():
-        return
-    if internals.has_tensor_mode() or internals.is_tracing():
+    if internals.is_replica(module) or internals.needs_single_operations() or internals.uses_fully_shard():
         return
     _windows.open = [window for window in _windows.open if window.opener is not module]  # what an interrupt left open
     model = _models.get(module)

@@ -6,6 +6,7 @@ A test checks that each still exists. Elsewhere only the dictionaries that every
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 import sys
@@ -23,10 +24,8 @@ __all__ = [
     "current_stream",
     "direct_launch",
     "has_saved_tensor_hooks",
-    "has_tensor_mode",
-    "has_transforms",
     "is_replica",
-    "is_tracing",
+    "needs_single_operations",
     "uses_fully_shard",
     "version",
     "without_view",
@@ -68,19 +67,10 @@ def has_saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def has_transforms() -> bool:
-    """Whether torch.func transforms are active."""
-    return bool(torch._C._are_functorch_transforms_active())
-
-
-def has_tensor_mode() -> bool:
-    """Whether a TorchDispatchMode sees every operation."""
-    return bool(torch._C._len_torch_dispatch_stack() > 0)
-
-
-def is_tracing() -> bool:
-    """Whether torch.jit.trace records this call."""
-    return bool(torch._C._get_tracing_state() is not None)
+def needs_single_operations() -> bool:
+    """Whether torch.func, a TorchDispatchMode or torch.jit.trace must see every operation."""
+    modes = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return bool(modes or torch._C._are_functorch_transforms_active())
 
 
 def without_view(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -177,11 +167,7 @@ def _dispatch(
         return kernel[grid](*tensors, *numbers, **flags)
 
 
-_known: list[bool] = []
-
-
+@functools.cache
 def _launch_is_known() -> bool:
-    if not _known:
-        triton = importlib.import_module("triton")
-        _known.append(tuple(map(int, triton.__version__.split(".")[:2])) in _TRITON_WITH_KNOWN_LAUNCH)
-    return _known[0]
+    release = importlib.import_module("triton").__version__
+    return tuple(map(int, release.split(".")[:2])) in _TRITON_WITH_KNOWN_LAUNCH

@@ -119,53 +119,40 @@ def _repair_row(
 
 @triton.jit
 def row_scales_kernel(
-    table, along, A, B, squared_norm, magnitude, tau, aligned, norm, scale,
+    table, A, B, squared_norm, magnitude, tau, aligned, norm, scale,
     d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
-    FROM_WEIGHT: tl.constexpr, TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """K, n and c of a block of rows of a layer.
+    """K, n and c of a block of rows of a layer: one pass over W0 makes U, and ``A A^T`` beside.
 
-    FROM_WEIGHT: one pass over W0 makes U, and ``A A^T`` beside; one block holds the rank. Else ``aligned`` has U, to be
-    written over with K, and ``along`` has ``B A A^T``. REPAIR takes K and n anew, from V, for rows that cancel.
+    One block holds the rank. REPAIR takes K and n anew, from V, for rows that cancel.
     """
     layer = tl.program_id(1).to(tl.int64)
     weight = tl.multiple_of(tl.load(table + layer).to(tl.pointer_type(A.dtype.element_ty)), 16)
     A, B, aligned = A + layer * rank * d_in, B + layer * d_out * rank, aligned + layer * d_out * rank
     rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     valid = rows < d_out
-    inner = tl.zeros([BLOCK_D], tl.float32)
-    if FROM_WEIGHT:
-        ranks = tl.arange(0, BLOCK_R)
-        rank_ok = ranks < rank
-        weight_rows = weight + rows.to(tl.int64)[:, None] * stride_row
-        u = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
-        gram = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
-        for start in range(0, d_in, BLOCK_K):
-            columns = start + tl.arange(0, BLOCK_K)
-            column_ok = columns < d_in
-            w = tl.load(weight_rows + columns[None, :] * stride_column, valid[:, None] & column_ok[None, :], 0.0)
-            a = tl.load(A + ranks[:, None] * d_in + columns[None, :], rank_ok[:, None] & column_ok[None, :], 0.0)
-            if WIDEN:
-                w, a = w.to(tl.float32), a.to(tl.float32)
-            u = tl.dot(w, tl.trans(a), u, input_precision=PRECISION)
-            gram = tl.dot(a, tl.trans(a), gram, input_precision=PRECISION)
-        at = rows[:, None] * rank + ranks[None, :]
-        mask = valid[:, None] & rank_ok[None, :]
-        b = tl.load(B + at, mask, 0.0)
-        k = u + scaling * tl.dot(b, gram, input_precision="ieee")
-        tl.store(aligned + at, k, mask)
-        inner = tl.sum(b * (u + k), 1)
-    else:
-        along += layer * d_out * rank
-        for start in range(0, rank, BLOCK_R):
-            ranks = start + tl.arange(0, BLOCK_R)
-            at = rows[:, None] * rank + ranks[None, :]
-            mask = valid[:, None] & (ranks < rank)[None, :]
-            u = tl.load(aligned + at, mask, 0.0)
-            k = u + scaling * tl.load(along + at, mask, 0.0)
-            inner += tl.sum(tl.load(B + at, mask, 0.0) * (u + k), 1)
-            tl.store(aligned + at, k, mask)
+    ranks = tl.arange(0, BLOCK_R)
+    rank_ok = ranks < rank
+    weight_rows = weight + rows.to(tl.int64)[:, None] * stride_row
+    u = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
+    gram = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+    for start in range(0, d_in, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        column_ok = columns < d_in
+        w = tl.load(weight_rows + columns[None, :] * stride_column, valid[:, None] & column_ok[None, :], 0.0)
+        a = tl.load(A + ranks[:, None] * d_in + columns[None, :], rank_ok[:, None] & column_ok[None, :], 0.0)
+        if WIDEN:
+            w, a = w.to(tl.float32), a.to(tl.float32)
+        u = tl.dot(w, tl.trans(a), u, input_precision=PRECISION)
+        gram = tl.dot(a, tl.trans(a), gram, input_precision=PRECISION)
+    at = rows[:, None] * rank + ranks[None, :]
+    mask = valid[:, None] & rank_ok[None, :]
+    b = tl.load(B + at, mask, 0.0)
+    k = u + scaling * tl.dot(b, gram, input_precision="ieee")
+    tl.store(aligned + at, k, mask)
+    inner = tl.sum(b * (u + k), 1)
     base = tl.load(squared_norm + layer * d_out + rows, valid, 0.0)
     square = base + scaling * inner
     if REPAIR:

@@ -10,7 +10,7 @@ from torch import Tensor
 from doran_core import functional
 from doran_core.kernels import triton_kernels as kernels
 from doran_core.kernels.backend import interpreting
-from doran_core.kernels.passes import RowScales, TorchPasses, accumulating_product
+from doran_core.kernels.passes import TorchPasses
 from doran_core.kernels.torch_internals import direct_launch as launch
 
 __all__ = ["TritonPasses"]
@@ -89,29 +89,22 @@ class TritonPasses(TorchPasses):
         table: Tensor | None,
         *,
         repair: bool,
-    ) -> RowScales:
-        if weights is None or table is None or B.dtype != torch.float32:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layers, d_out, rank = B.shape
+        if weights is None or table is None or A.dtype not in _HALF or rank > _ONE_BLOCK:
             return super().row_scales(
                 weights, products, A, B, squared_norm, magnitude, tau, scaling, table, repair=repair
             )
-        layers, d_out, rank = B.shape
-        whole = A.dtype in _HALF and rank <= _ONE_BLOCK
-        if whole:
-            aligned, along = torch.empty_like(B), B
-        else:
-            aligned = torch.stack([accumulating_product(w, a.T) for w, a in zip(weights, A, strict=True)])
-            along = B @ torch.stack([accumulating_product(a, a.T) for a in A])
-        norm, scale = torch.empty_like(magnitude), torch.empty_like(magnitude)
-        block_d = 64 if whole else 32
+        aligned, norm, scale = torch.empty_like(B), torch.empty_like(magnitude), torch.empty_like(magnitude)
+        block_d = 64
         launch(
             kernels.row_scales_kernel, (_cdiv(d_out, block_d), layers),
-            (table, along, A, B, squared_norm, magnitude, tau, aligned, norm, scale),
+            (table, A, B, squared_norm, magnitude, tau, aligned, norm, scale),
             (d_out, rank, A.shape[2], *weights[0].stride(), scaling, functional.CANCELLATION_THRESHOLD),
-            FROM_WEIGHT=whole, TAU_PER_ROW=tau.shape[1] > 1, REPAIR=repair, PRECISION=_precision(A),
-            WIDEN=_INTERPRETING, BLOCK_D=block_d, BLOCK_R=min(64, _padded(rank)), BLOCK_K=128 if whole else 64,
-            num_stages=4 if whole else 3,
+            TAU_PER_ROW=tau.shape[1] > 1, REPAIR=repair, PRECISION=_precision(A), WIDEN=_INTERPRETING,
+            BLOCK_D=block_d, BLOCK_R=_padded(rank), BLOCK_K=128, num_stages=4,
         )  # fmt: skip
-        return RowScales(aligned, norm, scale)
+        return aligned, norm, scale
 
     def add_weight_products(self, total: Tensor, left: Tensor, weights: Sequence[Tensor], table: Tensor | None) -> None:
         layers, d_out, rank = left.shape
