@@ -1,4 +1,4 @@
-"""Weight sides of PEFT models: computed together from every entrance, kept in generation, right with several adapters."""
+"""Weight sides of PEFT models: computed together from every entrance, kept in generation, several adapters."""
 
 import importlib
 
