@@ -49,7 +49,9 @@ def rates_of(passes: TritonPasses, tokens: int, d_out: int, rank: int) -> list[f
     one = 2 * tokens * d_out / 1e6  # MB: one tensor
     copy = milliseconds([lambda a=a, b=b: a.copy_(b) for a, b in pairs])
     expand = milliseconds([lambda a=a: passes.expand(a, hidden, scaled_B, scale, None, inplace=True) for a, _ in pairs])
-    gradient = milliseconds([lambda a=a, b=b: passes.scale_gradient(a, b, scale, None) for a, b in pairs])
+    gradient = milliseconds(
+        [lambda a=a, b=b: passes.scale_gradient(a, b, scale, None, is_output=True) for a, b in pairs]
+    )
     return [2 * one / copy, 2 * one / expand, 3 * one / gradient]
 
 
