@@ -1,18 +1,13 @@
-"""One training step on a GPU: frozen base, PEFT's LoRA and DoRA, and DoRAN plain and fused, in one run.
+"""A training step as users run it: get_peft_model, forward, backward, fused AdamW; eager and compiled, against PEFT.
 
-    python benchmarks/train_step.py --out results [--quick]
-    python benchmarks/train_step.py --out results --part 0/2   (and 1/2 on another GPU; then --join)
+    python benchmarks/train_step.py --out results                      (a GPU: 8 or 4 blocks of Llama-7B, bfloat16)
+    python benchmarks/train_step.py --out results --cpu --rounds 1     (a small model, to see that it runs)
 
-Models have the shapes of Llama-7B's blocks (8 of them) and of ViT-B/16, with random weights, in bfloat16. For each
-setting every method is built on the same base weights and timed with CUDA events: forward and backward together, and
-the optimizer's step apart, as medians. The methods take turns, ``--turns`` times each, since a machine's speed drifts;
-the median of a method is taken over all its turns. Peak memory is that of forward and backward, all weights included.
-Writes ``train_step.json``, one Markdown table and plots, after each setting; with ``--seconds`` no setting is begun
-after that time.
-
-PEFT's methods are run as ``get_peft_model`` makes them, with adapters in float32, and once more for LoRA with adapters
-in bfloat16 (``autocast_adapter_dtype=False``), which is the fastest that PEFT has. DoRAN has generated factors, learned
-tau and the full gradient through the norm; its adapter is always float32.
+All methods of a setting live in one process on one set of base weights and take turns, since a machine's speed drifts.
+Milliseconds are medians and minima over all turns; ratios are to PEFT's LoRA with adapters in the base's precision, its
+fastest. Memory is the peak of a step, with all weights and the optimizer's state. On a GPU the time that the kernels
+take and their number are those of one more step under the profiler. Writes train_step.json and train_step.md after each
+setting; with ``--seconds`` no setting is begun after that time.
 """
 
 from __future__ import annotations
@@ -22,299 +17,252 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft_methods import METHODS, make_base, make_method
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, ViTConfig, ViTModel
+from torch.profiler import ProfilerActivity, profile
 
-from doran_core import DoranConfig, adapt
-from doran_core.kernels import use_backend
-
-METHODS = ("frozen base", "PEFT LoRA", "PEFT LoRA bf16", "PEFT DoRA", "DoRAN plain", "DoRAN fused")
-PEERS = ("PEFT LoRA", "PEFT LoRA bf16", "PEFT DoRA")
-TARGETS = {
-    "llama": {"qv": ["q_proj", "v_proj"], "all": "all-linear"},
-    "vit": {"qv": ["q_proj", "v_proj"], "all": "all-linear"},
-}
+FACE = ("LoRA", "DoRAN")
+"""The methods of settings that do not ask for all."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the study."""
+    """One comparison. ``base`` is bfloat16, or 4-bit by bitsandbytes; ``blocks`` of the model."""
 
-    model: str = "llama"
     targets: str = "all"
     rank: int = 32
     tokens: int = 4096
+    compiled: bool = False
     checkpointing: bool = False
+    dropout: float = 0.0
+    four_bit: bool = False
+    blocks: int = 8
+    methods: tuple[str, ...] = FACE
 
 
 @dataclass
 class Result:
-    """What one method took in one setting."""
+    """What one method took."""
 
-    method: str
     setting: dict[str, Any]
-    step_ms: float
-    spread_ms: list[float]
-    optimizer_ms: float
+    method: str
+    median_ms: float
+    minimum_ms: float
     peak_gib: float
-    trainable: int
-    ratios: dict[str, float] = field(default_factory=dict)
+    gpu_ms: float
+    launches: int
+    first_s: float
 
 
-def settings(quick: bool) -> list[Setting]:
-    usual = [Setting(targets=targets) for targets in ("all", "qv")]
-    if quick:
-        return [*usual, Setting(rank=384), Setting(checkpointing=True)]
-    return list(
-        dict.fromkeys(
-            [
-                *usual,
-                *(Setting(targets=t, checkpointing=True) for t in ("all", "qv")),
-                *(Setting(targets=t, rank=r) for r in (8, 128, 384) for t in ("all", "qv")),
-                *(Setting(targets=t, tokens=n) for n in (512, 1024, 2048, 8192) for t in ("all", "qv")),
-                *(Setting(model="vit", targets=t, tokens=64 * 197) for t in ("all", "qv")),
-            ]
-        )
-    )
+def settings() -> list[Setting]:
+    """By importance, so that a run that ends early has the first ones."""
+    return [
+        Setting(methods=METHODS),
+        Setting(compiled=True, blocks=4, methods=("LoRA", "DoRAN", "DoRAN static")),
+        Setting(tokens=512),
+        Setting(tokens=512, compiled=True, blocks=4),
+        Setting(targets="qv"),
+        Setting(checkpointing=True),
+        Setting(rank=384),
+        Setting(tokens=512, blocks=4),
+        Setting(dropout=0.05),
+        Setting(tokens=8192),
+        Setting(tokens=2048),
+        Setting(tokens=1024),
+        Setting(four_bit=True),
+        Setting(compiled=True, blocks=4, rank=384),
+        Setting(compiled=True, blocks=4, tokens=2048),
+        Setting(targets="qv", tokens=512),
+    ]
 
 
-def make_model(kind: str) -> nn.Module:
-    """The base, frozen, in bfloat16 on the GPU."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        if kind == "llama":
-            config = LlamaConfig(
-                hidden_size=4096, intermediate_size=11008, num_hidden_layers=8, num_attention_heads=32, vocab_size=32
-            )
-            model: nn.Module = LlamaModel(config)
-        else:
-            model = ViTModel(ViTConfig(), add_pooling_layer=False)
-    return model.to(torch.bfloat16).requires_grad_(False).train()
+class Method:
+    """One method in one setting: the model, its optimizer and its step."""
+
+    def __init__(self, base: nn.Module, name: str, setting: Setting, compiler: str) -> None:
+        self.name, self.setting, self.times = name, setting, list[float]()
+        device = next(base.parameters()).device
+        self.is_cuda = device.type == "cuda"
+        before = self._allocated()
+        self.model: Any = make_method(base, name, setting.targets, setting.rank, setting.dropout)
+        self.model.train()
+        if setting.checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        if setting.compiled:
+            self.model.compile(fullgraph=True, backend=compiler)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=self.is_cuda)
+        length = min(setting.tokens, 2048)
+        hidden = base.config.hidden_size  # type: ignore[union-attr]
+        dtype = base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
+        shape = setting.tokens // length, length, hidden
+        self.inputs = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+        self.labels = torch.randint(512, shape[:2], device=device)
+        start = time.perf_counter()
+        for _ in range(3):
+            self.step()
+        self.synchronize()
+        self.first_s = time.perf_counter() - start
+        self.own_bytes = self._allocated() - before
+        self.peak_bytes = 0
+
+    def step(self) -> Tensor:
+        self.optimizer.zero_grad()
+        self.inputs.grad = None
+        loss: Tensor = self.model(inputs_embeds=self.inputs, labels=self.labels, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.is_cuda else 0
+
+    def turn(self, rounds: int) -> None:
+        """Take the time of some steps, and the memory of one."""
+        self.step()
+        self.synchronize()
+        idle = self._allocated()
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(rounds):
+            start = time.perf_counter()
+            self.step()
+            self.synchronize()
+            self.times.append(1e3 * (time.perf_counter() - start))
+        if self.is_cuda:
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - idle)
+        self.optimizer.zero_grad()
+
+    def on_gpu(self) -> tuple[float, int, list[tuple[str, int, float]]]:
+        """Milliseconds of one step's kernels, their number, and the dearest of them."""
+        if not self.is_cuda:
+            return 0.0, 0, []
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            self.step()
+            self.synchronize()
+        kernels = [event for event in found.key_averages() if event.self_device_time_total > 0]
+        kernels.sort(key=lambda event: -event.self_device_time_total)
+        shown = [(event.key[:100], event.count, event.self_device_time_total / 1e3) for event in kernels[:40]]
+        return sum(e.self_device_time_total for e in kernels) / 1e3, sum(e.count for e in kernels), shown
 
 
-def make_input(kind: str, tokens: int) -> dict[str, Tensor]:
-    if kind == "vit":
-        images = torch.randn(tokens // 197, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-        return {"pixel_values": images.requires_grad_()}
-    length = min(tokens, 2048)
-    hidden = torch.randn(tokens // length, length, 4096, device="cuda", dtype=torch.bfloat16)
-    return {"inputs_embeds": hidden.requires_grad_()}
-
-
-@contextmanager
-def adapted(model: nn.Module, method: str, setting: Setting) -> Iterator[nn.Module]:
-    """The model with a method's adapters, which are gone again afterwards."""
-    targets: Any = TARGETS[setting.model][setting.targets]
-    if method.startswith("PEFT"):
-        config = LoraConfig(
-            r=setting.rank, lora_alpha=setting.rank, target_modules=targets, use_dora=method == "PEFT DoRA"
-        )
-        peft = get_peft_model(model, config, autocast_adapter_dtype=method != "PEFT LoRA bf16")
-        yield peft
-        peft.unload()
-        vars(model).pop("peft_config", None)
-    elif method.startswith("DoRAN"):
-        handle = adapt(model, DoranConfig(rank=setting.rank, alpha=setting.rank, target_modules=targets))
-        with use_backend("triton" if method == "DoRAN fused" else "torch"):
-            yield model
-        handle.remove()
-    else:
-        yield model
-
-
-def events_ms(run: Callable[[], None], rounds: int) -> list[float]:
-    times = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return times
-
-
-def measure(model: nn.Module, methods: list[str], setting: Setting, rounds: int, turns: int) -> list[Result]:
-    """All methods in one setting, in turns."""
-    taken: dict[str, list[float]] = {method: [] for method in methods}
-    last: dict[str, Result] = {}
+def measure(base: nn.Module, setting: Setting, rounds: int, turns: int, compiler: str) -> tuple[list[Result], Any]:
+    """All methods of one setting, in turns, and the dearest kernels of each."""
+    methods = [Method(base, name, setting, compiler) for name in setting.methods]
     for turn in range(turns):
         for method in methods if turn % 2 == 0 else reversed(methods):
-            times, last[method] = measure_once(model, method, setting, rounds)
-            taken[method] += times
-    for method, times in taken.items():
-        last[method].step_ms = statistics.median(times)
-        last[method].spread_ms = statistics.quantiles(times, n=4)
-    return [last[method] for method in methods]
+            method.turn(rounds)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in base.parameters())
+    results, kernels = [], {}
+    for method in methods:
+        gpu_ms, launches, kernels[method.name] = method.on_gpu()
+        peak = (stored + method.own_bytes + method.peak_bytes) / 2**30
+        times = method.times
+        took = statistics.median(times), min(times)
+        results.append(Result(asdict(setting), method.name, *took, peak, gpu_ms, launches, method.first_s))
+    return results, kernels
 
 
-def measure_once(model: nn.Module, method: str, setting: Setting, rounds: int) -> tuple[list[float], Result]:
-    """One turn of a method: its steps' milliseconds, and the rest; what it made is gone afterwards."""
-    with adapted(model, method, setting) as ready:
-        if setting.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        taken = time_and_memory(ready, method, setting, rounds)
-        if setting.checkpointing:
-            model.gradient_checkpointing_disable()
-    del ready
-    gc.collect()
-    torch.cuda.empty_cache()
-    return taken
+HEADER = (
+    "targets", "r", "tokens", "compiled", "other", "method", "ms", "minimum", "x LoRA", "x of minima", "GiB", "x LoRA",
+    "GPU ms", "x LoRA", "kernels",
+)  # fmt: skip
 
 
-def time_and_memory(model: nn.Module, method: str, setting: Setting, rounds: int) -> tuple[list[float], Result]:
-    inputs = make_input(setting.model, setting.tokens)
-    (leaf,) = inputs.values()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    cotangent = torch.randn_like(model(**inputs).last_hidden_state)
-
-    def step() -> None:
-        leaf.grad = None
-        for parameter in parameters:
-            parameter.grad = None
-        model(**inputs).last_hidden_state.backward(cotangent)
-
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    times = events_ms(step, rounds)
-    optimizer_ms = 0.0
-    if parameters:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-        optimizer.step()
-        optimizer_ms = statistics.median(events_ms(optimizer.step, 5))
-    trainable = sum(parameter.numel() for parameter in parameters)
-    return times, Result(method, asdict(setting), 0.0, [], optimizer_ms, peak, trainable)
-
-
-def add_ratios(rows: list[Result]) -> None:
-    """Time and memory against PEFT's LoRA and DoRA of the same setting."""
-    by_method = {row.method: row for row in rows}
-    for row in rows:
-        for peer in PEERS:
-            if peer in by_method:
-                row.ratios[f"time x {peer}"] = row.step_ms / by_method[peer].step_ms
-                row.ratios[f"memory x {peer}"] = row.peak_gib / by_method[peer].peak_gib
-
-
-def table(results: list[Result]) -> str:
-    """A line for each setting: milliseconds of each method, then how the fused DoRAN compares."""
-    names = [method for method in METHODS if any(row.method == method for row in results)]
-    titles = ["model", "targets", "r", "tokens", "checkpointing", *(f"{name} ms" for name in names)]
-    titles += [*(f"x {peer}" for peer in PEERS), "GiB", *(f"GiB x {peer}" for peer in PEERS), "optimizer ms"]
-    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
-    by_setting: dict[Setting, dict[str, Result]] = {}
+def table(results: Sequence[Result]) -> str:
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for row in results:
-        by_setting.setdefault(Setting(**row.setting), {})[row.method] = row
-    for setting, rows in by_setting.items():
-        fused = rows.get("DoRAN fused")
-        cells = [setting.model, setting.targets, setting.rank, setting.tokens, "yes" if setting.checkpointing else "no"]
-        cells += [f"{rows[name].step_ms:.1f}" if name in rows else "" for name in names]
-        if fused is not None:
-            time_and_memory = [
-                [f"{fused.ratios[key]:.3f}" if (key := f"{kind} x {peer}") in fused.ratios else "" for peer in PEERS]
-                for kind in ("time", "memory")
-            ]
-            cells += [*time_and_memory[0], f"{fused.peak_gib:.2f}", *time_and_memory[1], f"{fused.optimizer_ms:.2f}"]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        facts = row.setting
+        lora = next(r for r in results if r.setting == facts and r.method == "LoRA")
+        other = [name for name in ("checkpointing", "four_bit") if facts[name]]
+        other += [f"{facts['blocks']} blocks"] + ([f"dropout {facts['dropout']}"] if facts["dropout"] else [])
+        gpu = (f"{row.gpu_ms:.1f}", f"{row.gpu_ms / lora.gpu_ms:.3f}") if lora.gpu_ms else ("", "")
+        memory = (f"{row.peak_gib:.2f}", f"{row.peak_gib / lora.peak_gib:.3f}")
+        cells = (
+            facts["targets"], facts["rank"], facts["tokens"], "yes" if facts["compiled"] else "no", ", ".join(other),
+            row.method, f"{row.median_ms:.1f}", f"{row.minimum_ms:.1f}", f"{row.median_ms / lora.median_ms:.3f}",
+            f"{row.minimum_ms / lora.minimum_ms:.3f}", *memory, *gpu, row.launches or "",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(results: list[Result], out: Path) -> None:
-    """Step time over tokens and over ranks, all linear layers, as a ratio to the frozen base."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, varied, fixed in ((axes[0], "tokens", {"rank": 32}), (axes[1], "rank", {"tokens": 4096})):
-        rows = [
-            row
-            for row in results
-            if row.setting["model"] == "llama"
-            and row.setting["targets"] == "all"
-            and not row.setting["checkpointing"]
-            and all(row.setting[key] == value for key, value in fixed.items())
-        ]
-        base = {row.setting[varied]: row.step_ms for row in rows if row.method == "frozen base"}
-        for method in METHODS[1:]:
-            points = sorted((row.setting[varied], row.step_ms) for row in rows if row.method == method)
-            axis.plot([x for x, _ in points], [ms / base[x] for x, ms in points], marker="o", label=method)
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel(varied)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("forward and backward, x frozen base")
-    axes[1].legend()
-    figure.tight_layout()
-    figure.savefig(out, dpi=130)
+def quantized(base: nn.Module) -> nn.Module | None:
+    """The base with its linear layers in 4 bits, as QLoRA stores them; None without bitsandbytes."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        return None
+    for name, layer in list(base.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            small = bitsandbytes.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4"
+            )
+            small.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            base.set_submodule(name, small.to(layer.weight.device))
+    return base
 
 
-def write(results: list[Result], out: Path, device: str) -> None:
-    """The JSON, the table and, if there is something to compare, the plot."""
-    text = json.dumps({"device": device, "results": [asdict(row) for row in results]}, indent=1)
-    out.with_suffix(".json").write_text(text)
-    out.with_suffix(".md").write_text(f"{device}\n\n" + table(results))
-    if len({row.setting["rank"] for row in results}) > 2:
-        plot(results, out.with_suffix(".svg"))
+def make_setting_base(setting: Setting, device: str) -> nn.Module | None:
+    if device == "cpu":
+        base = make_base(64, 96, 2, 4, device, torch.float32)
+    else:
+        base = make_base(4096, 11008, setting.blocks, 32, device, torch.bfloat16)
+    return quantized(base) if setting.four_bit else base
 
 
-def join(out: Path, order: list[Setting]) -> None:
-    """One JSON, table and plot from those of the parts."""
-    parts = [json.loads(path.read_text()) for path in sorted(out.glob("train_step-*.json"))]
-    results = [Result(**row) for part in parts for row in part["results"]]
-    results.sort(key=lambda row: order.index(Setting(**row.setting)))
-    write(results, out / "train_step", " and ".join(sorted({part["device"] for part in parts})))
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON, the table and the plot")
-    parser.add_argument("--quick", action="store_true", help="four settings")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps in a turn (default 7)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON and the table")
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps in a turn (default 8)")
     parser.add_argument("--turns", type=int, default=3, help="of each method (default 3)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no setting after this time")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--part", metavar="K/N", help="only every N-th setting, from the K-th (from 0) on")
-    parser.add_argument("--join", action="store_true", help="run nothing: put the parts in the folder together")
-    args = parser.parse_args()
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the settings to run, from 0")
+    parser.add_argument("--compiler", default="inductor", help="torch.compile's backend (default inductor)")
+    parser.add_argument("--cpu", action="store_true", help="two settings of a small model, on the CPU")
+    args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    chosen, name = settings(args.quick), "train_step"
-    if args.join:
-        join(args.out, chosen)
-        return
-    if args.part:
-        index, parts = map(int, args.part.split("/"))
-        chosen, name = chosen[index::parts], f"train_step-{index}"
+    small = {"tokens": 32, "rank": 4, "blocks": 2}
+    chosen = [Setting(methods=METHODS, **small), Setting(compiled=True, **small)]
+    if not args.cpu:
+        chosen = settings()
+    chosen = [chosen[index] for index in args.only] if args.only else chosen
+    device = "cpu" if args.cpu else "cuda"
+    where = f"{'CPU' if args.cpu else torch.cuda.get_device_name()}, torch {torch.__version__}"
     results: list[Result] = []
-    models: dict[str, nn.Module] = {}
+    kernels = []
     began = time.monotonic()
     for setting in chosen:
         if time.monotonic() - began > args.seconds:
-            print(f"not run within {args.seconds:.0f} s: {setting}", flush=True)
+            print(f"not begun within {args.seconds:.0f} s: {setting}", flush=True)
             continue
-        if setting.model not in models:
-            models.clear()
-            gc.collect()
-            torch.cuda.empty_cache()
-            models[setting.model] = make_model(setting.model)
-        rows = measure(models[setting.model], args.methods, setting, args.rounds, args.turns)
-        add_ratios(rows)
+        base = make_setting_base(setting, device)
+        if base is None:
+            print(f"no bitsandbytes: {setting}", flush=True)
+            continue
+        rows, dearest = measure(base, setting, args.rounds, args.turns, args.compiler)
         results += rows
+        kernels.append({"setting": asdict(setting), "kernels": dearest})
         print(table(rows), flush=True)
-        write(results, args.out / name, f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        text = json.dumps({"device": where, "results": [asdict(row) for row in results], "kernels": kernels}, indent=1)
+        (args.out / "train_step.json").write_text(text)
+        (args.out / "train_step.md").write_text(f"{where}\n\n{table(results)}")
+        del base
+        torch.compiler.reset()
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
