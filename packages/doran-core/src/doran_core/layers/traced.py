@@ -196,7 +196,7 @@ class _ScaledOutput(torch.autograd.Function):
     def forward(ctx: Any, unscaled: Tensor, scale: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:
         ctx.save_for_backward(unscaled, scale, bias)
         ctx.channel_dim = channel_dim
-        scale, bias = _along(channel_dim, unscaled, _once(scale)), _along(channel_dim, unscaled, bias)
+        scale, bias = _along(channel_dim, unscaled, scale), _along(channel_dim, unscaled, bias)
         y = unscaled * scale if bias is None else unscaled * scale + (1.0 - scale) * bias
         return y.to(unscaled.dtype)
 
@@ -207,7 +207,7 @@ class _ScaledOutput(torch.autograd.Function):
         bias = _along(channel, unscaled, bias)
         wide = grad.to(scale.dtype)
         products = wide * (unscaled if bias is None else unscaled - bias.to(scale.dtype))
-        grad_unscaled = (wide * _along(channel, unscaled, _once(scale))).to(grad.dtype)
+        grad_unscaled = (wide * _along(channel, unscaled, scale)).to(grad.dtype)
         return grad_unscaled, _sums(products, grad.dtype, channel), None, None
 
 
@@ -218,11 +218,6 @@ def _along(channel_dim: int, like: Tensor, rows: Tensor | None) -> Any:
     shape = [1] * like.dim()
     shape[channel_dim] = -1
     return rows.view(shape)
-
-
-def _once(scale: Tensor) -> Tensor:
-    """c as it is; Inductor computes what ``as_strided`` sees once, and not anew, with its division, for each output."""
-    return scale.as_strided(scale.shape, (1,)) if scale.is_cuda else scale
 
 
 def _sums(products: Tensor, dtype: torch.dtype, channel_dim: int) -> Tensor:
