@@ -67,7 +67,7 @@ def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
 def _safe_sqrt(square: Tensor) -> Tensor:
     """sqrt with value and gradient 0 where ``square`` is not positive (a plain sqrt's gradient is inf or NaN)."""
     if not torch.is_grad_enabled():
-        return square.clamp_min(0.0).sqrt_()
+        return square.clamp_min(0.0).sqrt()  # in place, torch 2.11 loses a compiled gradient
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core import functional
-from doran_core.layers.traced_norm import accumulated_product, row_norms
+from doran_core.layers.traced_norm import accumulated_product, cast, row_norms
 from doran_core.method.factors import GeneratedFactors
 from doran_core.support.sharding import read
 
@@ -198,16 +198,16 @@ class _ScaledOutput(torch.autograd.Function):
         ctx.channel_dim = channel_dim
         scale, bias = _along(channel_dim, unscaled, scale), _along(channel_dim, unscaled, bias)
         y = unscaled * scale if bias is None else unscaled * scale + (1.0 - scale) * bias
-        return y.to(unscaled.dtype)
+        return cast(y, unscaled.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         unscaled, scale, bias = ctx.saved_tensors
         (grad,), channel = grads, ctx.channel_dim
         bias = _along(channel, unscaled, bias)
-        wide = grad.to(scale.dtype)
+        wide = cast(grad, scale.dtype)
         products = wide * (unscaled if bias is None else unscaled - bias.to(scale.dtype))
-        grad_unscaled = (wide * _along(channel, unscaled, scale)).to(grad.dtype)
+        grad_unscaled = cast(wide * _along(channel, unscaled, scale), grad.dtype)
         return grad_unscaled, _sums(products, grad.dtype, channel), None, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from doran_core import functional
 
-__all__ = ["accumulated_product", "row_norms"]
+__all__ = ["accumulated_product", "cast", "row_norms"]
 
 
 def row_norms(A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tensor], scaling: float) -> Tensor:
@@ -36,7 +36,7 @@ def row_norms(A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tens
     # Without gradients Dynamo would count the arguments to find out whether the Function's forward takes a context: it
     # errs with a number of arguments that varies.
     if not (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)):
-        return _norms(A.to(weights[0].dtype), B, squared_norm, weights, scaling)[0]
+        return _norms(cast(A, weights[0].dtype), B, squared_norm, weights, scaling)[0]
     norm: Tensor = _RowNorms.apply(A, B, squared_norm, scaling, *weights)  # type: ignore[no-untyped-call]
     return norm
 
@@ -52,6 +52,12 @@ def _norms(
     return functional.aligned_row_norm(squared_norm, product, aligned, B, scaling), aligned
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype; without an operation if it has it: torch 2.11 loses the gradient of a traced Function whose
+    result is another name of a tensor made in it, as what ``to`` or an operation in place returns."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def accumulated_product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` of one dtype, also of stacked matrices, in float32 or wider."""
     if left.dtype.itemsize >= 4:
@@ -65,7 +71,7 @@ def accumulated_product(left: Tensor, right: Tensor) -> Tensor:
 class _RowNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor, squared_norm: Tensor, scaling: float, *weights: Tensor) -> Tensor:
-        low_A = A.to(weights[0].dtype)
+        low_A = cast(A, weights[0].dtype)
         norm, aligned = _norms(low_A, B, squared_norm, weights, scaling)
         ctx.save_for_backward(low_A, B, aligned, norm, *weights)
         ctx.scaling = scaling
@@ -75,10 +81,10 @@ class _RowNorms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         low_A, B, aligned, norm, *weights = ctx.saved_tensors
         through_norm = torch.where(norm > 0, ctx.scaling * grads[0] / norm, 0.0)[:, None]
-        grad_product = (through_norm * B).to(low_A.dtype)
+        grad_product = cast(through_norm * B, low_A.dtype)
         parts = torch.split(grad_product, [weight.shape[0] for weight in weights])
         grad_A = torch.cat([_transposed_product(w, m) for w, m in zip(weights, parts, strict=True)])
-        pairs = zip(_stacks(B.to(low_A.dtype), weights, 0), _stacks(grad_product, weights, 0), strict=True)
+        pairs = zip(_stacks(cast(B, low_A.dtype), weights, 0), _stacks(grad_product, weights, 0), strict=True)
         mixed = torch.cat([accumulated_product(b.mT, m) for b, m in pairs])  # symmetric
         grad_A = grad_A + ctx.scaling * _times(low_A, mixed, weights, 1)
         return grad_A, through_norm * aligned, None, None, *(None for _ in weights)
