@@ -181,6 +181,13 @@ def distributed(session: nox.Session) -> None:
 
 
 @nox.session
+def architectures(session: nox.Session) -> None:
+    """Every architecture of the matrix from training to a merged checkpoint; the session hf runs one of each kind."""
+    install(session, "hf", extra={"hf": "[test]"})
+    test_side_by_side(session, "packages/doran-hf/tests/architectures", "--all-architectures")
+
+
+@nox.session
 def export(session: nox.Session) -> None:
     """doran-export: merged models in ONNX Runtime, on real weights."""
     genai = "genai," if ONNXRUNTIME == "cpu" else ""  # it brings onnxruntime, which hides onnxruntime-gpu
