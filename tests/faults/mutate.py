@@ -112,7 +112,7 @@ def _pickle(file: Path, others: list[Path], random: Random) -> None:
 def _json(file: Path, others: list[Path], random: Random) -> None:
     try:
         value = json.loads(file.read_text())
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return _bits(file, others, random)
     if isinstance(value, dict):
         _edit(value, random)
@@ -125,7 +125,7 @@ def _header(file: Path, others: list[Path], random: Random) -> None:
     length = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + length])
-    except ValueError:
+    except (ValueError, RecursionError):
         return _bits(file, others, random)
     if isinstance(header, dict):
         _edit(header, random)
