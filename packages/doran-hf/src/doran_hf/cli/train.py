@@ -49,7 +49,7 @@ class _Train(DoranCommand):
         return super().shell_complete(ctx, incomplete)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        if not any(isinstance(parameter, _Field) for parameter in self.params):
+        if not any(isinstance(parameter, _Field) and not parameter.hidden for parameter in self.params):
             self.params += _own_fields()
         return super().get_params(ctx)
 
