@@ -11,11 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers.pytorch_utils import Conv1D
 
 from doran_core import DoranConfig, adapt
 from doran_core.kernels import use_backend
 from doran_core.layers import DoranLayer, wrap
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: weight ``[d_in, d_out]``."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
 
 D_IN, D_OUT, RANK = 24, 40, 3
 
@@ -303,3 +316,17 @@ def test_half_precision_with_the_default_compiler(device: str) -> None:
     for name, value in expected.items():
         assert (found[name].double().cpu() - value).norm() < 0.03 * value.norm(), name
     assert not [t for t in kept if t.shape in {(D_OUT, D_IN), (D_IN, D_OUT)} and t.dtype == torch.float32]
+
+
+def test_layers_of_other_scalings_compile_one_after_the_other() -> None:
+    for alpha in (3.0, 5.0, 7.0):
+        layer = wrap(nn.Linear(D_IN, D_OUT), DoranConfig(rank=4, alpha=alpha))
+        with torch.no_grad():
+            for parameter in layer.doran_adapter.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        x = torch.randn(3, D_IN)
+        expected = torch.autograd.grad(layer(x).square().sum(), list(layer.doran_adapter.parameters()))
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(compiled(x).square().sum(), list(layer.doran_adapter.parameters()))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

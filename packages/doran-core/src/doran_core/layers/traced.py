@@ -93,12 +93,13 @@ def _together(layers: list[tuple[DoranAdapter, BaseView]]) -> list[WeightSide]:
     rows, columns = [weight.shape[0] for weight in weights], [weight.shape[1] for weight in weights]
     with torch.autocast(weights[0].device.type, enabled=False):
         A, B = _factors(adapters)
+        B = first.scaling * B
         squared_norm = _joined([adapter.squared_norm_of_base(view) for adapter, view in layers])
         learns = (A.detach(), B.detach()) if first.config.norm_grad == "detached" else (A, B)
-        norm = row_norms(*learns, squared_norm, weights, first.scaling)
+        norm = row_norms(*learns, squared_norm, weights)
         magnitude = _joined([read(adapter.magnitude) for adapter in adapters])
         scale = functional.output_scale(magnitude, norm, _joined([_tau_of_rows(adapter, norm) for adapter in adapters]))
-        low_A, low_B = torch.split(A.to(dtype), columns), torch.split((first.scaling * B).to(dtype), rows)
+        low_A, low_B = torch.split(A.to(dtype), columns), torch.split(B.to(dtype), rows)
     return [WeightSide(a.T, b, c) for a, b, c in zip(low_A, low_B, torch.split(scale, rows), strict=True)]
 
 

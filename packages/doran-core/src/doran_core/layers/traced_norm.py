@@ -1,8 +1,11 @@
 """The factored norm of several layers in one autograd Function that Dynamo traces through; see traced.py.
 
-    U = W0 A^T      K = U + g B (A A^T) = V A^T      n^2 = ||W0||^2 + g sum(B * (U + K), 1)
+    U = W0 A^T      K = U + B (A A^T) = V A^T      n^2 = ||W0||^2 + sum(B * (U + K), 1)
 
-Backward, from dn: M = dL/dU = (dn g / n) B      dB = (dn g / n) K      dA = M^T (W0 + g B A)
+Backward, from dn: M = dL/dU = (dn / n) B      dB = (dn / n) K      dA = M^T (W0 + B A)
+
+B is scaled by g before. A Python float that differs between layers becomes a symbol to Dynamo, and Dynamo of torch 2.13
+loses that symbol between the Function and the operations around it.
 
 Each W0 is read twice, in half precision where it is stored so: no wide copy of it is made on a GPU, and none is kept.
 """
@@ -20,15 +23,14 @@ from doran_core import functional
 __all__ = ["accumulated_product", "cast", "row_norms"]
 
 
-def row_norms(A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tensor], scaling: float) -> Tensor:
-    """``||W0 + g B A||`` per row of all layers, below each other.
+def row_norms(A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """``||W0 + B A||`` per row of all layers, below each other.
 
     Args:
         A: the layers' ``A^T [d_in, r]`` below each other, acc; half precision uses them rounded to W0's dtype.
-        B: the layers' ``[d_out, r]`` below each other, acc.
+        B: the layers' ``g B``, ``[d_out, r]``, below each other, acc.
         squared_norm: ``||W0||^2``, ``[sum of d_out]``.
         weights: the W0 ``[d_out, d_in]``, frozen, of one dtype.
-        scaling: ``g``.
 
     Returns:
         ``[sum of d_out]``.
@@ -36,20 +38,18 @@ def row_norms(A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tens
     # Without gradients Dynamo would count the arguments to find out whether the Function's forward takes a context: it
     # errs with a number of arguments that varies.
     if not (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)):
-        return _norms(cast(A, weights[0].dtype), B, squared_norm, weights, scaling)[0]
-    norm: Tensor = _RowNorms.apply(A, B, squared_norm, scaling, *weights)  # type: ignore[no-untyped-call]
+        return _norms(cast(A, weights[0].dtype), B, squared_norm, weights)[0]
+    norm: Tensor = _RowNorms.apply(A, B, squared_norm, *weights)  # type: ignore[no-untyped-call]
     return norm
 
 
-def _norms(
-    low_A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tensor], scaling: float
-) -> tuple[Tensor, Tensor]:
+def _norms(low_A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """n and K."""
     parts = torch.split(low_A, [weight.shape[1] for weight in weights])
     product = torch.cat([accumulated_product(w, a) for w, a in zip(weights, parts, strict=True)])
     gram = torch.cat([accumulated_product(a.mT, a) for a in _stacks(low_A, weights, 1)])
-    aligned = product + scaling * _times(B, gram, weights, 0)
-    return functional.aligned_row_norm(squared_norm, product, aligned, B, scaling), aligned
+    aligned = product + _times(B, gram, weights, 0)
+    return functional.aligned_row_norm(squared_norm, product, aligned, B, 1.0), aligned
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,24 +70,23 @@ def accumulated_product(left: Tensor, right: Tensor) -> Tensor:
 
 class _RowNorms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, squared_norm: Tensor, scaling: float, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, A: Tensor, B: Tensor, squared_norm: Tensor, *weights: Tensor) -> Tensor:
         low_A = cast(A, weights[0].dtype)
-        norm, aligned = _norms(low_A, B, squared_norm, weights, scaling)
+        norm, aligned = _norms(low_A, B, squared_norm, weights)
         ctx.save_for_backward(low_A, B, aligned, norm, *weights)
-        ctx.scaling = scaling
         return norm
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         low_A, B, aligned, norm, *weights = ctx.saved_tensors
-        through_norm = torch.where(norm > 0, ctx.scaling * grads[0] / norm, 0.0)[:, None]
+        through_norm = torch.where(norm > 0, grads[0] / norm, 0.0)[:, None]
         grad_product = cast(through_norm * B, low_A.dtype)
         parts = torch.split(grad_product, [weight.shape[0] for weight in weights])
         grad_A = torch.cat([_transposed_product(w, m) for w, m in zip(weights, parts, strict=True)])
         pairs = zip(_stacks(cast(B, low_A.dtype), weights, 0), _stacks(grad_product, weights, 0), strict=True)
         mixed = torch.cat([accumulated_product(b.mT, m) for b, m in pairs])  # symmetric
-        grad_A = grad_A + ctx.scaling * _times(low_A, mixed, weights, 1)
-        return grad_A, through_norm * aligned, None, None, *(None for _ in weights)
+        grad_A = grad_A + _times(low_A, mixed, weights, 1)
+        return grad_A, through_norm * aligned, None, *(None for _ in weights)
 
 
 def _transposed_product(weight: Tensor, right: Tensor) -> Tensor:
