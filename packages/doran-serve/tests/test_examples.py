@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from doran_serve.cli import COMMAND
+from doran_core.cli.group import parse
 
 ROOT = Path(__file__).parents[3]
 UNIT = ROOT / "examples" / "serving" / "doran-serve.service"
 CONTAINER = ROOT / "examples" / "serving" / "Containerfile"
 
 
-def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parsed(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The options of ``doran serve``, and what it hands on to vLLM."""
-    subcommand, *rest = arguments
-    assert subcommand == "serve"
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    COMMAND.add_arguments(parser, None)
-    return parser.parse_known_args(rest)
+    assert arguments[0] == "serve"
+    context = parse(arguments)
+    return context.params, context.args
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -47,9 +45,9 @@ def test_the_units_commands_are_those_of_doran_serve() -> None:
         program, *arguments = shlex.split(line)
         assert os.path.basename(program) == "doran"  # noqa: PTH119
         args, vllm_flags = parsed(arguments)
-        assert args.base == "/srv/doran/base"
-        assert args.adapters == Path("/srv/doran/adapters")
-        assert vllm_flags == ([] if args.check else ["--host", "127.0.0.1", "--port", "8000"])
+        assert args["base"] == "/srv/doran/base"
+        assert args["adapters"] == Path("/srv/doran/adapters")
+        assert vllm_flags == ([] if args["check"] else ["--host", "127.0.0.1", "--port", "8000"])
 
 
 def test_the_container_copies_what_is_there() -> None:
