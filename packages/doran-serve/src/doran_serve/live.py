@@ -44,11 +44,7 @@ def reload_adapter(llm: Any, name: str, directory: str | Path) -> Any:
 
 
 async def reload_adapter_async(llm: Any, name: str, directory: str | Path) -> Any:
-    """As `reload_adapter`, for vLLM's `AsyncLLM`.
-
-    Raises:
-        as `reload_adapter`.
-    """
+    """As `reload_adapter`, for vLLM's `AsyncLLM`; raises what that raises."""
     request = await asyncio.to_thread(_request, llm, name, directory)
     await llm.add_lora(request)
     last = _replaced(llm, request, name)

@@ -73,8 +73,9 @@ def sealed(
     """The fields with both digests, to write.
 
     Args:
-        fields, beside: as in :func:`fields_digest`.
+        fields: as in :func:`fields_digest`.
         tensors: all tensors of the directory, by key.
+        beside: as in :func:`fields_digest`.
     """
     with_tensors = {**fields, TENSORS_DIGEST: tensors_digest(tensors)}
     return {**with_tensors, DIGEST: fields_digest(with_tensors, beside)}
@@ -85,7 +86,8 @@ def check_fields_digest(where: StrPath, fields: Mapping[str, Any], beside: Mappi
 
     Args:
         where: the file, for the message.
-        fields, beside: as in :func:`fields_digest`, as they were read.
+        fields: as in :func:`fields_digest`, as they were read.
+        beside: likewise.
 
     Raises:
         CorruptFileError: the digests differ.

@@ -106,7 +106,9 @@ def read_file(
     """All bytes of a regular file.
 
     Args:
-        path, where, dir_fd: as for :func:`open_regular`.
+        path: as for :func:`open_regular`.
+        where: likewise.
+        dir_fd: likewise.
         limit: the most bytes that such a file may have.
         check: raises if the file is not worth reading.
 
