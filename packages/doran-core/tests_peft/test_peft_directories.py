@@ -68,6 +68,7 @@ def save_base(model, folder):
         model.save_pretrained(folder)
     else:
         folder.mkdir()
+        (folder / "config.json").write_text('{"tie_word_embeddings": false}')  # of an architecture that nobody knows
         save_safetensors(folder / "model.safetensors", model.state_dict(), {})
     return folder
 

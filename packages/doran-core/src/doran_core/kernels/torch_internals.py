@@ -186,4 +186,4 @@ def keep_saved_tensors() -> None:
     Inductor of torch 2.13 takes saved ones for its own results without a look at whether others are views of them. Here
     g B is saved whole for the norm and in parts for the layers' products; the gradients of A were wrong in silence.
     """
-    importlib.import_module("torch._functorch.config").donated_buffer = False
+    importlib.import_module("torch._functorch.config").donated_buffer = False  # type: ignore[attr-defined]
