@@ -89,7 +89,7 @@ def test_missing_head(model: Path) -> None:
 
 def test_head_of_another_size(model: Path) -> None:
     change_config(model, id2label={str(i): str(i) for i in range(5)}, label2id={str(i): i for i in range(5)})
-    refuse(CheckpointError, r"model\.safetensors: truncated", model)
+    refuse(CheckpointError, "cannot load the weights", model)
 
 
 def test_unknown_architecture(model: Path) -> None:

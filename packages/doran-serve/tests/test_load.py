@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from load import Load
+
+pytestmark = pytest.mark.skipif(
+    "DORAN_TEST_LOAD" not in os.environ, reason="takes minutes: set DORAN_TEST_LOAD; nox -s load is the long form"
+)
 
 
 def test_a_minute_under_load(
