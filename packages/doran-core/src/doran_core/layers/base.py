@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from doran_core import functional
 from doran_core.errors import TargetError
 from doran_core.kernels.torch_internals import call_hooks
-from doran_core.support.sharding import gathered, is_whole, whole, whole_shape
+from doran_core.support.sharding import gathered, is_flattened, is_whole, whole, whole_shape
 
 __all__ = ["BaseView", "ModuleKind", "base_view", "is_adaptable", "is_linear"]
 
@@ -108,7 +108,7 @@ class BaseView(ABC):
     def refuse_flattened(self) -> None:
         """Raise TargetError where FSDP1 has the layer's parameters in shards, which are flat."""
         weight = self.layer._parameters.get("weight")
-        if weight is not None and weight.dim() == 1 and hasattr(weight, "_fsdp_flattened"):
+        if weight is not None and weight.dim() == 1 and is_flattened(weight):
             raise TargetError(
                 f"{type(self.layer).__name__}: its parameters are sharded by FSDP1; call this inside "
                 "FullyShardedDataParallel.summon_full_params(model)"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from doran_core.errors import ConfigError
-from doran_core.support.sharding import whole_shape
+from doran_core.support.sharding import is_flattened, whole_shape
 
 __all__ = ["is_decayed", "is_exempt", "parameter_groups"]
 
@@ -32,7 +32,7 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     Raises:
         ConfigError: FSDP1 has flattened the parameter.
     """
-    if hasattr(parameter, "_fsdp_flattened"):
+    if is_flattened(parameter):
         raise ConfigError(f"{name}: FSDP1 has flattened it; make the optimizer's groups before the model is wrapped")
     return not is_exempt(name) and len(whole_shape(parameter)) > 1
 

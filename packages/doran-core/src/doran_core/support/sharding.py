@@ -19,6 +19,7 @@ __all__ = [
     "first_process",
     "gathered",
     "is_dtensor",
+    "is_flattened",
     "is_sharded",
     "is_whole",
     "read",
@@ -34,6 +35,11 @@ _ZERO = "ds_id"
 """DeepSpeed ZeRO-3's mark on a parameter that it partitions."""
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether FSDP1 keeps it in its flat parameter."""
+    return hasattr(tensor, _FSDP1)
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is a DTensor: FSDP2's parameters outside their unit's forward pass, and tensor parallel ones."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "full_tensor")
@@ -41,7 +47,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether FSDP or ZeRO may take the tensor's memory away between two uses."""
-    return is_dtensor(tensor) or hasattr(tensor, _ZERO) or hasattr(tensor, _FSDP1)
+    return is_dtensor(tensor) or hasattr(tensor, _ZERO) or is_flattened(tensor)
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
@@ -67,7 +73,7 @@ def read(parameter: Tensor) -> Tensor:
     """
     if type(parameter) not in _PLAIN and is_dtensor(parameter):
         parameter = _Gathered.apply(parameter)  # type: ignore[no-untyped-call]
-    elif hasattr(parameter, _FSDP1) and parameter.requires_grad and torch.is_grad_enabled():
+    elif is_flattened(parameter) and parameter.requires_grad and torch.is_grad_enabled():
         raise TargetError(
             "FSDP1: a layer's networks are used outside the FSDP unit that owns them (sharing='model', or a factor "
             "penalty), where FSDP1 loses their gradient; use FSDP2 (fully_shard), or sharing='block' without a penalty"
