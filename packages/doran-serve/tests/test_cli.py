@@ -15,6 +15,7 @@ import torch
 from adapter_specs import make_adapter
 from safetensors.torch import save_file
 
+from doran_core.cli.group import doran
 from doran_core.cli.main import main
 from doran_core.errors import CheckpointError, DoranError
 from doran_serve import flags, memory
@@ -36,7 +37,9 @@ def folder(tmp_path: Path) -> Path:
 
 def run(*arguments: str) -> int:
     """The command, with its errors as they are raised."""
-    return main(["serve", *arguments, "--debug"])
+    with doran.make_context("doran", ["serve", *arguments]) as context:
+        doran.invoke(context)
+    return 0
 
 
 def test_check_lists_every_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 Patterns come with adapter files. Python's own matcher backtracks: ``([a-z.]+)+!`` on a long name never returns and lets
 no other thread run. Here Python parses a pattern, and a machine follows it through a name, taking each pair of an
-instruction and a position once. It finds what Python finds: the same match, and the same first group.
+instruction and a position once. It finds what Python finds: the same match, and the same first group. Only where a part
+that may be empty is repeated, ``(^|a)*``, may Python's match be shorter than the one found here.
 
 The parse tree is private to Python's standard library (``re._parser``, ``re._constants``, in 3.11 to 3.14): this file
 can go when ``re`` itself has a matcher without backtracking.
