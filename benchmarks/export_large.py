@@ -22,7 +22,7 @@ HIDDEN, INNER, VOCABULARY, HEADS = 2048, 5632, 8192, 16
 
 
 def make(work: Path, layers: int) -> None:
-    """The base, in float32, and a compiled adapter."""
+    """The base, in float32, and a folded adapter."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

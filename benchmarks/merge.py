@@ -26,7 +26,7 @@ TARGETS = {
     "qv": ["q_proj", "v_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-WAYS = ["copy", "doran", "doran-compiled", "doran-dora", "doran-lora", "peft-dora", "peft-lora"]
+WAYS = ["copy", "doran", "doran-folded", "doran-dora", "doran-lora", "peft-dora", "peft-lora"]
 SHARD_BYTES = 10**9
 
 
@@ -87,13 +87,13 @@ def make_base(folder: Path, layers: int) -> None:
 
 
 def make_adapters(work: Path, layers: int, targets: list[str], rank: int) -> None:
-    """A trainable DoRAN adapter, its compiled form, the equal PEFT DoRA, and a PEFT LoRA of the same factors."""
+    """A trainable DoRAN adapter, its folded form, the equal PEFT DoRA, and a PEFT LoRA of the same factors."""
     import torch
 
-    from doran_core.adapter import TrainableAdapter, write_compiled, write_trainable
+    from doran_core.adapter import TrainableAdapter, write_folded, write_trainable
     from doran_core.checkpoint.binding import bind, checkpoint_fingerprint
     from doran_core.checkpoint.checkpoint import Checkpoint
-    from doran_core.convert import compile_adapter, to_peft_dora
+    from doran_core.convert import fold_adapter, to_peft_dora
     from doran_core.method.config import DoranConfig
 
     config = DoranConfig(rank=rank, target_modules=targets, factors="static", alpha=float(rank))
@@ -114,9 +114,9 @@ def make_adapters(work: Path, layers: int, targets: list[str], rank: int) -> Non
         config, modules, base_fingerprint=fingerprint, base_model=str(work / "base"), task_type="CAUSAL_LM"
     )
     write_trainable(record, work / "doran")
-    compiled = compile_adapter(work / "doran", work / "base")
-    write_compiled(compiled, work / "doran-compiled")
-    to_peft_dora(compiled, work / "dora")
+    folded = fold_adapter(work / "doran", work / "base")
+    write_folded(folded, work / "doran-folded")
+    to_peft_dora(folded, work / "dora")
     make_lora(work)
 
 

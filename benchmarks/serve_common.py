@@ -44,10 +44,10 @@ def llama_7b(folder: Path, layers: int) -> str:
 
 
 def random_adapters(folder: Path, count: int, layers: int, targets: tuple[str, ...], rank: int) -> list[str]:
-    """Compiled adapters for `llama_7b`, and beside each its LoRA (`-lora`), which is the same without the scale."""
+    """Folded adapters for `llama_7b`, and beside each its LoRA (`-lora`), which is the same without the scale."""
     import torch
 
-    from doran_core.adapter import CompiledAdapter, CompiledModule, write_compiled
+    from doran_core.adapter import FoldedAdapter, FoldedModule, write_folded
     from doran_serve.bench.strip import write_lora
     from doran_serve.records import ServedAdapter, ServedModule
 
@@ -66,9 +66,9 @@ def random_adapters(folder: Path, count: int, layers: int, targets: tuple[str, .
                 A = torch.randn(rank, d_in, generator=draw) / d_in**0.5
                 B = torch.randn(d_out, rank, generator=draw) * 1e-3
                 scale = 1 + 0.05 * torch.randn(d_out, generator=draw)
-                modules[full] = CompiledModule(full, A, B, scale, scale.abs())
-        write_compiled(CompiledAdapter(modules), target)
+                modules[full] = FoldedModule(full, A, B, scale, scale.abs())
+        write_folded(FoldedAdapter(modules), target)
         served = {name: ServedModule(name, m.A, m.B, m.scale) for name, m in modules.items()}
-        write_lora(ServedAdapter(target, "compiled", served), folder / f"adapter-{index}-lora")
+        write_lora(ServedAdapter(target, "folded", served), folder / f"adapter-{index}-lora")
         made.append(str(target))
     return made

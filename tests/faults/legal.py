@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "packages/doran-core/tests"))
 import made  # noqa: E402
 import torch  # noqa: E402
 
-from doran_core.adapter import read_adapter, write_compiled  # noqa: E402
-from doran_core.convert import compile_adapter, to_peft_dora  # noqa: E402
+from doran_core.adapter import read_adapter, write_folded  # noqa: E402
+from doran_core.convert import fold_adapter, to_peft_dora  # noqa: E402
 
 __all__ = ["CONFIG", "SEALED", "adapters", "meaning", "write_all"]
 
@@ -32,7 +32,7 @@ TRAINABLE: dict[str, dict[str, Any]] = {
         "block_pattern": r"layers\.(\d+)",
     },
 }
-SEALED = (*TRAINABLE, "compiled", "compiled-static")
+SEALED = (*TRAINABLE, "folded", "folded-static")
 """The forms that doran writes with digests: what is accepted of them means what was saved."""
 
 
@@ -47,9 +47,9 @@ def write_all(folder: Path) -> None:
         made.write_adapter(folder / name, weights, **options)
     extra = {"model.norm.weight": torch.ones(24)}
     made.write_adapter(folder / "extra", weights, extra=extra, modules_to_save=["norm"])
-    for name, source in (("compiled", "generated"), ("compiled-static", "static")):
-        write_compiled(compile_adapter(folder / source, folder / "base"), folder / name)
-    to_peft_dora(folder / "compiled", folder / "peft-dora")
+    for name, source in (("folded", "generated"), ("folded-static", "static")):
+        write_folded(fold_adapter(folder / source, folder / "base"), folder / name)
+    to_peft_dora(folder / "folded", folder / "peft-dora")
     made.write_peft(folder / "peft-lora", made.lora_tensors(made.TARGETS[0], 24, 24))
     embedding = {
         "model.embed_tokens.lora_embedding_A": torch.ones(4, 50),

@@ -14,8 +14,8 @@ from typing import Any
 import made
 import torch
 
-from doran_core.adapter import CompiledAdapter, read_adapter, write_compiled, write_trainable
-from doran_core.convert import compile_adapter
+from doran_core.adapter import FoldedAdapter, read_adapter, write_folded, write_trainable
+from doran_core.convert import fold_adapter
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import DoranError
 from doran_core.merge import merge_checkpoint
@@ -31,18 +31,18 @@ def _numbered(number: int) -> Any:
     return record
 
 
-def _numbered_compiled(legal: Path, number: int) -> CompiledAdapter:
-    compiled = compile_adapter(legal / "static", legal / "base")
-    for module in compiled.modules.values():
+def _numbered_folded(legal: Path, number: int) -> FoldedAdapter:
+    folded = fold_adapter(legal / "static", legal / "base")
+    for module in folded.modules.values():
         module.scale.fill_(float(number))
         module.magnitude.fill_(float(number))
         module.B.fill_(float(number))
-    return compiled
+    return folded
 
 
 def _numbers(folder: Path) -> set[float]:
     adapter = read_adapter(folder)
-    if isinstance(adapter, CompiledAdapter):
+    if isinstance(adapter, FoldedAdapter):
         parts = [tensor for module in adapter.modules.values() for tensor in (module.scale, module.magnitude, module.B)]
         return {float(value) for part in parts for value in part.flatten()}
     return {float(parts["magnitude"][0]) for parts in adapter.modules.values()} | {adapter.config.alpha}  # type: ignore[union-attr]
@@ -52,10 +52,10 @@ def readers_and_writers(legal: Path, seconds: float) -> dict[str, int]:
     """Two adapters overwritten without pause while they are read, and another program writes beside their files."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="doran-races-") as folder:
-        trainable, compiled = Path(folder, "trainable"), Path(folder, "compiled")
+        trainable, folded = Path(folder, "trainable"), Path(folder, "folded")
         writes: list[tuple[Path, Callable[[int], Any]]] = [
             (trainable, lambda n: write_trainable(_numbered(n % 50 + 1), trainable, overwrite=True)),
-            (compiled, lambda n: write_compiled(_numbered_compiled(legal, n % 50 + 1), compiled, overwrite=True)),
+            (folded, lambda n: write_folded(_numbered_folded(legal, n % 50 + 1), folded, overwrite=True)),
         ]
         for _, write in writes:
             write(1)
@@ -140,7 +140,7 @@ def _uses(legal: Path, out: Path) -> dict[str, Callable[[], Any]]:
     record = read_adapter(legal / "generated")
     return {
         "save": lambda: write_trainable(record, out / "saved"),  # type: ignore[arg-type]
-        "convert": lambda: write_compiled(compile_adapter(legal / "generated", legal / "base"), out / "converted"),
+        "convert": lambda: write_folded(fold_adapter(legal / "generated", legal / "base"), out / "converted"),
         "merge": lambda: merge_checkpoint(legal / "base", legal / "generated", out / "merged"),
     }
 

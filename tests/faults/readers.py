@@ -15,10 +15,10 @@ from safetensors import safe_open
 from torch import nn
 
 from doran_core import load
-from doran_core.adapter import read_adapter, write_compiled
+from doran_core.adapter import read_adapter, write_folded
 from doran_core.adapter.digest import directory_digest
 from doran_core.checkpoint.checkpoint import Checkpoint
-from doran_core.convert import compile_adapter
+from doran_core.convert import fold_adapter
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import DoranError
 from doran_core.merge import merge_checkpoint
@@ -81,7 +81,7 @@ def _readable(folder: Path) -> None:
 
 
 def _convert(adapter: Path, legal: Path, out: Path) -> None:
-    read_adapter(write_compiled(compile_adapter(adapter, legal / "base"), out / "converted"))
+    read_adapter(write_folded(fold_adapter(adapter, legal / "base"), out / "converted"))
 
 
 def _peft(adapter: Path, legal: Path, out: Path) -> None:
@@ -137,7 +137,7 @@ ADAPTER_READERS: dict[str, Reader] = {
 BASE_READERS: dict[str, Reader] = {
     "checkpoint": lambda base, legal, out: [Checkpoint(base).config()],
     "merge into": _merge_into,
-    "convert on": lambda base, legal, out: compile_adapter(legal / "generated", base),
+    "convert on": lambda base, legal, out: fold_adapter(legal / "generated", base),
     "inspect on": lambda base, legal, out: inspect_adapter(legal / "peft-lora", base),
     "export": _export,
 }

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import doran_core
-from doran_core import DoranConfig, adapt, load, read_adapter, read_compiled
+from doran_core import DoranConfig, adapt, load, read_adapter, read_folded
 from doran_core.adapter import TrainableAdapter, write_trainable
 from doran_core.errors import AdapterFormatError, BaseMismatchError, ConfigError, DoranError, TargetError
 from doran_core.layers import DoranLinear
@@ -72,17 +72,17 @@ def test_life_of_an_adapter(options, tmp_path):
     trained = net.eval()(TOKENS)
 
     handle.save(tmp_path / "trainable", base_model="net")
-    handle.save(tmp_path / "compiled", form="compiled")
+    handle.save(tmp_path / "folded", form="folded")
     fresh = copy.deepcopy(base)
     again = load(fresh, tmp_path / "trainable")
     assert torch.equal(fresh.eval()(TOKENS), trained)
     assert again.config == handle.config
 
-    compiled = read_compiled(tmp_path / "compiled")
-    assert compiled.base_fingerprint == handle.base_fingerprint()
+    folded = read_folded(tmp_path / "folded")
+    assert folded.base_fingerprint == handle.base_fingerprint()
     served = copy.deepcopy(base).eval()
-    served.load_state_dict(compiled.extra, strict=False)
-    for name, module in compiled.modules.items():
+    served.load_state_dict(folded.extra, strict=False)
+    for name, module in folded.modules.items():
         target = served.get_submodule(name)
         view = doran_core.layers.base_view(target)
         matrix = module.scale[:, None] * (view.weight().detach() + module.B @ module.A)
@@ -93,7 +93,7 @@ def test_life_of_an_adapter(options, tmp_path):
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     handle.merge(check_finite=True)
     assert torch.allclose(net(TOKENS), trained, atol=1e-5)
-    assert handle.base_fingerprint() == compiled.base_fingerprint
+    assert handle.base_fingerprint() == folded.base_fingerprint
     handle.unmerge()
     assert torch.equal(net(TOKENS), trained)
     plain = handle.remove()
@@ -189,7 +189,7 @@ def test_loading_what_does_not_fit_changes_nothing(tmp_path):
     fewer = adapt(Net(), config(target_modules=["q_proj"]))
     with pytest.raises(AdapterFormatError, match=r"adapts other modules: missing \[\], unknown \['blocks.0.v_proj'"):
         fewer.load(tmp_path / "a", allow_base_mismatch=True)
-    handle.save(tmp_path / "c", form="compiled")
+    handle.save(tmp_path / "c", form="folded")
     with pytest.raises(AdapterFormatError, match="expected a trainable DoRAN adapter"):
         load(Net(), tmp_path / "c")
 

@@ -1,4 +1,4 @@
-"""An adapter trained with a generator of the user's own: loaded, merged, compiled and inspected from its files."""
+"""An adapter trained with a generator of the user's own: loaded, merged, folded and inspected from its files."""
 
 import copy
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 
 from doran_core import DoranConfig, adapt, load
 from doran_core.cli.main import main
-from doran_core.convert import compile_adapter
+from doran_core.convert import fold_adapter
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import AdapterFormatError, ConfigError, MissingKeyError, TensorShapeError
 from doran_core.merge import merge_checkpoint
@@ -62,9 +62,9 @@ def test_merged_from_python_and_from_the_command_line(trained):
 def test_compiled_and_then_merged_without_it(trained):
     base, model = trained
     x = torch.randn(5, 12)
-    command = "convert adapter --to compiled --base base --factor-builder here:Cosines --out compiled"
+    command = "convert adapter --to folded --base base --factor-builder here:Cosines --out folded"
     assert main(command.split()) == 0
-    merge_checkpoint("base", "compiled", "merged")
+    merge_checkpoint("base", "folded", "merged")
     torch.testing.assert_close(merged_outputs(base, x), model(x))
 
 
@@ -76,12 +76,12 @@ def test_inspected(trained, capsys):
         inspect_adapter("adapter", factor_builder=Cosines)
 
 
-@pytest.mark.parametrize("use", [merge_checkpoint, compile_adapter], ids=lambda use: use.__name__)
+@pytest.mark.parametrize("use", [merge_checkpoint, fold_adapter], ids=lambda use: use.__name__)
 def test_without_the_builder_the_error_says_what_to_give(trained, use):
     arguments = ("base", "adapter", "merged") if use is merge_checkpoint else ("adapter", "base")
     with pytest.raises(
         AdapterFormatError,
-        match=r"adapter: .*\(factors.B, factors.frequencies\).*factor_builder.*--factor-builder.*compiled form",
+        match=r"adapter: .*\(factors.B, factors.frequencies\).*factor_builder.*--factor-builder.*folded form",
     ):
         use(*arguments)
 
@@ -94,9 +94,9 @@ class Wide(Cosines):
 
 def test_a_builder_that_does_not_fit(trained):
     with pytest.raises(TensorShapeError, match=r"'0': Wide gives A \[3, 24\].*expected A \[3, 12\]"):
-        compile_adapter("adapter", "base", factor_builder=Wide)
+        fold_adapter("adapter", "base", factor_builder=Wide)
     with pytest.raises(MissingKeyError, match=r"'0': missing tensor\(s\) \['factors.bias'"):
-        compile_adapter("adapter", "base", factor_builder=lambda spec: nn.Linear(spec.d_in, spec.d_out))
+        fold_adapter("adapter", "base", factor_builder=lambda spec: nn.Linear(spec.d_in, spec.d_out))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from doran_core import DoranConfig, adapt
-from doran_core.adapter import read_adapter, read_compiled, write_compiled
+from doran_core.adapter import read_adapter, read_folded, write_folded
 from doran_core.adapter.fields import CONFIG_FIELDS, check_fields
-from doran_core.convert import compile_adapter, from_peft, to_peft_dora
+from doran_core.convert import fold_adapter, from_peft, to_peft_dora
 from doran_core.errors import AdapterFormatError
 from doran_core.files.tensors import save_safetensors
 from doran_core.merge import merge_checkpoint
@@ -104,13 +104,13 @@ def test_peft_loads_a_compiled_directory(tmp_path, model, options):
     untouched, before = copy.deepcopy(model), outputs(model)
     handle = adapt(model, DoranConfig(rank=4, target_modules=targets, **options))
     shake(handle.parameters())
-    handle.save(tmp_path / "compiled", form="compiled")
-    loaded = PeftModel.from_pretrained(untouched, tmp_path / "compiled")
+    handle.save(tmp_path / "folded", form="folded")
+    loaded = PeftModel.from_pretrained(untouched, tmp_path / "folded")
     close(outputs(loaded), outputs(model))
     assert (outputs(loaded) - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("form", ["trainable", "compiled"])
+@pytest.mark.parametrize("form", ["trainable", "folded"])
 def test_peft_loads_a_converted_directory(tmp_path, model, form):
     model, targets = model
     untouched = copy.deepcopy(model)
@@ -118,7 +118,7 @@ def test_peft_loads_a_converted_directory(tmp_path, model, form):
     handle = adapt(model, DoranConfig(rank=4, target_modules=targets))
     shake(handle.parameters())
     handle.save(tmp_path / "adapter", form=form)
-    to_peft_dora(compile_adapter(tmp_path / "adapter", base), tmp_path / "dora")
+    to_peft_dora(fold_adapter(tmp_path / "adapter", base), tmp_path / "dora")
     close(outputs(PeftModel.from_pretrained(untouched, tmp_path / "dora")), outputs(model))
 
 
@@ -142,15 +142,15 @@ def test_what_peft_saves_merges_and_converts_exactly(tmp_path, model, options):
     adapted.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     expected = outputs(adapted)
 
-    write_compiled(from_peft(tmp_path / "peft", base), tmp_path / "compiled")
-    close(outputs(PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "compiled")), expected)
+    write_folded(from_peft(tmp_path / "peft", base), tmp_path / "folded")
+    close(outputs(PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "folded")), expected)
 
-    for name in ("peft", "compiled"):
+    for name in ("peft", "folded"):
         merge_checkpoint(base, tmp_path / name, tmp_path / f"merged-{name}")
         close(outputs(load_merged(untouched, tmp_path / f"merged-{name}")), expected)
 
     if options.get("use_dora"):
-        scales = {name: module.scale for name, module in read_compiled(tmp_path / "compiled").modules.items()}
+        scales = {name: module.scale for name, module in read_folded(tmp_path / "folded").modules.items()}
         assert any((scale != 1).any() for scale in scales.values())
 
 
@@ -173,11 +173,11 @@ def test_trained_biases_come_along(tmp_path, bias):
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], bias=bias))
     shake(parameter for parameter in adapted.parameters() if parameter.requires_grad)
     adapted.save_pretrained(tmp_path / "peft")
-    write_compiled(from_peft(tmp_path / "peft", base), tmp_path / "compiled")
-    for name in ("peft", "compiled"):
+    write_folded(from_peft(tmp_path / "peft", base), tmp_path / "folded")
+    for name in ("peft", "folded"):
         merge_checkpoint(base, tmp_path / name, tmp_path / f"merged-{name}")
         close(outputs(LlamaForCausalLM.from_pretrained(tmp_path / f"merged-{name}")), outputs(adapted))
-    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "compiled")
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "folded")
     close(outputs(loaded), outputs(adapted))
 
 
@@ -191,8 +191,8 @@ def test_an_adapted_embedding_that_peft_saved_with_its_base(tmp_path, tied, dora
     shake(parameter for name, parameter in adapted.named_parameters() if "lora_" in name)
     adapted.save_pretrained(tmp_path / "peft")
     expected = outputs(adapted)
-    write_compiled(from_peft(tmp_path / "peft", base), tmp_path / "compiled")
-    for name in ("peft", "compiled"):
+    write_folded(from_peft(tmp_path / "peft", base), tmp_path / "folded")
+    for name in ("peft", "folded"):
         merge_checkpoint(base, tmp_path / name, tmp_path / f"merged-{name}")
         merged = LlamaForCausalLM.from_pretrained(tmp_path / f"merged-{name}")
         assert not merged.config.tie_word_embeddings
@@ -209,11 +209,11 @@ def test_modules_to_save_come_along(tmp_path):
     shake(parameter for parameter in adapted.parameters() if parameter.requires_grad)
     adapted.save_pretrained(tmp_path / "peft")
     expected = outputs(adapted)
-    write_compiled(from_peft(tmp_path / "peft", base), tmp_path / "compiled")
-    for name in ("peft", "compiled"):
+    write_folded(from_peft(tmp_path / "peft", base), tmp_path / "folded")
+    for name in ("peft", "folded"):
         merge_checkpoint(base, tmp_path / name, tmp_path / f"merged-{name}")
         close(outputs(LlamaForCausalLM.from_pretrained(tmp_path / f"merged-{name}")), expected)
-    close(outputs(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "compiled")), expected)
+    close(outputs(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "folded")), expected)
 
 
 def test_merge_equals_peft_merge_and_unload(tmp_path):

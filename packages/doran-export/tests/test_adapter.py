@@ -12,7 +12,7 @@ from conftest import TEXT, saved, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from doran_core import DoranConfig, adapt
-from doran_core.adapter import CompiledAdapter, CompiledModule, read_compiled, write_compiled
+from doran_core.adapter import FoldedAdapter, FoldedModule, read_folded, write_folded
 from doran_core.cli.main import main
 from doran_core.errors import BaseMismatchError, ConfigError
 from doran_export import OnnxRunner, export
@@ -32,8 +32,8 @@ def base_and_adapter(tmp_path: Path) -> tuple[Path, Path]:
         b, a = (torch.randn(shape, generator=random) * 0.3 for shape in ((weight.shape[0], 4), (4, weight.shape[1])))
         scale = 1 + 0.2 * torch.randn(weight.shape[0], generator=random)
         magnitude = scale * (weight + b @ a).norm(dim=1)
-        modules[name] = CompiledModule(name, a, b, scale.abs(), magnitude.abs())
-    write_compiled(CompiledAdapter(modules, task_type="CAUSAL_LM"), tmp_path / "adapter")
+        modules[name] = FoldedModule(name, a, b, scale.abs(), magnitude.abs())
+    write_folded(FoldedAdapter(modules, task_type="CAUSAL_LM"), tmp_path / "adapter")
     return base, tmp_path / "adapter"
 
 
@@ -66,7 +66,7 @@ def test_export_of_base_and_adapter(
     # W' = c (W0 + B A), written out here and put into the base.
     model = AutoModelForCausalLM.from_pretrained(base)
     before = model(torch.tensor([[3, 4, 5]])).logits
-    for name, part in read_compiled(adapter).modules.items():
+    for name, part in read_folded(adapter).modules.items():
         weight = model.get_submodule(name).weight.data
         weight.copy_(part.scale[:, None] * (weight + part.B @ part.A))
     after = model(torch.tensor([[3, 4, 5]])).logits
@@ -77,9 +77,9 @@ def test_export_of_base_and_adapter(
 
 def test_adapter_for_another_base(base_and_adapter: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = base_and_adapter
-    compiled = read_compiled(adapter)
-    wrong = CompiledAdapter(compiled.modules, base_fingerprint="0" * 64, task_type="CAUSAL_LM")
-    write_compiled(wrong, tmp_path / "wrong")
+    folded = read_folded(adapter)
+    wrong = FoldedAdapter(folded.modules, base_fingerprint="0" * 64, task_type="CAUSAL_LM")
+    write_folded(wrong, tmp_path / "wrong")
     with pytest.raises(BaseMismatchError, match="0000"):
         export(out=tmp_path / "out", base=base, adapter=tmp_path / "wrong", exporter="torch")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "wrong"}

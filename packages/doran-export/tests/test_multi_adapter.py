@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_adapter, saved, tiny_llama
 
-from doran_core.adapter import CompiledAdapter, CompiledModule, write_compiled
+from doran_core.adapter import FoldedAdapter, FoldedModule, write_folded
 from doran_core.cli.main import main
 from doran_core.errors import BaseMismatchError, ConfigError, DoranError
 from doran_export import ExportError, ExportReport, OnnxRunner, ProofError, UnsupportedModelError, export, verify
@@ -116,8 +116,8 @@ def test_adapters_of_an_encoder_in_half_precision(tmp_path: Path) -> None:
     weight = model.get_submodule(name).weight.detach()
     a, b, scale = torch.randn(2, 32) * 0.3, torch.randn(32, 2) * 0.3, 1 + 0.2 * torch.rand(32)
     adapted = weight + b @ a
-    module = CompiledModule(name, a, b, scale, scale * adapted.norm(dim=1))
-    write_compiled(CompiledAdapter({name: module}, task_type="SEQ_CLS"), tmp_path / "adapter")
+    module = FoldedModule(name, a, b, scale, scale * adapted.norm(dim=1))
+    write_folded(FoldedAdapter({name: module}, task_type="SEQ_CLS"), tmp_path / "adapter")
 
     report = export(out=tmp_path / "out", base=base, adapters={"one": tmp_path / "adapter"}, precision="fp16")
     assert report.proof.max_difference < 5e-2

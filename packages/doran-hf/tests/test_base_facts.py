@@ -114,12 +114,12 @@ def test_a_base_compiled_before_adapting(tmp_path: Path) -> None:
     plain = get_peft_model(make_llama(), DoranConfig())
     compiled = get_peft_model(torch.compile(make_llama(), backend="eager"), DoranConfig())
     plain.save_pretrained(tmp_path / "plain")
-    compiled.save_pretrained(tmp_path / "compiled")
-    one, other = (read_adapter(tmp_path / name) for name in ("plain", "compiled"))
+    compiled.save_pretrained(tmp_path / "folded")
+    one, other = (read_adapter(tmp_path / name) for name in ("plain", "folded"))
     assert one.modules.keys() == other.modules.keys()
     assert one.base_fingerprint == other.base_fingerprint  # type: ignore[union-attr]
     PeftModel.from_pretrained(torch.compile(make_llama(), backend="eager"), tmp_path / "plain")
-    PeftModel.from_pretrained(make_llama(), tmp_path / "compiled")
+    PeftModel.from_pretrained(make_llama(), tmp_path / "folded")
 
 
 def test_a_head_that_is_tied_with_its_bias(tmp_path: Path) -> None:

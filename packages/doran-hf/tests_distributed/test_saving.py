@@ -18,7 +18,7 @@ def save(spreading: Spread, folder: str) -> tuple[str | None, dict[str, str]]:
     """The fingerprint, and digests of the files of both forms."""
     handle = handle_of(spreading.inner)
     with spreading.whole() if spreading.options.strategy == "fsdp1" else nullcontext():
-        for form in ("trainable", "compiled"):
+        for form in ("trainable", "folded"):
             handle.save(f"{folder}/{form}", form=form)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         return handle.base_fingerprint(), {

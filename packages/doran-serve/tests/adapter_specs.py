@@ -19,7 +19,7 @@ from torch import Tensor
 
 from doran_core import DoranConfig
 
-FORMS = ("lora", "dora", "compiled", "trainable")
+FORMS = ("lora", "dora", "folded", "trainable")
 
 
 @dataclass
@@ -49,7 +49,7 @@ class AdapterSpec:
         if self.form == "lora":
             return torch.ones(layer.B.shape[0], dtype=torch.float64)
         norm = torch.linalg.vector_norm(self._sum(name), dim=1)
-        tau = torch.log1p(torch.exp(layer.raw_tau.double())) if self.form in ("compiled", "trainable") else 0.0
+        tau = torch.log1p(torch.exp(layer.raw_tau.double())) if self.form in ("folded", "trainable") else 0.0
         return layer.magnitude.double() / (norm + tau)
 
     def merged(self, name: str) -> Tensor:
@@ -66,15 +66,15 @@ class AdapterSpec:
         config, tensors = getattr(self, f"_{self.form}")()
         (folder / "adapter_config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        if self.form == "compiled":
+        if self.form == "folded":
             self.write_scales(folder)
         return folder
 
     def write_scales(self, folder: Path, fingerprint: str | None = None, **metadata: str) -> None:
-        """Write the compiled form's sidecar beside the tensors that lie there."""
+        """Write the folded form's sidecar beside the tensors that lie there."""
         scales = {name: self.scale(name).float() for name in self.layers}
         digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-        header = {"format_version": "1", "form": "compiled", "adapter_model_sha256": digest, "created_by": "a test"}
+        header = {"format_version": "1", "form": "folded", "adapter_model_sha256": digest, "created_by": "a test"}
         if fingerprint:
             header["base_fingerprint"] = fingerprint
         save_file(scales, folder / "doran_scale.safetensors", metadata=header | metadata)
@@ -100,7 +100,7 @@ class AdapterSpec:
             tensors[f"base_model.model.{name}.lora_magnitude_vector"] = layer.magnitude
         return config | {"use_dora": True}, tensors
 
-    def _compiled(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _folded(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config, tensors = self._lora()
         for name, layer in self.layers.items():
             prefix = f"base_model.model.{name}"
@@ -156,7 +156,7 @@ def make_adapter(
         skip: leave out modules whose name this pattern finds.
     """
     draw = torch.Generator().manual_seed(seed)
-    alpha = 2.0 * rank if form != "compiled" else float(rank)
+    alpha = 2.0 * rank if form != "folded" else float(rank)
     layers = {}
     for name, weight in base.items():
         if not name.endswith(targets) or (skip and re.search(skip, name)):

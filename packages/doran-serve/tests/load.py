@@ -28,7 +28,7 @@ from servers import TOKENS, Server
 
 from doran_serve import publish_adapter
 
-FORMS = ("compiled", "lora", "compiled", "dora", "compiled", "lora", "trainable", "lora")
+FORMS = ("folded", "lora", "folded", "dora", "folded", "lora", "trainable", "lora")
 TARGETS = ("q_proj", "v_proj", "gate_proj", "down_proj")
 BAD_NAMES = ("..", ".", ".hidden", "x" * 300, "a/b", "../adapters", "nobody", "\x00")
 PROMPTS = 3

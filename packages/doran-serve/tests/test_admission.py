@@ -37,11 +37,11 @@ def store(tmp_path: Path, base: dict[str, Any]) -> AdapterStore:
     return AdapterStore(tmp_path / "base", cache_directory=tmp_path / "cache")
 
 
-def write(base: dict[str, Any], folder: Path, rank: int, form: str = "compiled") -> Path:
+def write(base: dict[str, Any], folder: Path, rank: int, form: str = "folded") -> Path:
     return make_adapter(form, base, ("up_proj",), rank=rank, seed=rank, size=0.4).write(folder)
 
 
-@pytest.mark.parametrize("form", ["compiled", "lora", "dora", "trainable"])
+@pytest.mark.parametrize("form", ["folded", "lora", "dora", "trainable"])
 @pytest.mark.parametrize("harm", ["replaced", "removed", "damaged"])
 def test_what_was_admitted_is_what_loads(
     form: str, harm: str, store: AdapterStore, base: dict[str, Any], tmp_path: Path

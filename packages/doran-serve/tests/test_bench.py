@@ -39,7 +39,7 @@ def test_ratios_are_of_medians() -> None:
 
 def test_the_lora_of_an_adapter_has_its_factors(tmp_path: Path) -> None:
     base = {"model.layers.0.mlp.up_proj": torch.randn(24, 16)}
-    spec = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4)
+    spec = make_adapter("folded", base, ("up_proj",), rank=3, seed=1, size=0.4)
     adapter = AdapterStore(None).load(spec.write(tmp_path / "doran"))
     assert adapter is not None
     lora = read_adapter(write_lora(adapter, tmp_path / "lora"))
@@ -61,7 +61,7 @@ def test_stock_and_plugin_are_measured_and_compared(
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process for each engine, not two: it starts sooner
     monkeypatch.setattr("doran_serve.bench.cases.standard_cases", lambda *given: standard_cases(*given)[1:3])
     for index in range(2):
-        spec = make_adapter("compiled", reference("llama").weights, ("q_proj",), rank=4, seed=index, size=0.4)
+        spec = make_adapter("folded", reference("llama").weights, ("q_proj",), rank=4, seed=index, size=0.4)
         spec.write(tmp_path / "adapters" / f"{index}")
     engine = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 64}
     sizes = ["--requests", "4", "--prompt-tokens", "8", "--output-tokens", "4", "--rounds", "1"]
@@ -108,7 +108,7 @@ def test_the_engines_get_a_cache_that_a_cpu_has(
     base = {"model.layers.0.mlp.up_proj": torch.randn(24, 16)}
     (tmp_path / "base").mkdir()
     save_file({f"{key}.weight": value for key, value in base.items()}, tmp_path / "base" / "model.safetensors")
-    make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "adapters" / "one")
+    make_adapter("folded", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "adapters" / "one")
     monkeypatch.setenv(CACHE_VARIABLE, "")  # so that it is put back
     monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setattr("doran_serve.memory.device_memory", lambda: Memory(24 * 2**30, "this machine"))

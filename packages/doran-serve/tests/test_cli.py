@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     save_file(
         {"model.layers.0.mlp.up_proj.weight": base["model.layers.0.mlp.up_proj"]}, tmp_path / "base/model.safetensors"
     )
-    for name, form, rank in (("b", "lora", 3), ("a", "compiled", 9), ("c", "trainable", 4)):
+    for name, form, rank in (("b", "lora", 3), ("a", "folded", 9), ("c", "trainable", 4)):
         make_adapter(form, base, ("up_proj",), rank=rank, seed=1, size=0.4).write(tmp_path / "adapters" / name)
     return tmp_path
 
@@ -46,7 +46,7 @@ def test_check_lists_every_adapter(folder: Path, capsys: pytest.CaptureFixture[s
     assert run(str(folder / "base"), "--adapters", str(folder / "adapters"), "--check") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:4] for line in lines[:3]] == [
-        ["a", "compiled", "rank", "9"],
+        ["a", "folded", "rank", "9"],
         ["b", "lora", "rank", "3"],
         ["c", "trainable", "rank", "4"],
     ]
@@ -60,7 +60,7 @@ def test_check_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(*where, "--check", "--port", "8123") == 0
     found = json.loads(capsys.readouterr().out)
     assert {name: (info["form"], info["rank"], info["layers"]) for name, info in found["adapters"].items()} == {
-        "a": ("compiled", 9, 1),
+        "a": ("folded", 9, 1),
         "b": ("lora", 3, 1),
         "c": ("trainable", 4, 1),
     }
@@ -221,7 +221,7 @@ def test_a_layer_that_is_not_linear_is_refused(folder: Path) -> None:
     assert run(*where) == 0
     with pytest.raises(DoranError, match=r"1 of 1 .*lm_head; merged mode cannot swap"):
         run(*where, "--mode", "merged")
-    for form in ("compiled", "dora", "trainable"):
+    for form in ("folded", "dora", "trainable"):
         make_adapter(form, base, ("lm_head",), rank=3, seed=1, size=0.4).write(folder / "adapters" / form)
     with pytest.raises(DoranError, match=r"3 of 4 .*lm_head: vLLM serves this layer as output head"):
         run(*where)

@@ -23,7 +23,7 @@ PROMPTS = [[5, 6, 7, 8, 9], [30, 31, 32]]
 @pytest.fixture(scope="module")
 def adapters(reference: Callable[[str], Any]) -> dict[str, AdapterSpec]:
     weights = reference("llama").weights
-    forms = {"lora": "lora", "dora": "dora", "doran": "compiled", "trained": "trainable"}
+    forms = {"lora": "lora", "dora": "dora", "doran": "folded", "trained": "trainable"}
     return {
         name: make_adapter(form, weights, TARGETS[i % 2 :], rank=4 + i, seed=40 + i, size=0.5)
         for i, (name, form) in enumerate(forms.items())
@@ -64,7 +64,7 @@ def test_concurrent_clients_get_each_models_own_answer(
 
 def test_load_replace_and_unload(server: Server, reference: Callable[[str], Any], tmp_path: Path) -> None:
     weights = reference("llama").weights
-    first, second = (make_adapter("compiled", weights, TARGETS, rank=6, seed=s, size=0.5) for s in (70, 71))
+    first, second = (make_adapter("folded", weights, TARGETS, rank=6, seed=s, size=0.5) for s in (70, 71))
     one, two = first.write(tmp_path / "one"), second.write(tmp_path / "two")
 
     assert server.request("/v1/load_lora_adapter", lora_name="new", lora_path=str(one))[0] == 200
@@ -81,7 +81,7 @@ def test_load_replace_and_unload(server: Server, reference: Callable[[str], Any]
 def test_a_bad_adapter_is_refused_and_the_server_lives(
     server: Server, reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    spec = make_adapter("compiled", reference("llama").weights, TARGETS, rank=6, seed=72, size=0.5)
+    spec = make_adapter("folded", reference("llama").weights, TARGETS, rank=6, seed=72, size=0.5)
     folder = spec.write(tmp_path / "bad")
     spec.write_scales(folder, format_version="9")
     status, text = server.request("/v1/load_lora_adapter", lora_name="bad", lora_path=str(folder))
@@ -105,7 +105,7 @@ def test_a_bad_adapter_is_refused_and_the_server_lives(
 def test_adapters_are_found_by_name_in_a_directory(server: Server, reference: Callable[[str], Any]) -> None:
     folder = Path(server.log.name).parent / "more"
     weights = reference("llama").weights
-    forms = ("trainable", "dora", "compiled", "lora") * 3  # three times as many as there are slots
+    forms = ("trainable", "dora", "folded", "lora") * 3  # three times as many as there are slots
     expected = {}
     for seed, form in enumerate(forms):
         spec = make_adapter(form, weights, TARGETS, rank=5, seed=80 + seed, size=0.5)
@@ -113,12 +113,12 @@ def test_adapters_are_found_by_name_in_a_directory(server: Server, reference: Ca
         expected[f"tenant-{seed}"] = reference("llama").answer([PROMPTS[0]], spec, TOKENS)[0]
     for name in [*expected, *reversed(expected)]:
         assert server.complete(name, PROMPTS[0]) == expected[name], name
-    foreign = make_adapter("compiled", weights, TARGETS, rank=5, seed=90, size=0.5)
+    foreign = make_adapter("folded", weights, TARGETS, rank=5, seed=90, size=0.5)
     foreign.write_scales(foreign.write(folder / "foreign"), fingerprint="sha256:beef")
     status, text = server.complete("foreign", PROMPTS[0])
     assert status == 400, text
     assert "sha256:beef" in text
-    make_adapter("compiled", weights, TARGETS, rank=17, seed=91, size=0.5).write(folder / "wide")
+    make_adapter("folded", weights, TARGETS, rank=17, seed=91, size=0.5).write(folder / "wide")
     status, text = server.complete("wide", PROMPTS[0])
     assert (status, "rank 17, but the engine was started with max_lora_rank=16" in text) == (400, True), text
     for name in ("nobody", "..", ".", ".hidden", "x" * 300, "x" * 5000):
@@ -130,7 +130,7 @@ def test_a_streamed_request_for_a_bad_adapter_is_refused_before_it_streams(
     server: Server, reference: Callable[[str], Any]
 ) -> None:
     folder = Path(server.log.name).parent / "more" / "breaking"
-    spec = make_adapter("compiled", reference("llama").weights, TARGETS, rank=5, seed=95, size=0.5)
+    spec = make_adapter("folded", reference("llama").weights, TARGETS, rank=5, seed=95, size=0.5)
     spec.write(folder)
     assert server.complete("breaking", PROMPTS[0]) == reference("llama").answer([PROMPTS[0]], spec, TOKENS)[0]
     (folder / "adapter_model.safetensors").write_bytes(b"cut off")
@@ -145,7 +145,7 @@ def test_a_replaced_or_removed_adapter_is_noticed(server: Server, reference: Cal
     base, weights = reference("llama"), reference("llama").weights
     long = [list(range(10, 80))]  # longer than a cache block: its prefix is cached
     for seed in (100, 101):
-        spec = make_adapter("compiled", weights, TARGETS, rank=5, seed=seed, size=0.5)
+        spec = make_adapter("folded", weights, TARGETS, rank=5, seed=seed, size=0.5)
         spec.write(folder / "changing")
         for _ in range(2):
             assert server.complete("changing", long[0]) == base.answer(long, spec, TOKENS)[0]
@@ -160,7 +160,7 @@ def test_requests_in_flight_keep_the_version_that_they_started_with(
 ) -> None:
     folder = Path(server.log.name).parent / "more"
     base, weights = reference("llama"), reference("llama").weights
-    old, new = (make_adapter("compiled", weights, TARGETS, rank=5, seed=s, size=0.5) for s in (110, 111))
+    old, new = (make_adapter("folded", weights, TARGETS, rank=5, seed=s, size=0.5) for s in (110, 111))
     prompt, tokens = [40, 41, 42], 110
     old.write(folder / "busy")
     assert server.complete("busy", prompt, 2) == base.answer([prompt], old, 2)[0]
@@ -180,7 +180,7 @@ def test_replaced_under_load(server: Server, reference: Callable[[str], Any], tm
     No request fails, none gets a mixture, and whoever asks after the answer to a load gets the version loaded.
     """
     base, weights = reference("llama"), reference("llama").weights
-    versions = [make_adapter("compiled", weights, TARGETS, rank=6, seed=s, size=0.5) for s in (120, 121)]
+    versions = [make_adapter("folded", weights, TARGETS, rank=6, seed=s, size=0.5) for s in (120, 121)]
     paths = [spec.write(tmp_path / str(index)) for index, spec in enumerate(versions)]
     expected = [base.answer([PROMPTS[0]], spec, TOKENS)[0] for spec in versions]
     untouched = base.answer([PROMPTS[0]], None, TOKENS)[0]

@@ -28,7 +28,7 @@ def test_real_model_for_concurrent_clients(
     skip = r"\.[12]\d\."  # the first ten layers: quicker
     adapters = {
         name: make_adapter(form, base.weights, ("q_proj", "v_proj"), rank=4, seed=60 + i, size=0.2, skip=skip)
-        for i, (name, form) in enumerate({"sentiment": "compiled", "b": "trainable", "c": "dora"}.items())
+        for i, (name, form) in enumerate({"sentiment": "folded", "b": "trainable", "c": "dora"}.items())
     }
     for name, spec in adapters.items():
         spec.write(tmp_path / "adapters" / name)

@@ -138,7 +138,7 @@ def test_the_output_head_in_a_running_engine(
         for index, (form, spec) in enumerate(specs.items())
     }
     untouched = base.answer(prompts, None, 6)
-    for form in ("dora", "compiled", "trainable"):
+    for form in ("dora", "folded", "trainable"):
         with pytest.raises(DoranError, match=r"lm_head: vLLM serves this layer as output head"):
             running.answer(prompts, [requests[form], None], 6)
     try:

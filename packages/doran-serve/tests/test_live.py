@@ -25,7 +25,7 @@ def test_versions_follow_each_other_in_place(
     prompts = prompts_of([100, 9], 512, seed=21)  # the first is longer than a block of the prefix cache
     untouched = base.answer(prompts, None, 6)
     held = []
-    for update, form in enumerate(("compiled", "trainable", "lora", "compiled")):
+    for update, form in enumerate(("folded", "trainable", "lora", "folded")):
         spec = make_adapter(form, base.weights, ALL, rank=4, seed=400 + update, size=0.5)
         request = reload_adapter(running.llm, "policy", spec.write(folder))
         shutil.rmtree(folder)
@@ -55,7 +55,7 @@ def test_scales_survive_sleep(
     base, running = reference("llama"), engine("llama")
     adapters = {
         form: make_adapter(form, base.weights, ALL, rank=4, seed=420 + index, size=0.5)
-        for index, form in enumerate(("compiled", "dora", "lora"))
+        for index, form in enumerate(("folded", "dora", "lora"))
     }
     lora = requests_for(adapters, tmp_path, first=500 + 10 * level)
     prompts = prompts_of([9], 512, seed=22)

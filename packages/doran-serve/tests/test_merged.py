@@ -40,7 +40,7 @@ def test_the_base_comes_back_to_the_bit(
     prompt = [[5, 6, 7, 8]]
     running.answer(prompt, [None], 2)
     before = running.llm.collective_rpc(weights_of)[0]
-    spec = make_adapter("compiled", reference("llama").weights, ALL, rank=4, seed=31, size=0.5)
+    spec = make_adapter("folded", reference("llama").weights, ALL, rank=4, seed=31, size=0.5)
     request = requests_for({"a": spec}, tmp_path)["a"]
     running.answer(prompt, [request], 2)
     adapted = running.llm.collective_rpc(weights_of)[0]
@@ -55,7 +55,7 @@ def test_weights_are_those_of_the_merged_checkpoint(
     engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
     running = engine("llama", merged=True)
-    spec = make_adapter("compiled", reference("llama").weights, ("v_proj", "down_proj"), rank=4, seed=32, size=0.5)
+    spec = make_adapter("folded", reference("llama").weights, ("v_proj", "down_proj"), rank=4, seed=32, size=0.5)
     running.answer([[5, 6, 7]], [requests_for({"a": spec}, tmp_path)["a"]], 2)
     found = running.llm.collective_rpc(weights_of)[0]
     for name in spec.layers:
@@ -71,7 +71,7 @@ def test_cached_prefixes_of_other_weights_are_not_used(
     engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
     base, running = reference("llama"), engine("llama", merged=True)
-    spec = make_adapter("compiled", base.weights, ALL, rank=4, seed=33, size=0.5)
+    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=33, size=0.5)
     request = requests_for({"a": spec}, tmp_path)["a"]
     prompts = prompts_of([100], 512, seed=3)  # longer than a cache block
     for adapter in (None, request, None, request):
@@ -86,7 +86,7 @@ def test_a_replaced_adapter_takes_effect(
     base, running = reference("llama"), engine("llama", merged=True)
     prompts = prompts_of([7], 512, seed=4)
     for seed in (34, 35):
-        spec = make_adapter("compiled", base.weights, ALL, rank=4, seed=seed, size=0.5)
+        spec = make_adapter("folded", base.weights, ALL, rank=4, seed=seed, size=0.5)
         request = requests_for({"a": spec}, tmp_path)["a"]
         assert running.answer(prompts, [request], 6) == base.answer(prompts, spec, 6)
 
@@ -96,7 +96,7 @@ def test_a_bad_adapter_is_refused_and_one_that_fails_late_harms_nobody(
 ) -> None:
     base, running = reference("llama"), engine("llama", merged=True)
     prompts = prompts_of([7, 7], 512, seed=5)
-    spec = make_adapter("compiled", base.weights, ALL, rank=4, seed=36, size=0.5)
+    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=36, size=0.5)
     request = requests_for({"a": spec}, tmp_path)["a"]
     (tmp_path / "a" / "doran_scale.safetensors").unlink()
     spec.write_scales(tmp_path / "a", format_version="9")

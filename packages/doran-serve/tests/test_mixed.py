@@ -26,8 +26,8 @@ def five_adapters(base: dict[str, Any], size: float, skip: str | None = None) ->
     return {
         "lora": make_adapter("lora", base, ("q_proj", "v_proj"), rank=4, seed=1, size=size, skip=skip),
         "dora": make_adapter("dora", base, ALL, rank=8, seed=2, size=size, skip=skip),
-        "attention": make_adapter("compiled", base, ALL[:4], rank=5, seed=3, size=size, skip=skip),
-        "mlp": make_adapter("compiled", base, mlp, rank=16, seed=4, size=size, skip=skip),
+        "attention": make_adapter("folded", base, ALL[:4], rank=5, seed=3, size=size, skip=skip),
+        "mlp": make_adapter("folded", base, mlp, rank=16, seed=4, size=size, skip=skip),
         "trainable": make_adapter("trainable", base, mixed, rank=8, seed=5, size=size, skip=skip or r"\.0\."),
     }
 
@@ -146,7 +146,7 @@ def test_llama(engine: Callable[..., Any], reference: Callable[[str], Any], tmp_
 
 def test_more_adapters_than_slots(engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path) -> None:
     base = reference("llama")
-    forms = ("compiled", "lora", "trainable", "dora", "compiled", "lora", "compiled", "dora")
+    forms = ("folded", "lora", "trainable", "dora", "folded", "lora", "folded", "dora")
     adapters = {
         f"{form}-{seed}": make_adapter(form, base.weights, ALL[seed % 4 :], rank=3 + seed, seed=seed, size=0.5)
         for seed, form in enumerate(forms)

@@ -12,7 +12,7 @@ from adapter_specs import make_adapter
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from doran_core.adapter import read_compiled
+from doran_core.adapter import read_folded
 from doran_core.errors import DoranError
 from doran_serve import publish_adapter
 from doran_serve.cli import publish
@@ -24,7 +24,7 @@ def base() -> dict[str, Any]:
 
 
 def write(base: dict[str, Any], folder: Path, rank: int) -> Path:
-    return make_adapter("compiled", base, ("up_proj",), rank=rank, seed=rank, size=0.4).write(folder)
+    return make_adapter("folded", base, ("up_proj",), rank=rank, seed=rank, size=0.4).write(folder)
 
 
 def test_replaces_and_never_nests(base: dict[str, Any], tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_replaces_and_never_nests(base: dict[str, Any], tmp_path: Path) -> None:
     for rank in (3, 4):
         publish_adapter(write(base, tmp_path / f"made-{rank}", rank), target)
         (target / "notes.txt").write_text("kept")
-        assert read_compiled(target).modules["model.layers.0.mlp.up_proj"].A.shape[0] == rank
+        assert read_folded(target).modules["model.layers.0.mlp.up_proj"].A.shape[0] == rank
     assert {path.name for path in target.iterdir()} >= {"adapter_config.json", "notes.txt"}
     assert not any(path.is_dir() for path in target.iterdir())
     assert [path.name for path in target.parent.iterdir()] == ["a"]
@@ -50,7 +50,7 @@ def test_what_it_refuses(base: dict[str, Any], tmp_path: Path) -> None:
     (adapter / "doran_scale.safetensors").write_bytes(b"cut")
     with pytest.raises(DoranError, match=r"made/doran_scale\.safetensors"):
         publish_adapter(adapter, tmp_path / "served" / "a")
-    assert read_compiled(tmp_path / "served" / "a").modules
+    assert read_folded(tmp_path / "served" / "a").modules
 
 
 def test_against_a_base(base: dict[str, Any], tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_readers_see_one_version_or_the_other(base: dict[str, Any], tmp_path: Pa
     changing.start()
     reads = 0
     while not stop.is_set():
-        assert read_compiled(target).modules["model.layers.0.mlp.up_proj"].A.shape[0] in (3, 4)
+        assert read_folded(target).modules["model.layers.0.mlp.up_proj"].A.shape[0] in (3, 4)
         reads += 1
     changing.join()
     assert reads > 5
@@ -86,4 +86,4 @@ def test_the_command(base: dict[str, Any], tmp_path: Path) -> None:
     adapter = write(base, tmp_path / "made", 3)
     done = CliRunner().invoke(publish, [str(adapter), str(tmp_path / "served" / "a")])
     assert done.exit_code == 0, done.output
-    assert read_compiled(tmp_path / "served" / "a").modules
+    assert read_folded(tmp_path / "served" / "a").modules

@@ -1,4 +1,4 @@
-"""A base in 4 bits in a real vLLM: compiled adapters bring their scale along, so its weights need not be known."""
+"""A base in 4 bits in a real vLLM: folded adapters bring their scale along, so its weights need not be known."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_mixed_on_four_bits(engine: Callable[..., Any], reference: Callable[[str
     base = reference("dequantized")
     adapters = {
         "lora": make_adapter("lora", base.weights, ("q_proj", "v_proj"), rank=4, seed=1, size=0.5),
-        "attention": make_adapter("compiled", base.weights, ALL[:4], rank=5, seed=3, size=0.5),
-        "mlp": make_adapter("compiled", base.weights, ("gate_proj", "down_proj"), rank=16, seed=4, size=0.5),
+        "attention": make_adapter("folded", base.weights, ALL[:4], rank=5, seed=3, size=0.5),
+        "mlp": make_adapter("folded", base.weights, ("gate_proj", "down_proj"), rank=16, seed=4, size=0.5),
     }
     requests = requests_for(adapters, tmp_path)
     prompts, tokens = prompts_of([5, 9, 17], 512, seed=11), 8
@@ -43,7 +43,7 @@ def test_mixed_on_four_bits(engine: Callable[..., Any], reference: Callable[[str
     )
     trainable = make_adapter("trainable", base.weights, ("q_proj",), rank=4, seed=5, size=0.5)
     request = requests_for({"trainable": trainable}, tmp_path, first=9)["trainable"]
-    with pytest.raises(DoranError, match=r"packed is quantized; compile it against the original checkpoint"):
+    with pytest.raises(DoranError, match=r"packed is quantized; fold it against the original checkpoint"):
         running.answer(prompts[:1], [request], 2)
 
     errors: dict[str | None, list[float]] = {}

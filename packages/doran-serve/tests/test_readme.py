@@ -38,7 +38,7 @@ def test_from_python(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for seed, name in enumerate(("sentiment", "critic")):
-        spec = make_adapter("compiled", reference("llama").weights, ("q_proj", "v_proj"), rank=8, seed=seed, size=0.5)
+        spec = make_adapter("folded", reference("llama").weights, ("q_proj", "v_proj"), rank=8, seed=seed, size=0.5)
         spec.write(tmp_path / "adapters" / name)
     write_tokenizer(shutil.copytree(checkpoint("llama"), tmp_path / "base"))
     engine.close()  # the example's own comes now

@@ -87,8 +87,8 @@ FRONT_ONLY = {"another base"}
 """The base's files are read in the process that takes requests, not again in each worker."""
 
 
-def compiled(base: dict[str, Any], rank: int = 4, seed: int = 21) -> AdapterSpec:
-    return make_adapter("compiled", base, ("q_proj", "down_proj"), rank=rank, seed=seed, size=0.5)
+def folded(base: dict[str, Any], rank: int = 4, seed: int = 21) -> AdapterSpec:
+    return make_adapter("folded", base, ("q_proj", "down_proj"), rank=rank, seed=seed, size=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def served(engine: Callable[..., Any]) -> Any:
 def test_a_bad_adapter_is_refused(fault: str, served: Any, reference: Callable[[str], Any], tmp_path: Path) -> None:
     from vllm.lora.request import LoRARequest
 
-    spec = compiled(reference("llama").weights)
+    spec = folded(reference("llama").weights)
     folder = spec.write(tmp_path / "bad")
     damage, message = BREAK[fault]
     damage(spec, folder)
@@ -123,7 +123,7 @@ def test_a_bad_adapter_is_refused(fault: str, served: Any, reference: Callable[[
 def test_a_rank_above_the_engines_is_refused(served: Any, reference: Callable[[str], Any], tmp_path: Path) -> None:
     from vllm.lora.request import LoRARequest
 
-    folder = compiled(reference("llama").weights, rank=17).write(tmp_path / "wide")
+    folder = folded(reference("llama").weights, rank=17).write(tmp_path / "wide")
     with pytest.raises(DoranError, match="rank 17, but the engine was started with max_lora_rank=16"):
         served.answer([[5, 6, 7]], [LoRARequest("wide", 90, str(folder))], 2)
 

@@ -48,22 +48,22 @@ def test_every_form_computes_the_merged_weight(form: str, store: AdapterStore, b
 
 
 @pytest.mark.parametrize("form", ["trainable", "dora"])
-def test_compiling_happens_once_for_a_content(form: str, store: AdapterStore, base: Any, tmp_path: Path) -> None:
+def test_folding_happens_once_for_a_content(form: str, store: AdapterStore, base: Any, tmp_path: Path) -> None:
     spec = make_adapter(form, base, ("up_proj",), rank=3, seed=1, size=0.4)
     store.load(spec.write(tmp_path / "one"))
-    first = sorted((tmp_path / "cache" / "compiled").iterdir())
+    first = sorted((tmp_path / "cache" / "folded").iterdir())
     AdapterStore(tmp_path / "base", cache_directory=tmp_path / "cache").load(spec.write(tmp_path / "same"))
-    assert sorted((tmp_path / "cache" / "compiled").iterdir()) == first
+    assert sorted((tmp_path / "cache" / "folded").iterdir()) == first
     other = make_adapter(form, base, ("up_proj",), rank=3, seed=2, size=0.4)
     store.load(other.write(tmp_path / "one"))
-    assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "folded").iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no scales", "empty", "a pipe"])
 def test_a_damaged_cache_is_made_again(damage: str, store: AdapterStore, base: Any, tmp_path: Path) -> None:
     folder = make_adapter("trainable", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "one")
     before = store.load(folder)
-    (cached,) = (tmp_path / "cache" / "compiled").iterdir()
+    (cached,) = (tmp_path / "cache" / "folded").iterdir()
     file = cached / ("adapter_config.json" if damage == "a pipe" else "adapter_model.safetensors")
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:100])
@@ -79,7 +79,7 @@ def test_a_damaged_cache_is_made_again(damage: str, store: AdapterStore, base: A
     assert before is not None
     assert again is not None
     assert all(torch.equal(again.modules[name].B, module.B) for name, module in before.modules.items())
-    assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "folded").iterdir())) == 1
 
 
 def test_a_pipe_in_place_of_an_adapters_file(store: AdapterStore, tmp_path: Path) -> None:
@@ -95,12 +95,12 @@ def test_checking_again_reads_only_what_changed(
     reads: list[Path] = []
     load: Callable[[Path], Any] = store._load
     monkeypatch.setattr(store, "_load", lambda folder: (reads.append(folder), load(folder))[1])
-    folder = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
+    folder = make_adapter("folded", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
     info = store.check(folder)
-    assert (info.form, info.rank, info.modules) == ("compiled", 3, 2)
+    assert (info.form, info.rank, info.modules) == ("folded", 3, 2)
     store.check(folder)
     assert len(reads) == 1
-    make_adapter("compiled", base, ("up_proj",), rank=5, seed=1, size=0.4).write(folder)
+    make_adapter("folded", base, ("up_proj",), rank=5, seed=1, size=0.4).write(folder)
     assert store.check(folder).rank == 5
 
 
@@ -111,7 +111,7 @@ def test_rank_limit(store: AdapterStore, base: Any, tmp_path: Path) -> None:
 
 
 def test_target_limit(base: dict[str, Any], tmp_path: Path) -> None:
-    folder = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
+    folder = make_adapter("folded", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
     for allowed in (["up_proj"], ["gate_up_proj"], ["gate_proj"], ["q_proj", "model.layers.0.mlp.up_proj"]):
         store = AdapterStore(tmp_path / "base", targets=allowed)
         if "q_proj" not in allowed:
@@ -123,13 +123,13 @@ def test_target_limit(base: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_module_that_the_base_lacks(store: AdapterStore, base: Any, tmp_path: Path) -> None:
     other = {"model.layers.9.mlp.up_proj": torch.randn(24, 16)}
-    folder = make_adapter("compiled", other, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
+    folder = make_adapter("folded", other, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
     with pytest.raises((CheckpointError, TargetError), match=r"model\.layers\.9\.mlp\.up_proj"):
         store.check(folder)
 
 
 def test_replaced_base_parameters_cannot_share_a_batch(store: AdapterStore, base: Any, tmp_path: Path) -> None:
-    spec = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4)
+    spec = make_adapter("folded", base, ("up_proj",), rank=3, seed=1, size=0.4)
     folder = spec.write(tmp_path / "a")
     from safetensors.torch import load_file
 
@@ -145,8 +145,8 @@ def test_replaced_base_parameters_cannot_share_a_batch(store: AdapterStore, base
 
 def test_without_base_files_a_compiled_adapter_is_enough(base: Any, tmp_path: Path) -> None:
     store = AdapterStore(None, cache_directory=tmp_path / "cache")
-    compiled = make_adapter("compiled", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
-    assert store.check(compiled).rank == 3
+    folded = make_adapter("folded", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
+    assert store.check(folded).rank == 3
     trainable = make_adapter("trainable", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "b")
     with pytest.raises(CheckpointError, match="needs the base weights"):
         store.check(trainable)
@@ -155,14 +155,14 @@ def test_without_base_files_a_compiled_adapter_is_enough(base: Any, tmp_path: Pa
 def test_a_damaged_cache_entry_is_made_anew(store: AdapterStore, base: Any, tmp_path: Path) -> None:
     folder = make_adapter("trainable", base, ("up_proj",), rank=3, seed=1, size=0.4).write(tmp_path / "a")
     assert store.load(folder) is not None
-    (entry,) = (tmp_path / "cache" / "compiled").iterdir()
+    (entry,) = (tmp_path / "cache" / "folded").iterdir()
     (entry / "adapter_model.safetensors").write_bytes(b"damaged")
     adapter = store.load(folder)
     assert adapter is not None
     assert adapter.rank == 3
 
 
-@pytest.mark.parametrize("form", ["lora", "compiled"])
+@pytest.mark.parametrize("form", ["lora", "folded"])
 def test_layers_beside_the_language_model(form: str, tmp_path: Path) -> None:
     names = ("model.language_model.layers.0.mlp.up_proj", "model.visual.blocks.0.mlp.fc1", "lm_head")
     base = {name: torch.randn(24, 16) for name in names}

@@ -36,7 +36,7 @@ class Waiting:
         self._asked: dict[str, tuple[AdapterSpec, list[int], int]] = {}
         self.found: dict[str, tuple[list[int], str | None]] = {}
         busy = [
-            make_adapter("compiled", reference.weights, TARGETS, rank=3, seed=seed + index, size=0.5)
+            make_adapter("folded", reference.weights, TARGETS, rank=3, seed=seed + index, size=0.5)
             for index in range(SLOTS)
         ]
         for index, spec in enumerate(busy):
@@ -82,7 +82,7 @@ def test_a_waiting_request_gets_what_was_admitted(
 ) -> None:
     base = reference("llama")
     waiting = Waiting(served, base, tmp_path, seed)
-    spec = make_adapter("compiled", base.weights, TARGETS, rank=4, seed=seed + 9, size=0.5)
+    spec = make_adapter("folded", base.weights, TARGETS, rank=4, seed=seed + 9, size=0.5)
     waiting.ask("late", spec.write(tmp_path / "late"), spec, [9, 8, 7], 6)
     harm(tmp_path / "late")
     waiting.finish()
@@ -94,7 +94,7 @@ def test_only_the_requests_of_an_adapter_that_is_gone_fail(
 ) -> None:
     """Its directory and its private copy are gone: one error, and nothing of the stand-in in the prefix cache."""
     base, prompt = reference("llama"), prompts_of([100], 512, seed=5)[0]
-    spec = make_adapter("compiled", base.weights, TARGETS, rank=4, seed=230, size=0.5)
+    spec = make_adapter("folded", base.weights, TARGETS, rank=4, seed=230, size=0.5)
     waiting = Waiting(served, base, tmp_path, 220)
     waiting.ask("late", spec.write(tmp_path / "late"), spec, prompt, 6)
     for copy in (Path(os.environ["DORAN_CACHE_DIR"]) / "admitted").iterdir():
@@ -115,7 +115,7 @@ def test_a_version_that_was_put_back_answers_as_itself(
 ) -> None:
     """X waits; another version is put in its place, then X is moved back: name and number must not change hands."""
     base, folder = reference("llama"), tmp_path / "x"
-    old, new = (make_adapter("compiled", base.weights, TARGETS, rank=4, seed=s, size=0.5) for s in (260, 261))
+    old, new = (make_adapter("folded", base.weights, TARGETS, rank=4, seed=s, size=0.5) for s in (260, 261))
     waiting = Waiting(served, base, tmp_path, 250)
     waiting.ask("first", old.write(folder), old, [9, 8, 7], 6)
     folder.rename(tmp_path / "aside")
@@ -133,7 +133,7 @@ def test_a_number_that_two_adapters_share(served: Any, reference: Callable[[str]
     from vllm.lora.request import LoRARequest
 
     base = reference("llama")
-    specs = [make_adapter("compiled", base.weights, TARGETS, rank=4, seed=s, size=0.5) for s in (270, 271)]
+    specs = [make_adapter("folded", base.weights, TARGETS, rank=4, seed=s, size=0.5) for s in (270, 271)]
     requests = [
         LoRARequest(f"shared-{i}", 77, str(spec.write(tmp_path / f"shared-{i}"))) for i, spec in enumerate(specs)
     ]

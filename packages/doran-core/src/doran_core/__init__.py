@@ -12,7 +12,7 @@ from doran_core.support.lazy import lazy_names
 if TYPE_CHECKING:
     from doran_core import functional
     from doran_core.adaptation import adapt, load
-    from doran_core.adapter import read_adapter, read_compiled, write_compiled, write_trainable
+    from doran_core.adapter import read_adapter, read_folded, write_folded, write_trainable
     from doran_core.errors import DoranError
     from doran_core.handle import DoranHandle
     from doran_core.layers import DoranAdapter, DoranConv2d, DoranEmbedding, DoranLinear
@@ -37,8 +37,8 @@ __all__ = [
     "functional",
     "load",
     "read_adapter",
-    "read_compiled",
-    "write_compiled",
+    "read_folded",
+    "write_folded",
     "write_trainable",
 ]
 
@@ -57,10 +57,15 @@ _HOMES = {
     "functional": "functional",
     "load": "adaptation",
     "read_adapter": "adapter",
-    "read_compiled": "adapter",
-    "write_compiled": "adapter",
+    "read_folded": "adapter",
+    "write_folded": "adapter",
     "write_trainable": "adapter",
 }
 
 if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every name
-    __getattr__, __dir__ = lazy_names(__name__, _HOMES, distribution="doran-core")
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        _HOMES,
+        distribution="doran-core",
+        renamed={"read_compiled": "read_folded", "write_compiled": "write_folded"},
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from doran_core import kernels
 from doran_core.adapter import (
-    CompiledAdapter,
+    FoldedAdapter,
     TrainableAdapter,
     read_adapter,
-    write_compiled,
+    write_folded,
     write_trainable,
 )
 from doran_core.adapter.apply import apply_adapter
-from doran_core.adapter.compiled import compile_module
+from doran_core.adapter.folded import fold_module
 from doran_core.checkpoint.fingerprint import combine_digests
 from doran_core.checkpoint.ties import tied_parameters
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
@@ -214,7 +215,7 @@ class DoranHandle:
         self,
         path: str | os.PathLike[str],
         *,
-        form: Literal["trainable", "compiled"] = "trainable",
+        form: Literal["trainable", "folded", "compiled"] = "trainable",
         base_model: str | None = None,
         overwrite: bool = False,
     ) -> Path:
@@ -225,7 +226,8 @@ class DoranHandle:
 
         Args:
             path: the directory.
-            form: "trainable" to train on; "compiled" (A, B and c, a valid PEFT DoRA adapter) to serve and share.
+            form: "trainable" to train on; "folded" (A, B and c, a valid PEFT DoRA adapter) to serve and share.
+                "compiled" is the former name of "folded".
             base_model: name or path of the base model, a hint for readers.
             overwrite: replace what is there.
 
@@ -235,15 +237,18 @@ class DoranHandle:
             DoranError: if an adapter is there already and ``overwrite`` is not set.
         """
         self._warn_uncalled("their adapters are saved as they are")
-        if form not in ("trainable", "compiled"):
-            raise ConfigError(f"form: expected 'trainable' or 'compiled', got {form!r}")
+        if form == "compiled":
+            warnings.warn('form="compiled" is called "folded" now', DeprecationWarning, stacklevel=2)
+            form = "folded"
+        if form not in ("trainable", "folded"):
+            raise ConfigError(f"form: expected 'trainable' or 'folded', got {form!r}")
         # All processes take part in gathering; the first one writes, and the others wait for it.
-        record = self._trainable(base_model) if form == "trainable" else self.compiled(base_model)
+        record = self._trainable(base_model) if form == "trainable" else self.folded(base_model)
         with first_process(self.parameters()) as writes:
             if writes and isinstance(record, TrainableAdapter):
                 write_trainable(record, path, overwrite=overwrite)
-            elif writes and isinstance(record, CompiledAdapter):
-                write_compiled(record, path, overwrite=overwrite)
+            elif writes and isinstance(record, FoldedAdapter):
+                write_folded(record, path, overwrite=overwrite)
         return Path(path)
 
     def load(self, path: str | os.PathLike[str], *, allow_base_mismatch: bool = False) -> None:
@@ -257,19 +262,19 @@ class DoranHandle:
         self.load_record(read_trainable(path), path, allow_base_mismatch)
 
     @torch.no_grad()
-    def compiled(self, base_model: str | None = None) -> CompiledAdapter:
-        """The compiled form, in memory: the networks run once, g and experts baked into B."""
+    def folded(self, base_model: str | None = None) -> FoldedAdapter:
+        """The folded form, in memory: the networks run once, g and experts baked into B."""
         modules = {}
         for name, layer in self.layers.items():
             view = layer.view
             with layer.whole_weight() as weight, gathered(layer.doran_adapter, recurse=True):
                 if weight is None:
                     hides = f"which {type(view.layer).__name__} hides"
-                    raise TargetError(f"{name}: compiling needs the base weight, {hides}")
-                modules[name] = compile_module(
+                    raise TargetError(f"{name}: folding needs the base weight, {hides}")
+                modules[name] = fold_module(
                     name, layer.doran_adapter, weight, kind=_file_kind(view), kernel=_kernel(view)
                 )
-        return CompiledAdapter(
+        return FoldedAdapter(
             modules,
             extra=self._extra(),
             base_fingerprint=self.base_fingerprint(),
@@ -277,6 +282,11 @@ class DoranHandle:
             modules_to_save=self.config.modules_to_save,
             ties=tied_parameters(self.model),
         )
+
+    def compiled(self, base_model: str | None = None) -> FoldedAdapter:
+        """The former name of :meth:`folded`."""
+        warnings.warn("handle.compiled() is called folded() now", DeprecationWarning, stacklevel=2)
+        return self.folded(base_model)
 
     def _trainable(self, base_model: str | None) -> TrainableAdapter:
         return TrainableAdapter(

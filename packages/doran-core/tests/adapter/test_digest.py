@@ -8,15 +8,15 @@ import made
 import pytest
 import torch
 
-from doran_core.adapter import read_adapter, write_compiled, write_peft_dora, write_trainable
+from doran_core.adapter import read_adapter, write_folded, write_peft_dora, write_trainable
 from doran_core.adapter.digest import directory_digest, fields_digest, tensors_digest
 from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
-from doran_core.convert import compile_adapter
+from doran_core.convert import fold_adapter
 from doran_core.errors import AdapterFormatError, CorruptFileError, DoranError
 
 FILES = {
     "trainable": (CONFIG_FILE, TENSOR_FILE),
-    "compiled": (CONFIG_FILE, TENSOR_FILE, SCALE_FILE),
+    "folded": (CONFIG_FILE, TENSOR_FILE, SCALE_FILE),
     "peft_dora": (CONFIG_FILE, TENSOR_FILE),
 }
 
@@ -30,9 +30,9 @@ def written(tmp_path_factory):
     for name, seed, task in (("", 5, "CAUSAL_LM"), ("other_", 6, "FEATURE_EXTRACTION")):
         record, _ = made.trainable_record(weights, rank=2, seed=seed, task_type=task)
         write_trainable(record, folder / f"{name}trainable")
-        compiled = compile_adapter(folder / f"{name}trainable", folder / "base")
-        write_compiled(compiled, folder / f"{name}compiled")
-        write_peft_dora(compiled, folder / f"{name}peft_dora")
+        folded = fold_adapter(folder / f"{name}trainable", folder / "base")
+        write_folded(folded, folder / f"{name}folded")
+        write_peft_dora(folded, folder / f"{name}peft_dora")
     return folder
 
 
@@ -80,7 +80,7 @@ def test_an_edit_by_hand_says_what_to_delete(written, tmp_path, caplog):
 
 
 def test_a_header_without_digest_is_refused(written, tmp_path):
-    shutil.copytree(written / "compiled", tmp_path / "adapter")
+    shutil.copytree(written / "folded", tmp_path / "adapter")
     path = tmp_path / "adapter" / SCALE_FILE
     path.write_bytes(path.read_bytes().replace(b'"digest"', b'"eigest"'))
     with pytest.raises(AdapterFormatError, match="no 'digest' in its metadata"):
@@ -100,4 +100,4 @@ def test_the_digest_is_of_content(written):
     ]
     assert len({known, *map(tensors_digest, others)}) == 5
     assert fields_digest({"a": 1, "digest": "x"}) == fields_digest({"a": 1}) != fields_digest({"a": 2})
-    assert directory_digest(written / "compiled") != directory_digest(written / "other_compiled")
+    assert directory_digest(written / "folded") != directory_digest(written / "other_folded")

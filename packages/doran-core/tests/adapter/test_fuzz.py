@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from doran_core.adapter import read_adapter, write_compiled
-from doran_core.convert import compile_adapter
+from doran_core.adapter import read_adapter, write_folded
+from doran_core.convert import fold_adapter
 from doran_core.errors import DoranError
 
 FILES = {
     "trainable": ["adapter_config.json", "adapter_model.safetensors"],
-    "compiled": ["adapter_config.json", "adapter_model.safetensors", "doran_scale.safetensors"],
+    "folded": ["adapter_config.json", "adapter_model.safetensors", "doran_scale.safetensors"],
 }
 SETTINGS = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -26,7 +26,7 @@ def originals(tmp_path_factory):
     weights = made.base_weights()
     made.write_base(folder / "base", weights)
     made.write_adapter(folder / "trainable", weights, targets=made.TARGETS[:1], factors="static")
-    write_compiled(compile_adapter(folder / "trainable", folder / "base"), folder / "compiled")
+    write_folded(fold_adapter(folder / "trainable", folder / "base"), folder / "folded")
     return folder
 
 

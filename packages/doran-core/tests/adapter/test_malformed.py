@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from doran_core import DoranConfig
-from doran_core.adapter import read_adapter, write_compiled, write_trainable
-from doran_core.convert import compile_adapter
+from doran_core.adapter import read_adapter, write_folded, write_trainable
+from doran_core.convert import fold_adapter
 from doran_core.errors import (
     AdapterFormatError,
     ConfigError,
@@ -40,7 +40,7 @@ def originals(tmp_path_factory):
     made.write_base(folder / "base", weights)
     for name, options in {"generated": {}, "static": {"factors": "static", "experts": True}}.items():
         write_trainable(made.trainable_record(weights, **options)[0], folder / name)
-    write_compiled(compile_adapter(folder / "static", folder / "base"), folder / "compiled")
+    write_folded(fold_adapter(folder / "static", folder / "base"), folder / "folded")
     return folder
 
 
@@ -104,8 +104,8 @@ def test_trainable_tensors(copy, form, change, error, key):
 
 
 @pytest.mark.parametrize(("file", "change", "error", "key"), COMPILED)
-def test_compiled_tensors(copy, file, change, error, key):
-    folder = copy("compiled")
+def test_folded_tensors(copy, file, change, error, key):
+    folder = copy("folded")
     edit_tensors(folder / file, change)
     with pytest.raises(error) as caught:
         read_adapter(folder)
@@ -143,7 +143,7 @@ def test_other_shared_parts_are_checked_when_rebuilt(copy, originals):
     edit_tensors(folder / MODEL, drop(f"{KEY}doran_adapter.factors.trunk.A.weights.0"))
     unseal(folder)
     with pytest.raises(AdapterFormatError, match=r"trunk\.A\.weights\.0"):
-        compile_adapter(folder, originals / "base")
+        fold_adapter(folder, originals / "base")
 
 
 def test_head_dim_that_does_not_divide_the_rows(tmp_path):
@@ -154,7 +154,7 @@ def test_head_dim_that_does_not_divide_the_rows(tmp_path):
         read_adapter(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("form", ["generated", "compiled"])
+@pytest.mark.parametrize("form", ["generated", "folded"])
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_truncated(copy, form, keep):
     folder = copy(form)
@@ -263,7 +263,7 @@ def test_every_option_must_be_there(copy, field):
     ],
 )
 def test_peft_options(copy, changes, error, words):
-    folder = copy("compiled")
+    folder = copy("folded")
     edit_config(folder, **changes)
     with pytest.raises(error) as caught:
         read_adapter(folder)
@@ -291,7 +291,7 @@ def edit_metadata(folder, **changes):
     ],
 )
 def test_scale_metadata(copy, changes, error, words):
-    folder = copy("compiled")
+    folder = copy("folded")
     edit_metadata(folder, **changes)
     with pytest.raises(error) as caught:
         read_adapter(folder)
@@ -300,8 +300,8 @@ def test_scale_metadata(copy, changes, error, words):
 
 
 def test_a_scale_file_of_another_adapter(copy, originals, tmp_path):
-    folder = copy("compiled")
-    write_compiled(compile_adapter(originals / "generated", originals / "base"), tmp_path / "second")
+    folder = copy("folded")
+    write_folded(fold_adapter(originals / "generated", originals / "base"), tmp_path / "second")
     shutil.copy(tmp_path / "second" / SCALE, folder / SCALE)
     with pytest.raises(CorruptFileError, match="belongs to another"):
         read_adapter(folder)

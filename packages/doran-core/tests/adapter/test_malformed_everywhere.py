@@ -10,8 +10,8 @@ from damage import drop, edit_config, edit_tensors, poison, set_tensor
 from torch import nn
 
 from doran_core import load
-from doran_core.adapter import read_adapter, write_compiled
-from doran_core.convert import compile_adapter, to_peft_dora
+from doran_core.adapter import read_adapter, write_folded
+from doran_core.convert import fold_adapter, to_peft_dora
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import (
     BaseMismatchError,
@@ -29,14 +29,14 @@ from doran_core.merge import merge_checkpoint
 CONFIG, TENSORS, SCALES = "adapter_config.json", "adapter_model.safetensors", "doran_scale.safetensors"
 MODULE = "model.layers.0.self_attn.q_proj"
 A, B, MAGNITUDE = (  # the same tensor in the trainable form and in those that PEFT reads
-    {"trainable": f"{MODULE}.doran_adapter.{trainable}", "compiled": f"{MODULE}.{peft}", "peft": f"{MODULE}.{peft}"}
+    {"trainable": f"{MODULE}.doran_adapter.{trainable}", "folded": f"{MODULE}.{peft}", "peft": f"{MODULE}.{peft}"}
     for trainable, peft in (
         ("factors.A", "lora_A.weight"),
         ("factors.B", "lora_B.weight"),
         ("magnitude", "lora_magnitude_vector"),
     )
 )
-FORMS = ("trainable", "compiled", "peft")
+FORMS = ("trainable", "folded", "peft")
 
 
 def tensors(change):
@@ -102,7 +102,7 @@ ACTIONS = {
     "read": lambda folder, base, out: read_adapter(folder),
     "load": lambda folder, base, out: load(model(), folder),
     "merge": lambda folder, base, out: merge_checkpoint(base, folder, out),
-    "convert": lambda folder, base, out: write_compiled(compile_adapter(folder, base), out),
+    "convert": lambda folder, base, out: write_folded(fold_adapter(folder, base), out),
     "inspect": lambda folder, base, out: inspect_adapter(folder),
     "inspect with its base": lambda folder, base, out: inspect_adapter(folder, base),
 }
@@ -117,9 +117,9 @@ def originals(tmp_path_factory):
     smaller = {name: weight[:, :20] if weight.dim() == 2 else weight for name, weight in weights.items()}
     made.write_base(folder / "other sizes", {name: weight.contiguous() for name, weight in smaller.items()})
     made.write_adapter(folder / "trainable", weights, factors="static")
-    compiled = compile_adapter(folder / "trainable", folder / "base")
-    write_compiled(compiled, folder / "compiled")
-    to_peft_dora(compiled, folder / "peft")
+    folded = fold_adapter(folder / "trainable", folder / "base")
+    write_folded(folded, folder / "folded")
+    to_peft_dora(folded, folder / "peft")
     return folder
 
 
@@ -142,7 +142,7 @@ USES_BASE = ("merge", "convert", "inspect with its base")
 
 
 @pytest.mark.parametrize("action", USES_BASE)
-@pytest.mark.parametrize("form", ["trainable", "compiled"])
+@pytest.mark.parametrize("form", ["trainable", "folded"])
 def test_another_base_of_the_same_sizes(originals, tmp_path, form, action):
     with pytest.raises(BaseMismatchError) as caught:
         ACTIONS[action](originals / form, originals / "same sizes", tmp_path / "out")
@@ -181,7 +181,7 @@ def test_another_base_in_memory(originals):
     ],
 )
 def test_scales_beside_a_compiled_adapter(originals, tmp_path, case, change, error, action):
-    folder = shutil.copytree(originals / "compiled", tmp_path / "adapter")
+    folder = shutil.copytree(originals / "folded", tmp_path / "adapter")
     edit_tensors(folder / SCALES, change)
     with pytest.raises(error) as caught:
         ACTIONS[action](folder, originals / "base", tmp_path / "out")

@@ -10,13 +10,13 @@ from damage import unseal
 from safetensors.torch import load_file
 
 from doran_core.adapter import (
-    CompiledAdapter,
-    CompiledModule,
+    FoldedAdapter,
+    FoldedModule,
     PeftAdapter,
     TrainableAdapter,
     read_adapter,
-    read_compiled,
-    write_compiled,
+    read_folded,
+    write_folded,
     write_peft_dora,
     write_trainable,
 )
@@ -55,13 +55,13 @@ def test_trainable(tmp_path, options):
             assert torch.equal(read.modules[name][part], tensor), (name, part)
 
 
-def compiled_record(**changes):
+def folded_record(**changes):
     generator = torch.Generator().manual_seed(1)
 
     def module(name, d_out, d_in, rank, **fields):
         A, B = torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator)
         scale, magnitude = torch.rand(d_out, generator=generator), torch.rand(d_out, generator=generator)
-        return CompiledModule(name, A, B, scale, magnitude, **fields)
+        return FoldedModule(name, A, B, scale, magnitude, **fields)
 
     modules = [
         module("model.layers.0.self_attn.q_proj", 24, 24, 4),
@@ -72,7 +72,7 @@ def compiled_record(**changes):
         module("audio.conv", 6, 3 * 5, 4, kind="conv", kernel=(3, 5)),
         module("film.conv", 6, 2 * 2 * 3 * 4, 4, kind="conv", kernel=(2, 2, 3, 4)),
     ]
-    record = CompiledAdapter(
+    record = FoldedAdapter(
         modules={m.name: m for m in modules},
         extra={"score.weight": torch.randn(2, 24, generator=generator), "score.count": torch.tensor(3)},
         base_fingerprint="sha256:" + "ab" * 32,
@@ -89,10 +89,10 @@ def assert_same_module(one, other):
         assert torch.equal(getattr(one, field), getattr(other, field)), field
 
 
-def test_compiled(tmp_path):
-    record = compiled_record()
-    write_compiled(record, tmp_path / "adapter")
-    read = read_compiled(tmp_path / "adapter")
+def test_folded(tmp_path):
+    record = folded_record()
+    write_folded(record, tmp_path / "adapter")
+    read = read_folded(tmp_path / "adapter")
     assert read.modules.keys() == record.modules.keys()
     for name in record.modules:
         assert_same_module(read.modules[name], record.modules[name])
@@ -103,7 +103,7 @@ def test_compiled(tmp_path):
 
 
 def test_compiled_is_a_peft_dora_directory_with_scaling_one(tmp_path):
-    write_compiled(compiled_record(), tmp_path / "adapter")
+    write_folded(folded_record(), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["use_dora"], config["r"], config["lora_alpha"]) == ("LORA", True, 4, 4)
     assert config["rank_pattern"] == config["alpha_pattern"] == {"model.layers.0.self_attn.v_proj": 2}
@@ -115,11 +115,11 @@ def test_compiled_is_a_peft_dora_directory_with_scaling_one(tmp_path):
     assert keys[f"{prefix}vision.conv.lora_A.weight"].shape == (4, 3, 2, 2)
     assert keys[f"{prefix}vision.conv.lora_magnitude_vector"].shape == (1, 6, 1, 1)
     scales = load_file(tmp_path / "adapter" / "doran_scale.safetensors")
-    assert scales.keys() == compiled_record().modules.keys()
+    assert scales.keys() == folded_record().modules.keys()
 
 
 def test_peft_dora_has_no_scales(tmp_path):
-    write_peft_dora(compiled_record(), tmp_path / "adapter")
+    write_peft_dora(folded_record(), tmp_path / "adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -128,7 +128,7 @@ def test_peft_dora_has_no_scales(tmp_path):
     assert isinstance(read, PeftAdapter)
     assert all(module.scaling == 1.0 for module in read.modules.values())
     with pytest.raises(AdapterFormatError, match="without scales"):
-        read_compiled(tmp_path / "adapter")
+        read_folded(tmp_path / "adapter")
 
 
 def test_keys_without_the_prefix_and_fields_of_peft_are_read(tmp_path):
@@ -158,7 +158,7 @@ ODD_NAMES = [
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-@pytest.mark.parametrize("form", ["trainable", "compiled", "dora"])
+@pytest.mark.parametrize("form", ["trainable", "folded", "dora"])
 def test_module_names_with_parts_like_the_formats_own(tmp_path, name, form):
     extra = {"x.lora_head.norm.weight": torch.ones(3), "x.doran_adapter.fc.bias": torch.ones(3)}
     saved = ["lora_head.norm", "doran_adapter.fc"]
@@ -167,10 +167,10 @@ def test_module_names_with_parts_like_the_formats_own(tmp_path, name, form):
         record, _ = made.trainable_record(weights, [name], extra=extra, modules_to_save=saved)
         write_trainable(record, tmp_path / "adapter")
     else:
-        record = compiled_record(extra=extra, modules_to_save=saved)
+        record = folded_record(extra=extra, modules_to_save=saved)
         module = dataclasses.replace(next(iter(record.modules.values())), name=name)
         record = dataclasses.replace(record, modules={name: module})
-        (write_compiled if form == "compiled" else write_peft_dora)(record, tmp_path / "adapter")
+        (write_folded if form == "folded" else write_peft_dora)(record, tmp_path / "adapter")
     read = read_adapter(tmp_path / "adapter")
     assert read.modules.keys() == {name}
     assert read.extra.keys() == extra.keys()
@@ -179,7 +179,7 @@ def test_module_names_with_parts_like_the_formats_own(tmp_path, name, form):
 @pytest.mark.parametrize("name", ["x.lora_A.weight", "x.doran_adapter.magnitude", "x.base_layer.weight"])
 def test_names_that_would_not_be_read_back_are_refused(tmp_path, name):
     with pytest.raises(UnexpectedKeyError, match=r"x\."):
-        write_compiled(compiled_record(extra={name: torch.ones(3)}, modules_to_save=["x"]), tmp_path / "adapter")
+        write_folded(folded_record(extra={name: torch.ones(3)}, modules_to_save=["x"]), tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,12 +194,12 @@ def test_equal_contents_give_equal_bytes(tmp_path):
 def test_an_existing_adapter_is_replaced_only_when_asked_and_other_files_stay(tmp_path):
     record, _ = made.trainable_record(made.base_weights())
     target = tmp_path / "adapter"
-    write_compiled(compiled_record(), target)
+    write_folded(folded_record(), target)
     (target / "README.md").write_text("mine")
     (target / "runs").mkdir()
     (target / "runs" / "log").write_text("1")
     before = made.folder_bytes(target)
-    for write, given in ((write_trainable, record), (write_compiled, compiled_record())):
+    for write, given in ((write_trainable, record), (write_folded, folded_record())):
         with pytest.raises(DoranError, match="already holds an adapter; pass overwrite=True") as caught:
             write(given, target)
         assert type(caught.value) is DoranError
@@ -213,17 +213,17 @@ def test_an_existing_adapter_is_replaced_only_when_asked_and_other_files_stay(tm
 
 
 def test_a_bad_record_writes_nothing(tmp_path):
-    record = compiled_record()
+    record = folded_record()
     module = record.modules["model.layers.0.self_attn.q_proj"]
     bad = dataclasses.replace(module, scale=module.scale.clone().fill_(float("nan")))
     with pytest.raises(NonFiniteError, match="q_proj"):
-        write_compiled(dataclasses.replace(record, modules={bad.name: bad}), tmp_path / "adapter")
+        write_folded(dataclasses.replace(record, modules={bad.name: bad}), tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     target = tmp_path / "adapter"
-    write_compiled(compiled_record(), target)
+    write_folded(folded_record(), target)
     before = made.folder_bytes(target)
 
     def full(*args):
@@ -231,7 +231,7 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
 
     monkeypatch.setattr("doran_core.adapter.write.save_safetensors", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
-        write_compiled(compiled_record(created_by="other"), target, overwrite=True)
+        write_folded(folded_record(created_by="other"), target, overwrite=True)
     assert made.folder_bytes(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -239,4 +239,4 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
 def test_a_target_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "adapter").write_text("x")
     with pytest.raises(CheckpointError, match="not a directory"):
-        write_compiled(compiled_record(), tmp_path / "adapter", overwrite=True)
+        write_folded(folded_record(), tmp_path / "adapter", overwrite=True)

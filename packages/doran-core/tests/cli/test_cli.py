@@ -6,7 +6,7 @@ import sys
 import made
 import pytest
 
-from doran_core.adapter import CompiledAdapter, PeftAdapter, read_adapter
+from doran_core.adapter import FoldedAdapter, PeftAdapter, read_adapter
 from doran_core.cli.main import main
 from doran_core.merge import merge_checkpoint
 
@@ -48,8 +48,8 @@ def test_results_as_json(folder, capsys):
         "adapters": [{"directory": "adapter", "weight": 0.5}],
         "dtype": "float16",
     }
-    assert main(["convert", "adapter", "--to", "compiled", "--base", "base", "--out", "compiled", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"written": "compiled", "form": "compiled"}
+    assert main(["convert", "adapter", "--to", "folded", "--base", "base", "--out", "folded", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"written": "folded", "form": "folded"}
 
 
 def test_merge_with_weights_and_dtype(folder):
@@ -60,11 +60,11 @@ def test_merge_with_weights_and_dtype(folder):
 
 
 def test_convert(folder):
-    assert main(["convert", "adapter", "--to", "compiled", "--base", "base", "--out", "compiled"]) == 0
-    assert isinstance(read_adapter("compiled"), CompiledAdapter)
-    assert main(["convert", "compiled", "--to", "peft-dora", "--base", "base", "--out", "dora"]) == 0
+    assert main(["convert", "adapter", "--to", "folded", "--base", "base", "--out", "folded"]) == 0
+    assert isinstance(read_adapter("folded"), FoldedAdapter)
+    assert main(["convert", "folded", "--to", "peft-dora", "--base", "base", "--out", "dora"]) == 0
     assert isinstance(read_adapter("dora"), PeftAdapter)
-    assert main(["convert", "dora", "--to", "compiled", "--base", "base", "--out", "compiled", "--overwrite"]) == 0
+    assert main(["convert", "dora", "--to", "folded", "--base", "base", "--out", "folded", "--overwrite"]) == 0
 
 
 def test_inspect(folder, capsys):
@@ -108,8 +108,8 @@ def test_a_plot_that_cannot_be_written(folder, capsys, name):
         ("merge --base base --adapter adapter --weight 1 --weight 2 --out out", "1 --adapter and 2 --weight"),
         ("inspect nowhere", "nowhere: no such adapter directory"),
         ("inspect base", "adapter_config.json is missing"),
-        ("convert adapter --to compiled --base base --out adapter", "overwrite"),
-        ("convert adapter --to compiled --base adapter --out out", "no model.safetensors"),
+        ("convert adapter --to folded --base base --out adapter", "overwrite"),
+        ("convert adapter --to folded --base adapter --out out", "no model.safetensors"),
     ],
 )
 def test_errors_of_the_user(folder, capsys, command, words):
@@ -122,7 +122,7 @@ def test_errors_of_the_user(folder, capsys, command, words):
     "command",
     [
         "merge --base other --adapter adapter --out out",
-        "convert adapter --to compiled --base other --out out",
+        "convert adapter --to folded --base other --out out",
         "inspect adapter --base other --plot out",
     ],
 )

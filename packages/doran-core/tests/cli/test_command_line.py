@@ -103,7 +103,7 @@ def test_installed_command():
         (["merge", "--bse=x", "--out", "y"], "No such option '--bse'. Did you mean '--base'?"),
         (["merge", "--out", "y"], "Missing option '--base'."),
         (["merge", "--allow-base"], "No such option '--allow-base'"),
-        (["convert", "adapter", "--to", "compild", "--base", "b", "--out", "o"], "'compild' is not one of 'compiled'"),
+        (["convert", "adapter", "--to", "foldd", "--base", "b", "--out", "o"], "'foldd' is not one of 'folded'"),
         ([], "Missing command. See: doran --help"),
     ],
 )
@@ -261,7 +261,7 @@ def test_bash_completes_commands_flags_and_choices():
 
     assert completions("conv") == ["convert"]
     assert completions("merge", "--all") == ["--allow-base-mismatch"]
-    assert set(completions("convert", "x", "--to", "''")) >= {"compiled", "peft-dora"}
+    assert set(completions("convert", "x", "--to", "''")) >= {"folded", "peft-dora"}
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -1,4 +1,4 @@
-"""Converting keeps the function: trainable, PEFT LoRA and PEFT DoRA to compiled, and compiled to PEFT DoRA."""
+"""Converting keeps the function: trainable, PEFT LoRA and PEFT DoRA to folded, and folded to PEFT DoRA."""
 
 import made
 import oracle
@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from doran_core.adapter import (
-    CompiledAdapter,
+    FoldedAdapter,
     PeftAdapter,
     read_adapter,
-    read_compiled,
-    write_compiled,
+    read_folded,
+    write_folded,
     write_trainable,
 )
 from doran_core.checkpoint.weight_layout import to_matrix
-from doran_core.convert import compile_adapter, from_peft, to_peft_dora
+from doran_core.convert import fold_adapter, from_peft, to_peft_dora
 from doran_core.errors import AdapterFormatError, BaseMismatchError, CheckpointError, NonFiniteError
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
 
 def merged_of(module, matrix):
-    """c (W0 + B A) in float64, from a compiled module."""
+    """c (W0 + B A) in float64, from a folded module."""
     return module.scale.double()[:, None] * (matrix.double() + module.B.double() @ module.A.double())
 
 
@@ -48,9 +48,9 @@ def test_compiled_is_the_trainable(tmp_path, options, dtype):
     weights = made.base_weights(dtype)
     made.write_base(tmp_path / "base", weights)
     live = made.write_adapter(tmp_path / "adapter", weights, **options)
-    compiled = compile_adapter(tmp_path / "adapter", tmp_path / "base")
-    write_compiled(compiled, tmp_path / "compiled")
-    read = read_compiled(tmp_path / "compiled")
+    folded = fold_adapter(tmp_path / "adapter", tmp_path / "base")
+    write_folded(folded, tmp_path / "folded")
+    read = read_folded(tmp_path / "folded")
     assert read.modules.keys() == live.keys()
     for name, adapter in live.items():
         matrix = weights[f"{name}.weight"]
@@ -60,7 +60,7 @@ def test_compiled_is_the_trainable(tmp_path, options, dtype):
 
 
 @pytest.mark.parametrize("tau_kind", ["learned", "zero"])
-@pytest.mark.parametrize("write", [write_compiled, to_peft_dora])
+@pytest.mark.parametrize("write", [write_folded, to_peft_dora])
 def test_a_row_of_zeros_is_refused_by_the_forms_that_peft_reads(tmp_path, tau_kind, write):
     weights = made.base_weights()
     weights[f"{Q}.weight"][5] = 0.0
@@ -69,10 +69,10 @@ def test_a_row_of_zeros_is_refused_by_the_forms_that_peft_reads(tmp_path, tau_ki
     record.modules[Q]["factors.B"][5] = 0.0
     record.modules[Q]["magnitude"][3:6] = 0.0  # a magnitude of 0 alone is no harm
     write_trainable(record, tmp_path / "adapter")
-    compiled = compile_adapter(tmp_path / "adapter", tmp_path / "base")
-    assert torch.equal(merged_of(compiled.modules[Q], weights[f"{Q}.weight"])[3:6], torch.zeros(3, 24).double())
+    folded = fold_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert torch.equal(merged_of(folded.modules[Q], weights[f"{Q}.weight"])[3:6], torch.zeros(3, 24).double())
     with pytest.raises(NonFiniteError, match=r"layers\.0\.self_attn\.q_proj: .* 0 in 1 of its rows \(5\)"):
-        write(compiled, tmp_path / "out")
+        write(folded, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -80,7 +80,7 @@ def test_compiled_magnitude_over_norm_is_the_scale(tmp_path):
     weights = made.base_weights()
     made.write_base(tmp_path / "base", weights)
     made.write_adapter(tmp_path / "adapter", weights)
-    for name, module in compile_adapter(tmp_path / "adapter", tmp_path / "base").modules.items():
+    for name, module in fold_adapter(tmp_path / "adapter", tmp_path / "base").modules.items():
         norm = oracle.norm(weights[f"{name}.weight"], module.A, module.B, 1.0)
         torch.testing.assert_close(module.magnitude.double() / norm, module.scale.double(), rtol=2e-7, atol=0)
 
@@ -95,8 +95,8 @@ def test_kinds(tmp_path):
     kinds = {"h.0.attn.c_attn": "conv1d", "h.0.square": "conv1d", "wte": "embedding", "conv": "conv2d"}
     made.write_base(tmp_path / "base", weights, config={"architectures": ["Made"], "tie_word_embeddings": False})
     live = made.write_adapter(tmp_path / "adapter", weights, targets=list(kinds), kinds=kinds, factors="static")
-    write_compiled(compile_adapter(tmp_path / "adapter", tmp_path / "base"), tmp_path / "compiled")
-    read = read_compiled(tmp_path / "compiled")
+    write_folded(fold_adapter(tmp_path / "adapter", tmp_path / "base"), tmp_path / "folded")
+    read = read_folded(tmp_path / "folded")
     assert {name: module.kind for name, module in read.modules.items()} == kinds
     assert read.modules["conv"].kernel == (3, 2, 2)
     for name, adapter in live.items():
@@ -141,8 +141,8 @@ def test_from_peft(tmp_path, options, q_scaling, v_scaling, dora):
     tensors = made.lora_tensors(Q, 24, 24, rank=q_rank, magnitude=magnitudes.get(Q))
     tensors |= made.lora_tensors(V, 12, 24, magnitude=magnitudes.get(V))
     made.write_peft(tmp_path / "peft", tensors, use_dora=dora, **options)
-    compiled = from_peft(tmp_path / "peft", tmp_path / "base")
-    assert compiled.base_fingerprint is not None
+    folded = from_peft(tmp_path / "peft", tmp_path / "base")
+    assert folded.base_fingerprint is not None
     for name, scaling in ((Q, q_scaling), (V, v_scaling)):
         matrix = weights[f"{name}.weight"]
         A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
@@ -150,19 +150,19 @@ def test_from_peft(tmp_path, options, q_scaling, v_scaling, dora):
             expected = oracle.merged(matrix, A, B, scaling, magnitudes[name], 0.0)
         else:
             expected = oracle.direction(matrix, A, B, scaling)
-            assert torch.equal(compiled.modules[name].scale, torch.ones(matrix.shape[0]))
-        torch.testing.assert_close(merged_of(compiled.modules[name], matrix), expected, rtol=2e-6, atol=2e-6)
+            assert torch.equal(folded.modules[name].scale, torch.ones(matrix.shape[0]))
+        torch.testing.assert_close(merged_of(folded.modules[name], matrix), expected, rtol=2e-6, atol=2e-6)
 
 
 def test_to_peft_dora_and_back(tmp_path):
     weights = made.base_weights()
     made.write_base(tmp_path / "base", weights)
     made.write_adapter(tmp_path / "adapter", weights)
-    compiled = compile_adapter(tmp_path / "adapter", tmp_path / "base")
-    to_peft_dora(compiled, tmp_path / "dora")
+    folded = fold_adapter(tmp_path / "adapter", tmp_path / "base")
+    to_peft_dora(folded, tmp_path / "dora")
     assert isinstance(read_adapter(tmp_path / "dora"), PeftAdapter)
     back = from_peft(tmp_path / "dora", tmp_path / "base")
-    for name, module in compiled.modules.items():
+    for name, module in folded.modules.items():
         assert torch.equal(back.modules[name].A, module.A)
         assert torch.equal(back.modules[name].B, module.B)
         torch.testing.assert_close(back.modules[name].scale, module.scale, rtol=3e-7, atol=0)
@@ -172,8 +172,8 @@ def test_a_compiled_adapter_stays_as_it_is(tmp_path):
     weights = made.base_weights()
     made.write_base(tmp_path / "base", weights)
     made.write_adapter(tmp_path / "adapter", weights)
-    write_compiled(compile_adapter(tmp_path / "adapter", tmp_path / "base"), tmp_path / "one")
-    write_compiled(compile_adapter(tmp_path / "one", tmp_path / "base"), tmp_path / "two")
+    write_folded(fold_adapter(tmp_path / "adapter", tmp_path / "base"), tmp_path / "one")
+    write_folded(fold_adapter(tmp_path / "one", tmp_path / "base"), tmp_path / "two")
     assert made.folder_bytes(tmp_path / "one") == made.folder_bytes(tmp_path / "two")
 
 
@@ -182,10 +182,10 @@ def test_extra_tensors_come_along(tmp_path):
     made.write_base(tmp_path / "base", weights)
     head = {"score.weight": torch.randn(2, 24)}
     made.write_adapter(tmp_path / "adapter", weights, extra=head, modules_to_save=["score"])
-    compiled = compile_adapter(tmp_path / "adapter", tmp_path / "base")
-    assert isinstance(compiled, CompiledAdapter)
-    assert torch.equal(compiled.extra["score.weight"], head["score.weight"])
-    assert compiled.modules_to_save == ["score"]
+    folded = fold_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert isinstance(folded, FoldedAdapter)
+    assert torch.equal(folded.extra["score.weight"], head["score.weight"])
+    assert folded.modules_to_save == ["score"]
 
 
 def test_another_base_is_refused_with_both_fingerprints(tmp_path):
@@ -194,10 +194,10 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path):
     other = {name: weight + 0.1 for name, weight in weights.items()}
     made.write_base(tmp_path / "other", other)
     with pytest.raises(BaseMismatchError) as caught:
-        compile_adapter(tmp_path / "adapter", tmp_path / "other")
+        fold_adapter(tmp_path / "adapter", tmp_path / "other")
     assert str(caught.value).count("sha256:") == 2
-    compiled = compile_adapter(tmp_path / "adapter", tmp_path / "other", allow_base_mismatch=True)
-    assert compiled.base_fingerprint != read_adapter(tmp_path / "adapter").base_fingerprint
+    folded = fold_adapter(tmp_path / "adapter", tmp_path / "other", allow_base_mismatch=True)
+    assert folded.base_fingerprint != read_adapter(tmp_path / "adapter").base_fingerprint
 
 
 def test_the_fingerprint_is_left_out_for_a_half_precision_base(tmp_path):

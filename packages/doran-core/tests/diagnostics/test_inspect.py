@@ -9,8 +9,8 @@ import torch
 from damage import edit_tensors, set_tensor, unseal
 from safetensors.torch import load_file
 
-from doran_core.adapter import write_compiled
-from doran_core.convert import compile_adapter, to_peft_dora
+from doran_core.adapter import write_folded
+from doran_core.convert import fold_adapter, to_peft_dora
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import ConfigError, DoranError, MissingKeyError
 from doran_core.merge import merge_checkpoint
@@ -53,17 +53,17 @@ def test_without_the_base_only_what_the_adapter_knows(folder):
 
 def test_compiled_and_peft(folder):
     made.write_adapter(folder / "adapter", made.base_weights())
-    compiled = compile_adapter(folder / "adapter", folder / "base")
-    write_compiled(compiled, folder / "compiled")
-    to_peft_dora(compiled, folder / "dora")
+    folded = fold_adapter(folder / "adapter", folder / "base")
+    write_folded(folded, folder / "folded")
+    to_peft_dora(folded, folder / "dora")
     made.write_peft(folder / "lora", made.lora_tensors(made.TARGETS[0], 24, 24))
-    reports = {name: inspect_adapter(folder / name) for name in ("compiled", "dora", "lora")}
-    assert [report.form for report in reports.values()] == ["compiled", "peft-dora", "peft-lora"]
-    assert reports["compiled"].layers[0].scale is not None
+    reports = {name: inspect_adapter(folder / name) for name in ("folded", "dora", "lora")}
+    assert [report.form for report in reports.values()] == ["folded", "peft-dora", "peft-lora"]
+    assert reports["folded"].layers[0].scale is not None
     assert reports["dora"].layers[0].scale is None
     assert reports["lora"].layers[0].scale.mean == 1.0
     with_base = {name: inspect_adapter(folder / name, folder / "base").layers[0] for name in ("adapter", *reports)}
-    for name in ("compiled", "dora"):
+    for name in ("folded", "dora"):
         assert with_base[name].change == pytest.approx(with_base["adapter"].change, rel=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_messages_name_the_directory(tmp_path):
     for use in (
         lambda: inspect_adapter(tmp_path / "adapter"),
         lambda: inspect_adapter(tmp_path / "adapter", tmp_path / "base"),
-        lambda: compile_adapter(tmp_path / "adapter", tmp_path / "base"),
+        lambda: fold_adapter(tmp_path / "adapter", tmp_path / "base"),
         lambda: merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out"),
     ):
         with pytest.raises(DoranError, match=str(tmp_path / "adapter")):

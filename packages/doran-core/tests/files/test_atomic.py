@@ -15,7 +15,7 @@ import torch
 
 from doran_core.adapter import read_adapter, write_trainable
 from doran_core.checkpoint.checkpoint import Checkpoint
-from doran_core.convert import compile_adapter
+from doran_core.convert import fold_adapter
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import CheckpointError, CorruptFileError, DoranError, NonFiniteError
 from doran_core.files import swap
@@ -367,10 +367,10 @@ class TestABaseThatChanges:
         assert hidden(folder) == []
 
     @pytest.mark.parametrize("how", HOWS[:3])
-    @pytest.mark.parametrize("use", [compile_adapter, inspect_adapter])
+    @pytest.mark.parametrize("use", [fold_adapter, inspect_adapter])
     def test_while_it_is_read(self, folder, monkeypatch, how, use):
-        module = {compile_adapter: "doran_core.convert.compile", inspect_adapter: "doran_core.diagnostics.inspect"}[use]
-        name = {compile_adapter: "compile_layer", inspect_adapter: "_bound_report"}[use]
+        module = {fold_adapter: "doran_core.convert.fold", inspect_adapter: "doran_core.diagnostics.inspect"}[use]
+        name = {fold_adapter: "fold_layer", inspect_adapter: "_bound_report"}[use]
         import importlib
 
         original, changed = getattr(importlib.import_module(module), name), []

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from doran_core.adapter import read_adapter, write_compiled, write_trainable
+from doran_core.adapter import read_adapter, write_folded, write_trainable
 from doran_core.adapter.digest import directory_digest
 from doran_core.checkpoint.checkpoint import Checkpoint
-from doran_core.convert import compile_adapter
+from doran_core.convert import fold_adapter
 from doran_core.errors import AdapterFormatError, CheckpointError, CorruptFileError, DoranError, MissingKeyError
 from doran_core.files.jsonfile import parse_object, read_json
 from doran_core.files.opening import is_plain_name, named_errors, read_directory, read_file
@@ -32,7 +32,7 @@ def originals(tmp_path_factory):
     weights = made.base_weights()
     made.write_base(folder / "base", weights)
     made.write_adapter(folder / "trainable", weights)
-    write_compiled(compile_adapter(folder / "trainable", folder / "base"), folder / "compiled")
+    write_folded(fold_adapter(folder / "trainable", folder / "base"), folder / "folded")
     return folder
 
 
@@ -84,7 +84,7 @@ SPECIAL = [pipe, link_to_a_pipe, link_to_a_device, unix_socket, directory]
 @pytest.mark.parametrize("put", SPECIAL)
 @pytest.mark.parametrize("name", FILES)
 def test_only_regular_files_of_an_adapter_are_read(originals, tmp_path, name, put):
-    folder = shutil.copytree(originals / "compiled", tmp_path / "adapter")
+    folder = shutil.copytree(originals / "folded", tmp_path / "adapter")
     (folder / name).unlink()
     put(folder / name)
     with pytest.raises(AdapterFormatError, match=name):
@@ -105,7 +105,7 @@ def test_only_regular_files_of_a_checkpoint_are_read(originals, tmp_path, name, 
 
 def test_links_to_regular_files_are_read(originals, tmp_path):
     for name in FILES:
-        (tmp_path / name).symlink_to(originals / "compiled" / name)
+        (tmp_path / name).symlink_to(originals / "folded" / name)
     assert read_adapter(tmp_path).modules.keys() == set(made.TARGETS)
 
 
@@ -139,7 +139,7 @@ def test_a_sparse_tensor_file_larger_than_the_memory(originals, tmp_path):
 @pytest.mark.parametrize("name", FILES)
 def test_what_a_header_does_not_describe_is_not_read(originals, tmp_path, name):
     """A sparse file of 8 GB takes no disk, and would take all memory."""
-    folder = shutil.copytree(originals / "compiled", tmp_path / "adapter")
+    folder = shutil.copytree(originals / "folded", tmp_path / "adapter")
     os.truncate(folder / name, 2**33)
     for use in (
         lambda: read_adapter(folder),
@@ -325,7 +325,7 @@ def test_base_weights_that_are_no_matrix(tmp_path, originals, shape):
     made.write_base(tmp_path / "base", weights)
     for use in (
         lambda: merge_checkpoint(tmp_path / "base", originals / "trainable", tmp_path / "out"),
-        lambda: compile_adapter(originals / "trainable", tmp_path / "base"),
+        lambda: fold_adapter(originals / "trainable", tmp_path / "base"),
     ):
         with pytest.raises(DoranError, match=made.TARGETS[0]):
             use()

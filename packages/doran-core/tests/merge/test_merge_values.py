@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from doran_core.adapter import read_adapter, write_compiled
+from doran_core.adapter import read_adapter, write_folded
 from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.checkpoint.weight_layout import from_matrix, to_matrix
-from doran_core.convert import compile_adapter
+from doran_core.convert import fold_adapter
 from doran_core.errors import ConfigError
 from doran_core.merge import merge_checkpoint
 
@@ -121,14 +121,14 @@ def test_chosen_dtype(tmp_path, dtype, shards):
 def test_compiled_and_peft_adapters(tmp_path, base):
     weights = made.base_weights()
     live = made.write_adapter(tmp_path / "adapter", weights)
-    write_compiled(compile_adapter(tmp_path / "adapter", base), tmp_path / "compiled")
+    write_folded(fold_adapter(tmp_path / "adapter", base), tmp_path / "folded")
     magnitude = torch.rand(24) + 1
     lora, dora = made.lora_tensors(Q, 24, 24), made.lora_tensors(Q, 24, 24, magnitude=magnitude)
     made.write_peft(tmp_path / "lora", lora)
     made.write_peft(tmp_path / "dora", dora, use_dora=True)
-    for name in ("compiled", "lora", "dora"):
+    for name in ("folded", "lora", "dora"):
         merge_checkpoint(base, tmp_path / name, tmp_path / f"out-{name}")
-    merged = read_all(tmp_path / "out-compiled")
+    merged = read_all(tmp_path / "out-folded")
     for name, adapter in live.items():
         expected = expected_weight(adapter, weights[f"{name}.weight"])
         torch.testing.assert_close(merged[f"{name}.weight"].double(), expected, rtol=2e-6, atol=2e-6)
@@ -317,8 +317,8 @@ class TestExtraTensors:
         assert torch.equal(merged[f"{prefix}norm.weight"], weights["norm.weight"])
         assert torch.equal(merged[f"{prefix}pooler.weight"], extra[f"{own}pooler.weight"])
         assert torch.equal(merged["head.norm.weight"], extra["head.norm.weight"])
-        compiled = compile_adapter(tmp_path / "adapter", tmp_path / "base")
-        assert compiled.extra.keys() == extra.keys()
+        folded = fold_adapter(tmp_path / "adapter", tmp_path / "base")
+        assert folded.extra.keys() == extra.keys()
 
     def test_contradicting_adapters(self, tmp_path, base):
         weights = made.base_weights()

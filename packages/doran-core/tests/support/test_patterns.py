@@ -82,12 +82,14 @@ def repeats_nothing(parsed):
     """Whether a part that may match the empty string is repeated: there Python may stop before the longest match."""
     for operation, argument in parsed:
         if operation in (re._constants.MAX_REPEAT, re._constants.MIN_REPEAT):
-            least, most, inner = argument
-            if inner.getwidth()[0] == 0 or repeats_nothing(inner):
+            inside = [argument[2]]
+            if argument[2].getwidth()[0] == 0:
                 return True
-        elif operation is re._constants.SUBPATTERN and repeats_nothing(argument[3]):
-            return True
-        elif operation is re._constants.BRANCH and any(map(repeats_nothing, argument[1])):
+        elif operation is re._constants.SUBPATTERN:
+            inside = [argument[3]]
+        else:
+            inside = argument[1] if operation is re._constants.BRANCH else []
+        if any(map(repeats_nothing, inside)):
             return True
     return False
 

@@ -24,10 +24,10 @@ def test_a_terminal_gets_one_line_redrawn():
 
 def test_elsewhere_only_the_end_is_printed_when_it_comes_soon():
     stream = io.StringIO()
-    with ProgressBar("compiling", unit="modules", stream=stream) as bar:
+    with ProgressBar("folding", unit="modules", stream=stream) as bar:
         for done in range(1, 4):
             bar(done, 3)
-    assert stream.getvalue().splitlines() == ["compiling 100%  3 modules of 3 modules  0 s"]
+    assert stream.getvalue().splitlines() == ["folding 100%  3 modules of 3 modules  0 s"]
 
 
 def test_nothing_to_do_is_all_done():

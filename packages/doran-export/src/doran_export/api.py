@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from doran_core.adapter import CompiledAdapter, read_adapter
+from doran_core.adapter import FoldedAdapter, read_adapter
 from doran_core.errors import ConfigError
 from doran_core.files.atomic import new_directory
 from doran_core.merge import merge_checkpoint
 from doran_export.adapters.adapter_file import read_adapter as read_adapter_file
-from doran_export.adapters.separate import compile_adapters, merged_weights, replaced, switched_weights
+from doran_export.adapters.separate import fold_adapters, merged_weights, replaced, switched_weights
 from doran_export.errors import ExportError
 from doran_export.files import GENAI_CONFIG, MODEL_FILE, REPORT_FILE, adapter_files, read_json, require_free_place
 from doran_export.graph.genai import require_genai
@@ -116,7 +116,7 @@ def export(
     with new_directory(out, error=ExportError) as work:
         merged = work / "merged"
         if adapters is not None:
-            request = replace(request, adapters=compile_adapters(adapters, source.path))
+            request = replace(request, adapters=fold_adapters(adapters, source.path))
         if adapter is not None:
             if task is None:
                 request = replace(request, replaced=sorted(read_adapter(adapter).extra))
@@ -193,8 +193,8 @@ def verify(
     files = adapter_files(exported)
     if unknown := sorted(set(adapters or {}) - set(files)):
         raise ConfigError(f"{exported} has no adapter {unknown[0]!r}: expected some of {', '.join(files) or 'none'}")
-    compiled = compile_adapters(adapters, source.path) if adapters else {}
-    references, spec = _ask_directory(source, request, files, compiled, timer)
+    folded = fold_adapters(adapters, source.path) if adapters else {}
+    references, spec = _ask_directory(source, request, files, folded, timer)
     return prove_directory(exported, spec, references, request, timer)
 
 
@@ -202,7 +202,7 @@ def _ask_directory(
     source: Source,
     request: Request,
     files: Mapping[str, Path],
-    compiled: Mapping[str, CompiledAdapter],
+    folded: Mapping[str, FoldedAdapter],
     timer: StageTimer,
 ) -> tuple[dict[str | None, Reference], GraphSpec]:
     """PyTorch's answers, alone and with each adapter; the model is gone afterwards."""
@@ -211,8 +211,8 @@ def _ask_directory(
         spec = make_spec(model, source.task, source.path)
     references: dict[str | None, Reference] = {None: ask(model, spec, source, request, timer)}
     for name, path in files.items():
-        if name in compiled:
-            weights = merged_weights(model, compiled[name])
+        if name in folded:
+            weights = merged_weights(model, folded[name])
         else:
             weights = switched_weights(model, read_adapter_file(path))
         with replaced(model, weights):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from doran_core.adapter import CompiledAdapter
+from doran_core.adapter import FoldedAdapter
 from doran_core.errors import ConfigError
 from doran_export.adapters.adapter_file import write_adapter
 from doran_export.adapters.separate import adapter_tensors, merged_weights, replaced, union_of_targets
@@ -47,7 +47,7 @@ class Request:
         providers: execution providers to prove on.
         inputs: the user's inputs, compared beside random ones.
         tolerance: largest allowed difference; None takes the precision's.
-        adapters: compiled adapters by name, for a graph with adapters as inputs.
+        adapters: folded adapters by name, for a graph with adapters as inputs.
         replaced: names of tensors that a merged adapter replaced in full, such as a new classifier's. The model must
             have them; otherwise the user has to name the task.
     """
@@ -58,7 +58,7 @@ class Request:
     providers: Sequence[str]
     inputs: Sequence[Any] = ()
     tolerance: float | None = None
-    adapters: Mapping[str, CompiledAdapter] = field(default_factory=dict)
+    adapters: Mapping[str, FoldedAdapter] = field(default_factory=dict)
     replaced: Sequence[str] = ()
 
     @property
@@ -205,7 +205,7 @@ def _write_adapters(request: Request, work: Path) -> None:
         write_adapter(tensors, work / ADAPTERS / f"{name}{ADAPTER_SUFFIX}")
 
 
-def _describe(adapter: CompiledAdapter) -> dict[str, Any]:
+def _describe(adapter: FoldedAdapter) -> dict[str, Any]:
     ranks = sorted({part.rank for part in adapter.modules.values()})
     return {"modules": len(adapter.modules), "ranks": ranks, "base_fingerprint": adapter.base_fingerprint}
 

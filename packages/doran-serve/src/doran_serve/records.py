@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["AdapterForm", "AdapterInfo", "ServedAdapter", "ServedModule"]
 
-AdapterForm = Literal["lora", "dora", "compiled", "trainable"]
+AdapterForm = Literal["lora", "dora", "folded", "trainable"]
 
 
 @dataclass(frozen=True)

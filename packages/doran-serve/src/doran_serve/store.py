@@ -1,7 +1,7 @@
-"""Adapter directories as a server needs them: any form read, checked against the base, compiled once. No vLLM here.
+"""Adapter directories as a server needs them: any form read, checked against the base, folded once. No vLLM here.
 
 Trainable adapters and PEFT's DoRA adapters need the base weights to become servable; the result is kept in a cache
-directory as a compiled adapter, named by the content of the adapter and the identity of the base.
+directory as a folded adapter, named by the content of the adapter and the identity of the base.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from doran_core.adapter import (
-    CompiledAdapter,
+    FoldedAdapter,
     PeftAdapter,
     read_adapter,
-    read_compiled,
-    write_compiled,
+    read_folded,
+    write_folded,
 )
 from doran_core.adapter.schema import ADAPTER_FILES, CONFIG_FILE, SCALE_FILE, TENSOR_FILE
-from doran_core.convert import compile_adapter, from_peft
+from doran_core.convert import fold_adapter, from_peft
 from doran_core.errors import (
     AdapterFormatError,
     CheckpointError,
@@ -46,7 +46,7 @@ from doran_serve.vllm_symbols import lookup
 __all__ = ["AdapterStore", "check_mergeable", "default_cache_directory"]
 
 _logger = logging.getLogger("vllm.doran_serve")
-_Factored = CompiledAdapter | PeftAdapter
+_Factored = FoldedAdapter | PeftAdapter
 
 _CLASSIFIERS = ("score", "classifier")
 """Heads of cross-encoders that vLLM swaps per request."""
@@ -74,7 +74,7 @@ class AdapterStore:
         base: directory of the base checkpoint, or None if it is not at hand.
         max_rank: refuse ranks above it (vLLM's ``max_lora_rank``); None for no limit.
         targets: refuse modules of other names (vLLM's ``lora_target_modules``); None for no limit.
-        cache_directory: where compiled adapters are kept.
+        cache_directory: where folded adapters are kept.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class AdapterStore:
         raise _restless(folder)
 
     def load(self, path: str | Path) -> ServedAdapter | None:
-        """The adapter's tensors, checked against its own files; compiled on the way if it has to be.
+        """The adapter's tensors, checked against its own files; folded on the way if it has to be.
 
         Returns:
             None for a LoRA of a kind that doran does not read (experts, embeddings, a full head) but vLLM may.
@@ -185,7 +185,7 @@ class AdapterStore:
         if form == "lora":
             served, record = self._load_lora(folder)
         else:
-            record = read_compiled(folder) if form == "compiled" else self._compiled(folder, form)
+            record = read_folded(folder) if form == "folded" else self._folded(folder, form)
             served = _served(folder, form, record)
         if record is not None:
             self._check_rank(folder, record)
@@ -198,7 +198,7 @@ class AdapterStore:
         if record is None:
             return AdapterInfo(folder, "lora", None, 0, 0)
         form = "lora" if served is None else served.form
-        if form in ("lora", "compiled"):  # the converters have held the other forms against the base
+        if form in ("lora", "folded"):  # the converters have held the other forms against the base
             self.base.check(folder, record)
         others = self._check_layers(folder, form, record)
         modules = record.modules.values() if served is None else served.modules.values()
@@ -266,30 +266,30 @@ class AdapterStore:
         modules = {part.name: ServedModule(part.name, part.A, part.B.float() * part.scaling, None) for part in parts}
         return ServedAdapter(folder, "lora", modules), adapter
 
-    def _compiled(self, folder: Path, form: AdapterForm) -> CompiledAdapter:
+    def _folded(self, folder: Path, form: AdapterForm) -> FoldedAdapter:
         """From the cache, or made of the base weights and cached."""
         if self.base.directory is None:
             read_adapter(folder)  # what is wrong with the adapter itself comes first
             raise CheckpointError(
-                f"{folder}: a {form} adapter needs the base weights to be compiled, but the base model is no local "
-                "directory; compile it first with `doran convert --to compiled`"
+                f"{folder}: a {form} adapter needs the base weights to be folded, but the base model is no local "
+                "directory; fold it first with `doran convert --to folded`"
             )
         if self.base.quantized:
             read_adapter(folder)
             raise CheckpointError(
-                f"{folder}: a {form} adapter needs plain base weights to be compiled, but {self.base.directory} is "
-                "quantized; compile it against the original checkpoint with `doran convert --to compiled`"
+                f"{folder}: a {form} adapter needs plain base weights to be folded, but {self.base.directory} is "
+                "quantized; fold it against the original checkpoint with `doran convert --to folded`"
             )
-        target = self.cache_directory / "compiled" / _content_key(folder, self.base.identity)
+        target = self.cache_directory / "folded" / _content_key(folder, self.base.identity)
         if (target / SCALE_FILE).exists():
             try:
-                return read_compiled(target)
+                return read_folded(target)
             except DoranError as error:
-                _logger.warning("the compiled adapter in the cache is damaged and made anew: %s", error)
-        convert = from_peft if form == "dora" else compile_adapter
+                _logger.warning("the folded adapter in the cache is damaged and made anew: %s", error)
+        convert = from_peft if form == "dora" else fold_adapter
         adapter = convert(folder, self.base.directory)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_compiled(adapter, target, overwrite=True)
+        write_folded(adapter, target, overwrite=True)
         return adapter
 
 
@@ -307,13 +307,13 @@ def _form(folder: Path) -> AdapterForm:
     except (OSError, DoranError):
         config = {}
     if (folder / SCALE_FILE).exists():
-        return "compiled"
+        return "folded"
     if config.get("peft_type") != "LORA":
         return "trainable"
     return "dora" if config.get("use_dora") else "lora"
 
 
-def _served(folder: Path, form: AdapterForm, adapter: CompiledAdapter) -> ServedAdapter:
+def _served(folder: Path, form: AdapterForm, adapter: FoldedAdapter) -> ServedAdapter:
     """Refuse what one batch cannot hold: replaced base parameters, and layers that are not linear."""
     if adapter.extra:
         _refuse_replaced(folder, adapter.extra)

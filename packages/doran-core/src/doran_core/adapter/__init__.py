@@ -1,26 +1,41 @@
 """The adapter directory: records of what it can hold, and reading and writing them."""
 
-from doran_core.adapter.read import read_adapter, read_compiled
+from typing import TYPE_CHECKING
+
+from doran_core.adapter.read import read_adapter, read_folded
 from doran_core.adapter.schema import (
     AnyAdapter,
-    CompiledAdapter,
-    CompiledModule,
+    FoldedAdapter,
+    FoldedModule,
     PeftAdapter,
     PeftModule,
     TrainableAdapter,
 )
-from doran_core.adapter.write import write_compiled, write_peft_dora, write_trainable
+from doran_core.adapter.write import write_folded, write_peft_dora, write_trainable
+from doran_core.support.lazy import lazy_names
 
 __all__ = [
     "AnyAdapter",
-    "CompiledAdapter",
-    "CompiledModule",
+    "FoldedAdapter",
+    "FoldedModule",
     "PeftAdapter",
     "PeftModule",
     "TrainableAdapter",
     "read_adapter",
-    "read_compiled",
-    "write_compiled",
+    "read_folded",
+    "write_folded",
     "write_peft_dora",
     "write_trainable",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, _ = lazy_names(
+        __name__,
+        {},
+        renamed={
+            "CompiledAdapter": "FoldedAdapter",
+            "CompiledModule": "FoldedModule",
+            "read_compiled": "read_folded",
+            "write_compiled": "write_folded",
+        },
+    )

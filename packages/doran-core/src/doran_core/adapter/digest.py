@@ -51,7 +51,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def with_scales_of(tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a compiled adapter's two files under one set of keys."""
+    """The tensors of a folded adapter's two files under one set of keys."""
     return {**tensors, **{f"{SCALE_FILE}:{name}": scale for name, scale in scales.items()}}
 
 

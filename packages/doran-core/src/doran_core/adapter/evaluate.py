@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from doran_core.adapter.schema import AnyAdapter, CompiledAdapter, Kind, TrainableAdapter
+from doran_core.adapter.schema import AnyAdapter, FoldedAdapter, Kind, TrainableAdapter
 from doran_core.adapter.validate import own_generator_parts
 from doran_core.errors import AdapterFormatError
 from doran_core.layers.adapter import DoranAdapter
@@ -30,7 +30,7 @@ class LayerFactors:
         scaling: g.
         magnitude: m ``[d_out]``, or None where `scale` is given.
         tau: ``[1]``, ``[d_out]`` or a number.
-        scale: c ``[d_out]`` where it is known without the base (compiled; LoRA, whose c is 1), else None.
+        scale: c ``[d_out]`` where it is known without the base (folded; LoRA, whose c is 1), else None.
         kind: how the base keeps the weight, if the adapter says so.
     """
 
@@ -82,7 +82,7 @@ def evaluate(
         AdapterFormatError: a trainable adapter whose shared parts are missing or do not fit, or with a generator that
             is not DoRAN's and no builder for it.
     """
-    if isinstance(adapter, CompiledAdapter):
+    if isinstance(adapter, FoldedAdapter):
         return [LayerFactors(m.name, m.A, m.B, 1.0, None, 0.0, m.scale, m.kind) for m in adapter.modules.values()]
     if isinstance(adapter, TrainableAdapter):
         return _evaluate_trainable(adapter, d_in, factor_builder)
@@ -108,7 +108,7 @@ def _evaluate_trainable(
     if own and factor_builder is None:
         raise AdapterFormatError(
             f"its factors come from a generator that is not DoRAN's ({', '.join(own[:5])}): give what builds it "
-            "(factor_builder, or --factor-builder MODULE:NAME of the doran command), or use the compiled form"
+            "(factor_builder, or --factor-builder MODULE:NAME of the doran command), or use the folded form"
         )
     built = build_adapters(adapter.config, adapter.modules, d_in, factor_builder if own else None)
     return [layer_factors(name, module, adapter.module_kinds.get(name)) for name, module in built.items()]

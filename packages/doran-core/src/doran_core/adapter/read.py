@@ -31,13 +31,13 @@ from doran_core.adapter.schema import (
     SCALE_FILE,
     TENSOR_FILE,
     AnyAdapter,
-    CompiledAdapter,
-    CompiledModule,
+    FoldedAdapter,
+    FoldedModule,
     Kind,
     PeftAdapter,
     TrainableAdapter,
 )
-from doran_core.adapter.validate import check_compiled_parts, check_tensors, check_trainable_modules
+from doran_core.adapter.validate import check_folded_parts, check_tensors, check_trainable_modules
 from doran_core.errors import (
     AdapterFormatError,
     ConfigError,
@@ -53,7 +53,7 @@ from doran_core.files.tensors import LoadedFile, read_tensor_bytes
 from doran_core.method.config import DoranConfig
 from doran_core.support.names import plain_name
 
-__all__ = ["read_adapter", "read_compiled", "require_adapter_files"]
+__all__ = ["read_adapter", "read_folded", "require_adapter_files"]
 
 _logger = logging.getLogger("doran_core")
 
@@ -62,10 +62,10 @@ def read_adapter(directory: StrPath) -> AnyAdapter:
     """Read an adapter directory. One that is replaced meanwhile is read again, so that all files are of one save.
 
     Args:
-        directory: holds adapter_config.json and adapter_model.safetensors, and doran_scale.safetensors if compiled.
+        directory: holds adapter_config.json and adapter_model.safetensors, and doran_scale.safetensors if folded.
 
     Returns:
-        A TrainableAdapter (``peft_type`` DORAN), a CompiledAdapter (LORA with a scale file beside it), or a
+        A TrainableAdapter (``peft_type`` DORAN), a FoldedAdapter (LORA with a scale file beside it), or a
         PeftAdapter (any other LORA).
 
     Raises:
@@ -86,22 +86,22 @@ def _read(folder: OpenDirectory) -> AnyAdapter:
         return _read_trainable(folder, config)
     if method == "LORA":
         peft = _read_peft(folder, config)
-        return _compiled(folder, *peft) if folder.holds(SCALE_FILE) else peft[0]
+        return _folded(folder, *peft) if folder.holds(SCALE_FILE) else peft[0]
     raise AdapterFormatError(f"{folder.path / CONFIG_FILE}: peft_type {method!r}, expected 'DORAN' or 'LORA'")
 
 
-def read_compiled(directory: StrPath) -> CompiledAdapter:
-    """Read an adapter directory that must be in the compiled form.
+def read_folded(directory: StrPath) -> FoldedAdapter:
+    """Read an adapter directory that must be in the folded form.
 
     Raises:
         AdapterFormatError: as :func:`read_adapter`; also if the adapter is of another form.
     """
     adapter = read_adapter(directory)
-    if not isinstance(adapter, CompiledAdapter):
+    if not isinstance(adapter, FoldedAdapter):
         form = "trainable" if isinstance(adapter, TrainableAdapter) else "a PEFT adapter without scales"
         raise AdapterFormatError(
-            f"{directory}: is {form}, expected the compiled form; make it with "
-            f"`doran convert {directory} --to compiled --base DIR --out DIR`"
+            f"{directory}: is {form}, expected the folded form; make it with "
+            f"`doran convert {directory} --to folded --base DIR --out DIR`"
         )
     return adapter
 
@@ -287,7 +287,7 @@ def _read_peft(folder: OpenDirectory, config: dict[str, Any]) -> tuple[PeftAdapt
     return adapter, loaded
 
 
-def _compiled(folder: OpenDirectory, peft: PeftAdapter, tensor_file: LoadedFile) -> CompiledAdapter:
+def _folded(folder: OpenDirectory, peft: PeftAdapter, tensor_file: LoadedFile) -> FoldedAdapter:
     config_path, path = folder.path / CONFIG_FILE, folder.path / SCALE_FILE
     scales = _read_tensors(folder, SCALE_FILE)
     check_tensors(str(path), scales.tensors)
@@ -305,19 +305,19 @@ def _compiled(folder: OpenDirectory, peft: PeftAdapter, tensor_file: LoadedFile)
     for name, module in peft.modules.items():
         if module.magnitude is None or module.scaling != 1.0:
             raise AdapterFormatError(
-                f"{config_path}: {name}: the compiled form has use_dora=true and lora_alpha equal to r, "
+                f"{config_path}: {name}: the folded form has use_dora=true and lora_alpha equal to r, "
                 f"got use_dora={module.magnitude is not None} and a scaling of {module.scaling}"
             )
-        check_compiled_parts(str(path), name, module.B, scales.tensors[name], module.magnitude)
+        check_folded_parts(str(path), name, module.B, scales.tensors[name], module.magnitude)
         kind = module.kind or kinds.get(name, "linear")
-        modules[name] = CompiledModule(
+        modules[name] = FoldedModule(
             name, module.A, module.B, scales.tensors[name], module.magnitude, kind, module.kernel
         )
     if scales.metadata["format_version"] == "1":
         _say_if_unsealed(folder.path, scales.metadata)
     else:
         _check_sealed(path, scales.metadata, with_scales_of(tensor_file.tensors, scales.tensors), peft.config)
-    return CompiledAdapter(
+    return FoldedAdapter(
         modules=modules,
         extra=peft.extra,
         base_fingerprint=scales.metadata.get("base_fingerprint"),
@@ -349,8 +349,8 @@ def _scale_metadata(path: Path, metadata: Mapping[str, str], tensor_file: Loaded
             raise MissingKeyError(f"{path}: no {name!r} in its metadata")
     version = metadata["format_version"]
     _check_version(path, int(version) if version.isdecimal() and len(version) < 10 else version)
-    if metadata["form"] != "compiled":
-        raise CorruptFileError(f"{path}: form {metadata['form']!r}, expected 'compiled'")
+    if metadata["form"] not in ("folded", "compiled"):  # the form's name before it was "folded"
+        raise CorruptFileError(f"{path}: form {metadata['form']!r}, expected 'folded'")
     if metadata["adapter_model_sha256"] != tensor_file.sha256:
         raise CorruptFileError(
             f"{path}: belongs to another {TENSOR_FILE} (sha256 {metadata['adapter_model_sha256']}, "

@@ -22,8 +22,8 @@ __all__ = [
     "SCALE_FILE",
     "TENSOR_FILE",
     "AnyAdapter",
-    "CompiledAdapter",
-    "CompiledModule",
+    "FoldedAdapter",
+    "FoldedModule",
     "Kind",
     "PeftAdapter",
     "PeftModule",
@@ -56,7 +56,7 @@ def created_by() -> str:
 
 
 @dataclass(frozen=True)
-class CompiledModule:
+class FoldedModule:
     """One adapted layer with its networks evaluated: ``y = c * (W0 x + B A x) + bias``.
 
     Attributes:
@@ -86,8 +86,8 @@ class CompiledModule:
 
 
 @dataclass(frozen=True)
-class CompiledAdapter:
-    """The compiled form: the same function as the trainable one, the size of a LoRA.
+class FoldedAdapter:
+    """The folded form: the same function as the trainable one, the size of a LoRA.
 
     Attributes:
         modules: by module name.
@@ -103,7 +103,7 @@ class CompiledAdapter:
         digest: of the files that it was read from, None if they record none. Writing computes it anew.
     """
 
-    modules: dict[str, CompiledModule]
+    modules: dict[str, FoldedModule]
     extra: dict[str, Tensor] = field(default_factory=dict)
     base_fingerprint: str | None = None
     base_model: str | None = None
@@ -123,7 +123,7 @@ class TrainableAdapter:
         config: the method's options.
         modules: for each module name its tensors by their names in DoranAdapter ("magnitude", "tau.raw", ...).
         extra, base_fingerprint, base_model, task_type, ties, stored_names, created_by, digest: as in
-            :class:`CompiledAdapter`.
+            :class:`FoldedAdapter`.
         module_kinds: kinds of the modules that are not linear.
         peft_fields: PEFT's own fields of adapter_config.json, kept as they are.
     """
@@ -172,7 +172,7 @@ class PeftAdapter:
     Attributes:
         modules: by module name.
         config: adapter_config.json.
-        extra, base_model, task_type, digest: as in :class:`CompiledAdapter`; PEFT's own files have no digest.
+        extra, base_model, task_type, digest: as in :class:`FoldedAdapter`; PEFT's own files have no digest.
         fan_in_fan_out: PEFT's flag; settles the layout of square weights.
     """
 
@@ -185,4 +185,4 @@ class PeftAdapter:
     digest: str | None = None
 
 
-AnyAdapter = TrainableAdapter | CompiledAdapter | PeftAdapter
+AnyAdapter = TrainableAdapter | FoldedAdapter | PeftAdapter

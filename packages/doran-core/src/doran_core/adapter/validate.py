@@ -22,7 +22,7 @@ from doran_core.method.sharing import BLOCK_EMBEDDING, TRUNK, shared_parts, shar
 from doran_core.method.tau import tau_size
 
 __all__ = [
-    "check_compiled_parts",
+    "check_folded_parts",
     "check_pair",
     "check_rows",
     "check_tensors",
@@ -80,7 +80,7 @@ def check_pair(where: str, module: str, A: Tensor, B: Tensor, rank: int) -> None
         )
 
 
-def check_compiled_parts(where: str, module: str, B: Tensor, scale: Tensor, magnitude: Tensor) -> None:
+def check_folded_parts(where: str, module: str, B: Tensor, scale: Tensor, magnitude: Tensor) -> None:
     """Refuse a scale or magnitude that does not fit ``B [d_out, r]``, and a scale that is not float32."""
     check_vector(where, f"{module} (magnitude)", magnitude, B.shape[0])
     check_vector(where, f"{module} (scale)", scale, B.shape[0])
@@ -89,7 +89,7 @@ def check_compiled_parts(where: str, module: str, B: Tensor, scale: Tensor, magn
 
 
 def check_rows(where: str, module: str, zero_rows: Sequence[int]) -> None:
-    """Refuse rows of zeros, which the DoRA that a compiled adapter is for PEFT turns into NaN."""
+    """Refuse rows of zeros, which the DoRA that a folded adapter is for PEFT turns into NaN."""
     if zero_rows:
         some = ", ".join(map(str, zero_rows[:8])) + (", ..." if len(zero_rows) > 8 else "")
         raise NonFiniteError(

@@ -21,11 +21,11 @@ from doran_core.adapter.schema import (
     KEY_PREFIX,
     SCALE_FILE,
     TENSOR_FILE,
-    CompiledAdapter,
+    FoldedAdapter,
     TrainableAdapter,
 )
 from doran_core.adapter.validate import (
-    check_compiled_parts,
+    check_folded_parts,
     check_pair,
     check_rows,
     check_tensors,
@@ -37,7 +37,7 @@ from doran_core.files.atomic import new_directory
 from doran_core.files.jsonfile import write_json
 from doran_core.files.tensors import save_safetensors
 
-__all__ = ["write_compiled", "write_peft_dora", "write_trainable"]
+__all__ = ["write_folded", "write_peft_dora", "write_trainable"]
 
 _SAFETENSORS_METADATA = {"format": "pt"}
 
@@ -103,24 +103,24 @@ def _check_replaceable(directory: Path, overwrite: bool) -> None:
         raise DoranError(f"{directory} already holds an adapter; pass overwrite=True to replace it")
 
 
-def write_compiled(adapter: CompiledAdapter, directory: StrPath, *, overwrite: bool = False) -> Path:
-    """Write the compiled form: a valid PEFT DoRA adapter with the output scales beside it.
+def write_folded(adapter: FoldedAdapter, directory: StrPath, *, overwrite: bool = False) -> Path:
+    """Write the folded form: a valid PEFT DoRA adapter with the output scales beside it.
 
     Args, Returns, Raises: as :func:`write_trainable`.
     """
     return _write(adapter, directory, overwrite, with_scales=True)
 
 
-def write_peft_dora(adapter: CompiledAdapter, directory: StrPath, *, overwrite: bool = False) -> Path:
-    """Write a plain PEFT DoRA adapter: the compiled form without its scales and its base fingerprint.
+def write_peft_dora(adapter: FoldedAdapter, directory: StrPath, *, overwrite: bool = False) -> Path:
+    """Write a plain PEFT DoRA adapter: the folded form without its scales and its base fingerprint.
 
     Args, Returns, Raises: as :func:`write_trainable`.
     """
     return _write(adapter, directory, overwrite, with_scales=False)
 
 
-def _write(adapter: CompiledAdapter, directory: StrPath, overwrite: bool, *, with_scales: bool) -> Path:
-    flat, scales = _compiled_tensors(adapter)
+def _write(adapter: FoldedAdapter, directory: StrPath, overwrite: bool, *, with_scales: bool) -> Path:
+    flat, scales = _folded_tensors(adapter)
     config = _dora_config(adapter)
     _check_replaceable(Path(directory), overwrite)
     with new_directory(Path(directory), overwrite=overwrite, owned=ADAPTER_FILES) as staging:
@@ -134,11 +134,11 @@ def _write(adapter: CompiledAdapter, directory: StrPath, overwrite: bool, *, wit
     return Path(directory)
 
 
-def _metadata(adapter: CompiledAdapter, tensor_file_sha256: str) -> dict[str, str]:
+def _metadata(adapter: FoldedAdapter, tensor_file_sha256: str) -> dict[str, str]:
     """Of the scale file, without its digests."""
     metadata = {
         "format_version": str(FORMAT_VERSION),
-        "form": "compiled",
+        "form": "folded",
         "created_by": adapter.created_by,
         "module_kinds": json.dumps({name: m.kind for name, m in adapter.modules.items() if m.kind != "linear"}),
         "adapter_model_sha256": tensor_file_sha256,
@@ -151,7 +151,7 @@ def _metadata(adapter: CompiledAdapter, tensor_file_sha256: str) -> dict[str, st
     return metadata
 
 
-def _compiled_tensors(adapter: CompiledAdapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _folded_tensors(adapter: FoldedAdapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of the two files by key, checked."""
     where = "adapter to write"
     if not adapter.modules:
@@ -159,7 +159,7 @@ def _compiled_tensors(adapter: CompiledAdapter) -> tuple[dict[str, Tensor], dict
     flat: dict[str, Tensor] = {}
     for name, module in adapter.modules.items():
         check_pair(where, name, module.A, module.B, module.rank)
-        check_compiled_parts(where, name, module.B, module.scale, module.magnitude)
+        check_folded_parts(where, name, module.B, module.scale, module.magnitude)
         check_rows(where, name, module.zero_rows)
         parts = peft_parts(module.kind, module.kernel, module.A, module.B, module.magnitude)
         flat |= {f"{KEY_PREFIX}{name}.{part}": tensor for part, tensor in parts.items()}
@@ -183,7 +183,7 @@ def _extra_keys(where: str, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{KEY_PREFIX}{name}": tensor for name, tensor in extra.items()}
 
 
-def _dora_config(adapter: CompiledAdapter) -> dict[str, Any]:
+def _dora_config(adapter: FoldedAdapter) -> dict[str, Any]:
     """A LoraConfig under which PEFT's scaling is exactly 1 for every module."""
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
@@ -208,6 +208,6 @@ def _dora_config(adapter: CompiledAdapter) -> dict[str, Any]:
     }
 
 
-def _is_plain_bias(name: str, adapter: CompiledAdapter) -> bool:
+def _is_plain_bias(name: str, adapter: FoldedAdapter) -> bool:
     """Whether an extra tensor is a trained bias and not part of a module that is saved as a whole."""
     return name.endswith(".bias") and not is_saved_whole(name, adapter.modules_to_save or [])

@@ -1,6 +1,12 @@
-"""From one adapter form to another: trainable or PEFT to compiled, compiled to a PEFT DoRA directory."""
+"""From one adapter form to another: trainable or PEFT to folded, folded to a PEFT DoRA directory."""
 
-from doran_core.convert.compile import compile_adapter, from_peft
+from typing import TYPE_CHECKING
+
+from doran_core.convert.fold import fold_adapter, from_peft
 from doran_core.convert.peft import to_peft_dora
+from doran_core.support.lazy import lazy_names
 
-__all__ = ["compile_adapter", "from_peft", "to_peft_dora"]
+__all__ = ["fold_adapter", "from_peft", "to_peft_dora"]
+
+if not TYPE_CHECKING:
+    __getattr__, _ = lazy_names(__name__, {}, renamed={"compile_adapter": "fold_adapter"})

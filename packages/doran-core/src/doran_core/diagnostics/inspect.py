@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doran_core.adapter import AnyAdapter, CompiledAdapter, TrainableAdapter, read_adapter
+from doran_core.adapter import AnyAdapter, FoldedAdapter, TrainableAdapter, read_adapter
 from doran_core.adapter.evaluate import LayerFactors, evaluate
 from doran_core.adapter.validate import own_generator_parts
 from doran_core.checkpoint.binding import BoundModule, bind
@@ -74,7 +74,7 @@ class AdapterReport:
 
     Attributes:
         directory: where it is.
-        form: "trainable", "compiled", "peft-dora" or "peft-lora".
+        form: "trainable", "folded", "peft-dora" or "peft-lora".
         created_by, base_model, base_fingerprint, task_type: as recorded in it.
         parameters: numbers stored for the adapted layers.
         extra: names of the tensors that replace base parameters in full.
@@ -139,7 +139,7 @@ def inspect_adapter(
         with named_errors(directory, AdapterFormatError):
             factors = sorted(evaluate(adapter, factor_builder=factor_builder), key=lambda layer: _natural(layer.name))
             layers = [_report(layer) for layer in factors]
-    peft = not isinstance(adapter, TrainableAdapter | CompiledAdapter)
+    peft = not isinstance(adapter, TrainableAdapter | FoldedAdapter)
     return AdapterReport(
         directory=str(directory),
         form=_form(adapter),
@@ -166,8 +166,8 @@ def _check_sizes_known(adapter: AnyAdapter, directory: StrPath) -> None:
 def _form(adapter: AnyAdapter) -> str:
     if isinstance(adapter, TrainableAdapter):
         return "trainable"
-    if isinstance(adapter, CompiledAdapter):
-        return "compiled"
+    if isinstance(adapter, FoldedAdapter):
+        return "folded"
     return "peft-dora" if any(module.magnitude is not None for module in adapter.modules.values()) else "peft-lora"
 
 

@@ -1,4 +1,4 @@
-"""Adapters from saved tensors alone, without the model: what merging and compiling on files need."""
+"""Adapters from saved tensors alone, without the model: what merging and folding on files need."""
 
 from __future__ import annotations
 

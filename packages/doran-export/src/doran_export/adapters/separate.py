@@ -1,4 +1,4 @@
-"""Adapters that stay apart from the base: compiled against it, checked against the model, merged in for the proof."""
+"""Adapters that stay apart from the base: folded against it, checked against the model, merged in for the proof."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from doran_core.adapter import CompiledAdapter, CompiledModule
-from doran_core.convert import compile_adapter
+from doran_core.adapter import FoldedAdapter, FoldedModule
+from doran_core.convert import fold_adapter
 from doran_core.errors import ConfigError
 from doran_core.functional import adapted_output, direction, scaled_factor
 from doran_export.errors import ExportError, UnsupportedModelError
@@ -22,7 +22,7 @@ from doran_export.errors import ExportError, UnsupportedModelError
 __all__ = [
     "PARTS",
     "adapter_tensors",
-    "compile_adapters",
+    "fold_adapters",
     "merged_weights",
     "replaced",
     "switched_weights",
@@ -35,8 +35,8 @@ PARTS = ("lora_A", "lora_B", "scale")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def compile_adapters(adapters: Mapping[str, str | Path], base: Path) -> dict[str, CompiledAdapter]:
-    """Compile adapter directories of any form against their base.
+def fold_adapters(adapters: Mapping[str, str | Path], base: Path) -> dict[str, FoldedAdapter]:
+    """Fold adapter directories of any form against their base.
 
     Args:
         adapters: directories by the names that users will switch by; a name becomes a file's name.
@@ -49,20 +49,20 @@ def compile_adapters(adapters: Mapping[str, str | Path], base: Path) -> dict[str
     """
     if not adapters:
         raise ConfigError("no adapter was given: expected at least one, by name")
-    compiled = {}
+    folded = {}
     for name, directory in adapters.items():
         if not _NAME.fullmatch(name):
             raise ConfigError(f"adapter name {name!r}: expected letters, digits, '.', '_' and '-'")
-        compiled[name] = compile_adapter(directory, base)
-        if compiled[name].extra:
+        folded[name] = fold_adapter(directory, base)
+        if folded[name].extra:
             raise UnsupportedModelError(
-                f"adapter {name} ({directory}) replaces {sorted(compiled[name].extra)[0]} in full, which adapters of "
+                f"adapter {name} ({directory}) replaces {sorted(folded[name].extra)[0]} in full, which adapters of "
                 "one graph cannot: merge it and export it alone"
             )
-    return compiled
+    return folded
 
 
-def union_of_targets(model: PreTrainedModel, adapters: Mapping[str, CompiledAdapter]) -> dict[str, tuple[int, int]]:
+def union_of_targets(model: PreTrainedModel, adapters: Mapping[str, FoldedAdapter]) -> dict[str, tuple[int, int]]:
     """(d_in, d_out) of every layer that some adapter changes, by module name in the model's order.
 
     Raises:
@@ -87,7 +87,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
-def adapter_tensors(adapter: CompiledAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
+def adapter_tensors(adapter: FoldedAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
     """The graph inputs that an adapter gives, by name ``{module}.{part}``. c stays in float32: it is near 1."""
     tensors = {}
     for name, part in adapter.modules.items():
@@ -97,10 +97,10 @@ def adapter_tensors(adapter: CompiledAdapter, dtype: torch.dtype) -> dict[str, T
     return tensors
 
 
-def merged_weights(model: PreTrainedModel, adapter: CompiledAdapter) -> dict[str, Tensor]:
+def merged_weights(model: PreTrainedModel, adapter: FoldedAdapter) -> dict[str, Tensor]:
     """W' = c (W0 + B A) of every layer that an adapter changes, by module name, in the module's layout and dtype."""
 
-    def merge(base: Tensor, part: CompiledModule) -> Tensor:
+    def merge(base: Tensor, part: FoldedModule) -> Tensor:
         return direction(base, part.A.double(), part.B.double(), 1.0).mul_(part.scale.double()[:, None])
 
     parts = adapter.modules.values()

@@ -1,6 +1,6 @@
 """Adapted weights in place of the base's, made on the device: `W' = c (W0 + B A)` in float64, rounded once.
 
-So they are those of the checkpoint that `doran merge` writes for the compiled adapter. The base rows of every
+So they are those of the checkpoint that `doran merge` writes for the folded adapter. The base rows of every
 projection that any adapter has touched are kept once; what does not fit beside the engine is kept in host memory.
 """
 

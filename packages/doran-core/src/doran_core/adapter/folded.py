@@ -1,4 +1,4 @@
-"""Compile one layer: evaluate its networks once and keep A, B, the output scale c and the equal DoRA magnitude."""
+"""Fold one layer: evaluate its networks once and keep A, B, the output scale c and the equal DoRA magnitude."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from doran_core.adapter.evaluate import LayerFactors, layer_factors
-from doran_core.adapter.schema import CompiledModule, Kind
+from doran_core.adapter.schema import FoldedModule, Kind
 from doran_core.functional import output_scale, row_norm
 from doran_core.layers.adapter import DoranAdapter
 
-__all__ = ["compile_layer", "compile_module"]
+__all__ = ["fold_layer", "fold_module"]
 
 _PIECE_ELEMENTS = 2**18
 
@@ -21,15 +21,15 @@ _SMALLEST_NORM = math.sqrt(torch.finfo(torch.float32).tiny)
 """Below it the squares that a float32 norm sums underflow, and PEFT's norm may be 0."""
 
 
-def compile_module(
+def fold_module(
     name: str,
     adapter: DoranAdapter,
     weight: Tensor,
     *,
     kind: Kind = "linear",
     kernel: tuple[int, ...] | None = None,
-) -> CompiledModule:
-    """The compiled form of one live adapted layer.
+) -> FoldedModule:
+    """The folded form of one live adapted layer.
 
     Args:
         name: the module's name in the base model.
@@ -38,17 +38,17 @@ def compile_module(
         kind: how the base keeps the weight.
         kernel: ``(in_channels, kh, kw)`` of a conv2d.
     """
-    return compile_layer(layer_factors(name, adapter), _pieces(weight), kind, kernel)
+    return fold_layer(layer_factors(name, adapter), _pieces(weight), kind, kernel)
 
 
 @torch.no_grad()
-def compile_layer(
+def fold_layer(
     layer: LayerFactors,
     weight_rows: Iterable[tuple[slice, Tensor]],
     kind: Kind,
     kernel: tuple[int, ...] | None,
-) -> CompiledModule:
-    """The compiled form of one layer, with the norm and the scale taken in float64 and rounded to float32 once.
+) -> FoldedModule:
+    """The folded form of one layer, with the norm and the scale taken in float64 and rounded to float32 once.
 
     Args:
         layer: its evaluated factors.
@@ -66,7 +66,7 @@ def compile_layer(
         assert exact.magnitude is not None
         scale = output_scale(exact.magnitude, norm, exact.tau)
     zero_rows = tuple(torch.nonzero(norm < _SMALLEST_NORM).flatten().tolist())
-    return CompiledModule(layer.name, A, B, scale.float(), (scale * norm).float(), kind, kernel, zero_rows)
+    return FoldedModule(layer.name, A, B, scale.float(), (scale * norm).float(), kind, kernel, zero_rows)
 
 
 def _norms(weight_rows: Iterable[tuple[slice, Tensor]], A: Tensor, B: Tensor) -> Iterator[Tensor]:

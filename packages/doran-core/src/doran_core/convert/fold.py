@@ -1,37 +1,37 @@
-"""Any adapter form to the compiled one, with the base weights streamed from a checkpoint."""
+"""Any adapter form to the folded one, with the base weights streamed from a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from doran_core.adapter import AnyAdapter, CompiledAdapter, PeftAdapter, TrainableAdapter, read_adapter
-from doran_core.adapter.compiled import compile_layer
+from doran_core.adapter import AnyAdapter, FoldedAdapter, PeftAdapter, TrainableAdapter, read_adapter
+from doran_core.adapter.folded import fold_layer
 from doran_core.checkpoint.binding import BoundAdapter, BoundModule, bind, checkpoint_fingerprint
 from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.errors import AdapterFormatError
 from doran_core.files import StrPath
 from doran_core.method.factors import FactorBuilder
 
-__all__ = ["compile_adapter", "from_peft"]
+__all__ = ["fold_adapter", "from_peft"]
 
 Progress = Callable[[int, int], None]
 
 
-def compile_adapter(
+def fold_adapter(
     adapter_dir: StrPath,
     base_dir: StrPath,
     *,
     allow_base_mismatch: bool = False,
     factor_builder: FactorBuilder | None = None,
     progress: Progress | None = None,
-) -> CompiledAdapter:
-    """Compile an adapter directory of any form against its base checkpoint.
+) -> FoldedAdapter:
+    """Fold an adapter directory of any form against its base checkpoint.
 
-    An adapter that is compiled already is returned as it is, once its base is checked. The result computes the same
+    An adapter that is folded already is returned as it is, once its base is checked. The result computes the same
     function: ``c = m / (||W0 + g B A|| + tau)`` in float64, rounded to float32 once.
 
     Args:
-        adapter_dir: trainable, compiled, or a PEFT LoRA or DoRA adapter.
+        adapter_dir: trainable, folded, or a PEFT LoRA or DoRA adapter.
         base_dir: the checkpoint that it adapts.
         allow_base_mismatch: accept base weights with another fingerprint.
         factor_builder: the one given to :func:`doran_core.adapt`, for an adapter that was trained with one.
@@ -51,16 +51,16 @@ def compile_adapter(
         allow_base_mismatch=allow_base_mismatch,
         factor_builder=factor_builder,
     )
-    if isinstance(adapter, CompiledAdapter):
+    if isinstance(adapter, FoldedAdapter):
         return adapter
     modules = {}
     for done, module in enumerate(bound.modules, 1):
-        modules[module.name] = compile_layer(module.factors, module.weight_rows(), module.kind, module.kernel)
+        modules[module.name] = fold_layer(module.factors, module.weight_rows(), module.kind, module.kernel)
         if progress is not None:
             progress(done, len(bound.modules))
     fingerprint = bound.fingerprint or _fingerprint(bound.modules)
     checkpoint.require_unchanged()
-    return CompiledAdapter(
+    return FoldedAdapter(
         modules=modules,
         extra=bound.adapter_extra,
         base_fingerprint=fingerprint,
@@ -72,8 +72,8 @@ def compile_adapter(
     )
 
 
-def from_peft(peft_dir: StrPath, base_dir: StrPath, *, progress: Progress | None = None) -> CompiledAdapter:
-    """Compile a PEFT LoRA or DoRA adapter; rank_pattern, alpha_pattern and rslora go into B.
+def from_peft(peft_dir: StrPath, base_dir: StrPath, *, progress: Progress | None = None) -> FoldedAdapter:
+    """Fold a PEFT LoRA or DoRA adapter; rank_pattern, alpha_pattern and rslora go into B.
 
     Raises:
         AdapterFormatError: not a PEFT LoRA or DoRA adapter, or one with an option that cannot be represented.
@@ -82,7 +82,7 @@ def from_peft(peft_dir: StrPath, base_dir: StrPath, *, progress: Progress | None
     adapter = read_adapter(peft_dir)
     if not isinstance(adapter, PeftAdapter):
         raise AdapterFormatError(f"{peft_dir}: is a DoRAN adapter, expected a PEFT LoRA or DoRA adapter")
-    return compile_adapter(peft_dir, base_dir, progress=progress)
+    return fold_adapter(peft_dir, base_dir, progress=progress)
 
 
 def _stored_names(bound: BoundAdapter) -> dict[str, str]:
