@@ -170,7 +170,7 @@ def aligned_product(product: Tensor, A: Tensor, B: Tensor, scaling: float) -> Te
     """``K = V @ A.T = U + g B (A A^T)``: each row's direction along the rows of A, without forming V.
 
     Args:
-        product: ``U``, ``[d_out, r]``, from :func:`base_product`.
+        product: ``U``, ``[d_out, r]``, from :func:`base_product`; all of them may have a first dimension of experts.
         A: ``[r, d_in]``.
         B: ``[d_out, r]``.
         scaling: ``g``.
@@ -178,7 +178,8 @@ def aligned_product(product: Tensor, A: Tensor, B: Tensor, scaling: float) -> Te
     Returns:
         ``[d_out, r]``.
     """
-    return torch.addmm(product, B, A @ A.T, alpha=scaling)
+    add_product = torch.addmm if product.dim() == 2 else torch.baddbmm
+    return add_product(product, B, A @ A.mT, alpha=scaling)
 
 
 def aligned_row_norm(squared_norm: Tensor, product: Tensor, aligned: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -197,7 +198,7 @@ def aligned_row_norm(squared_norm: Tensor, product: Tensor, aligned: Tensor, B: 
     Returns:
         ``[d_out]``.
     """
-    return _safe_sqrt(squared_norm + scaling * (B * (product + aligned)).sum(1))
+    return _safe_sqrt(squared_norm + scaling * (B * (product + aligned)).sum(-1))
 
 
 def factored_row_norm(squared_norm: Tensor, product: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -310,7 +311,7 @@ def scaled_factor(B: Tensor, scale: Tensor, scaling: float) -> Tensor:
     Returns:
         ``[d_out, r]``.
     """
-    return (scale * scaling)[:, None] * B
+    return (scale * scaling)[..., None] * B
 
 
 def adapted_output(

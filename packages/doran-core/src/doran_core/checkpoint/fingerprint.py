@@ -38,11 +38,13 @@ def weight_digest(module: str, weight: Tensor) -> bytes:
 
     Args:
         module: its module's name as the adapter spells it.
-        weight: ``[d_out, d_in]``; a transposed view is as good as a copy.
+        weight: ``[d_out, d_in]``; a transposed view is as good as a copy. A stack ``[experts, d_out, d_in]`` counts as
+            its matrices one below the other.
     """
-    rows, columns = weight.shape
+    rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
     indices = torch.arange(0, weight.numel(), sample_stride(rows, columns), device=weight.device)
-    return samples_digest(module, (rows, columns), weight.detach()[indices // columns, indices % columns])
+    places = torch.unravel_index(indices, weight.shape)
+    return samples_digest(module, (rows, columns), weight.detach()[places])
 
 
 def exact_digest(module: str, weight: Tensor) -> bytes | None:

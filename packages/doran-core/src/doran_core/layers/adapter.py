@@ -50,8 +50,8 @@ class DoranAdapter(nn.Module):
         self.scaling = spec.scaling
         self.factors = factors
         self.experts = RankOneExperts(spec.rank, config) if config.experts else None
-        self.tau = Tau(config, spec.d_out, spec.name)
-        self.magnitude = nn.Parameter(torch.ones(spec.d_out, dtype=torch.float32))
+        self.tau = Tau(config, spec.d_out, spec.name, experts=spec.experts)
+        self.magnitude = nn.Parameter(torch.ones(*spec.stacked, spec.d_out, dtype=torch.float32))
         self.register_buffer("base_squared_norm", None, persistent=False)
         self._base_version: tuple[int, int, torch.dtype] | None = None
         self.base_digest: bytes | None = None
@@ -105,17 +105,21 @@ class DoranAdapter(nn.Module):
         offloaded it is gathered here, by all processes.
         """
         with torch.inference_mode(False), view.whole_weight() as weight:  # it is for training, too
-            squared_norm = view.squared_norm() if weight is None else functional.base_squared_norm(weight)
+            squared_norm = view.squared_norm() if weight is None else self._squared_norm(weight)
             self.base_squared_norm = squared_norm.to(self.magnitude.device)
             self.base_digest = None if weight is None else exact_digest(self.spec.name, weight)
         self._base_version = view.weight_version()
 
+    def _squared_norm(self, weight: Tensor) -> Tensor:
+        return functional.base_squared_norm(weight)
+
     def _check_start(self, A: Tensor, B: Tensor) -> None:
         spec, generator = self.spec, type(self.factors).__name__
-        if A.shape != (spec.rank, spec.d_in) or B.shape != (spec.d_out, spec.rank):
+        expected = [*spec.stacked, spec.rank, spec.d_in], [*spec.stacked, spec.d_out, spec.rank]
+        if (list(A.shape), list(B.shape)) != expected:
             raise ConfigError(
                 f"{spec.name}: {generator} gives A {list(A.shape)} and B {list(B.shape)}, expected "
-                f"A [{spec.rank}, {spec.d_in}] and B [{spec.d_out}, {spec.rank}]"
+                f"A {expected[0]} and B {expected[1]}"
             )
         if bool(B.any()):
             raise ConfigError(f"{spec.name}: B of {generator} is not 0 at the start, so it would change the base model")

@@ -36,10 +36,14 @@ class BaseView(ABC):
         d_out: rows of the matrix.
         d_in: columns of it.
         channel_dim: the output's dimension of size ``d_out``.
+        parameter: the name that the layer has for its weight.
+        experts: how many matrices a stack has; None for one matrix.
     """
 
     kind: ModuleKind = "linear"
     channel_dim: int = -1
+    parameter: str = "weight"
+    experts: int | None = None
 
     def __init__(self, layer: nn.Module, d_out: int, d_in: int) -> None:
         self.layer = layer
@@ -87,7 +91,7 @@ class BaseView(ABC):
 
         The latter is so where it is sharded or offloaded: :meth:`whole_weight` has it.
         """
-        weight = _held(self.layer, "weight")
+        weight = _held(self.layer, self.parameter)
         return self.matrix(weight) if is_whole(weight, self.d_out * self.d_in) else None
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -103,11 +107,11 @@ class BaseView(ABC):
         """
         with gathered(self.layer):
             self.refuse_flattened()
-            yield self.matrix(whole(_held(self.layer, "weight"), type(self.layer).__name__))
+            yield self.matrix(whole(_held(self.layer, self.parameter), type(self.layer).__name__))
 
     def refuse_flattened(self) -> None:
         """Raise TargetError where FSDP1 has the layer's parameters in shards, which are flat."""
-        weight = self.layer._parameters.get("weight")
+        weight = self.layer._parameters.get(self.parameter)
         if weight is not None and weight.dim() == 1 and is_flattened(weight):
             raise TargetError(
                 f"{type(self.layer).__name__}: its parameters are sharded by FSDP1; call this inside "
@@ -127,9 +131,9 @@ class BaseView(ABC):
 
         PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one.
         """
-        if self.weight() is None or "weight" in vars(self.layer):
+        if self.weight() is None or self.parameter in vars(self.layer):
             return None
-        weight = cast(Tensor, self.layer.weight)
+        weight = cast(Tensor, getattr(self.layer, self.parameter))
         version = 0 if weight.is_inference() else weight._version
         return weight.data_ptr(), version, weight.dtype
 

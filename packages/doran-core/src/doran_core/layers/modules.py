@@ -38,6 +38,7 @@ def layer_spec(name: str, view: BaseView, config: DoranConfig) -> LayerSpec:
         d_out=view.d_out,
         rank=config.rank_for(name),
         scaling=config.scaling_for(name),
+        experts=view.experts,
     )
 
 

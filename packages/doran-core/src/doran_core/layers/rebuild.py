@@ -9,6 +9,7 @@ from torch import Tensor
 
 from doran_core.errors import MissingKeyError, TensorShapeError, UnexpectedKeyError
 from doran_core.layers.adapter import DoranAdapter
+from doran_core.layers.stack import StackAdapter
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import FactorBuilder, LayerSpec, StaticFactors
 from doran_core.method.sharing import SharedTrunks, block_of, with_shared
@@ -16,14 +17,16 @@ from doran_core.method.sharing import SharedTrunks, block_of, with_shared
 __all__ = ["build_adapters"]
 
 
-def _sizes(tensors: Mapping[str, Tensor], module: str) -> tuple[int, int | None]:
-    """``(d_out, d_in)`` of a module by its tensors; d_in is None where all of W2 is shared."""
+def _sizes(tensors: Mapping[str, Tensor], module: str) -> tuple[int, int | None, int | None]:
+    """``(d_out, d_in, experts)`` of a module by its tensors; d_in is None where all of W2 is shared."""
     if "magnitude" not in tensors:
         raise MissingKeyError(f"module {module!r}: no tensor 'magnitude' among {sorted(tensors)}")
+    shape = tensors["magnitude"].shape
+    experts = shape[0] if len(shape) == 2 else None
     for key in ("factors.A", "factors.w2_A"):
         if key in tensors:
-            return tensors["magnitude"].shape[0], tensors[key].shape[1 if key == "factors.A" else 0]
-    return tensors["magnitude"].shape[0], None
+            return shape[-1], tensors[key].shape[-1 if key == "factors.A" else -2], experts
+    return shape[-1], None, experts
 
 
 def build_adapters(
@@ -51,7 +54,7 @@ def build_adapters(
     adapters = {}
     tensors = with_shared(tensors, config)
     for module in tensors:
-        d_out, columns = _sizes(tensors[module], module)
+        d_out, columns, experts = _sizes(tensors[module], module)
         columns = columns or (d_in or {}).get(module)
         if columns is None:
             raise MissingKeyError(f"module {module!r}: its input size is not in the file; pass d_in")
@@ -62,10 +65,12 @@ def build_adapters(
             d_out,
             config.rank_for(module),
             config.scaling_for(module),
+            experts,
         )
+        adapter_class = DoranAdapter if experts is None else StackAdapter
         with torch.random.fork_rng(devices=[]):
             factors = builder(spec)
-            adapters[module] = DoranAdapter(config, spec, factors).eval()
+            adapters[module] = adapter_class(config, spec, factors).eval()
     # Only now does each trunk hold every shared output of its group.
     for module, adapter in adapters.items():
         _load(adapter, tensors[module], module)
@@ -93,8 +98,9 @@ def _check_pair(adapter: DoranAdapter, module: str) -> None:
     """Refuse a generator that gives factors of other sizes than the layer's."""
     A, B = adapter.factor_pair()
     spec, shapes = adapter.spec, [list(A.shape), list(B.shape)]
-    if shapes != [[spec.rank, spec.d_in], [spec.d_out, spec.rank]]:
+    expected = [[*spec.stacked, spec.rank, spec.d_in], [*spec.stacked, spec.d_out, spec.rank]]
+    if shapes != expected:
         raise TensorShapeError(
             f"module {module!r}: {type(adapter.factors).__name__} gives A {shapes[0]} and B {shapes[1]}, expected "
-            f"A [{spec.rank}, {spec.d_in}] and B [{spec.d_out}, {spec.rank}]"
+            f"A {expected[0]} and B {expected[1]}"
         )

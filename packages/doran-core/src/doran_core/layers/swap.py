@@ -36,25 +36,25 @@ class WeightSwap:
         """W0 ``[d_out, d_in]``, whether W' is in or not; None if the layer hides it."""
         if self._original is None:
             return view.weight()
-        current = view.layer.weight
+        current = getattr(view.layer, view.parameter)
         try:
-            view.layer.weight = self._original
+            setattr(view.layer, view.parameter, self._original)
             return view.weight()
         finally:
-            view.layer.weight = current
+            setattr(view.layer, view.parameter, current)
 
     @contextmanager
     def whole_original(self, view: BaseView) -> Iterator[Tensor | None]:
         """W0 ``[d_out, d_in]`` as in :meth:`original`, gathered if it must be, which all processes then have to do."""
-        current = view.layer._parameters.get("weight")
+        current = view.layer._parameters.get(view.parameter)
         try:
             if self._original is not None:
-                view.layer.weight = self._original
+                setattr(view.layer, view.parameter, self._original)
             with view.whole_weight() as weight:
                 yield weight
         finally:
             if self._original is not None:
-                view.layer.weight = current  # type: ignore[assignment]
+                setattr(view.layer, view.parameter, current)
 
     @staticmethod
     def check(view: BaseView, name: str) -> None:
@@ -64,7 +64,7 @@ class WeightSwap:
             TargetError: naming what would bring it here.
         """
         view.refuse_flattened()
-        weight = view.layer._parameters.get("weight")
+        weight = view.layer._parameters.get(view.parameter)
         if weight is not None and (weight.is_meta or weight.shape != whole_shape(weight)):
             raise TargetError(
                 f"{name}: its weight is partitioned by ZeRO-3 or offloaded; merge inside "
@@ -79,7 +79,7 @@ class WeightSwap:
             TargetError: if the layer gives no access to its weight.
             NonFiniteError: if the rounded weight has NaN or infinite values and ``check_finite``; nothing is changed.
         """
-        current = view.layer._parameters.get("weight")
+        current = view.layer._parameters.get(view.parameter)
         if view.kind == "opaque" or current is None:
             raise TargetError(
                 f"{name}: {type(view.layer).__name__} gives no access to its weight, so it cannot be merged in place; "
@@ -93,25 +93,25 @@ class WeightSwap:
                 self._original = nn.Parameter(current.detach().clone(), requires_grad=False)
             current.copy_(shard_like(rounded, current))
             return
-        view.layer.weight = nn.Parameter(rounded, requires_grad=current.requires_grad)
+        setattr(view.layer, view.parameter, nn.Parameter(rounded, requires_grad=current.requires_grad))
         if self._original is None:
             self._original = current
 
     def release(self, view: BaseView, trained: Collection[int]) -> None:
         """Make W', if it is in, train where W0 is among the parameters with these ids."""
         if self._original is not None:
-            cast(Tensor, view.layer.weight).requires_grad_(id(self._original) in trained)
+            cast(Tensor, getattr(view.layer, view.parameter)).requires_grad_(id(self._original) in trained)
 
     def restore(self, view: BaseView) -> None:
         """Put W0 back."""
         if self._original is None:
             return
-        current = cast(Tensor, view.layer.weight)
+        current = cast(Tensor, getattr(view.layer, view.parameter))
         if is_dtensor(current):
             with torch.no_grad():
                 current.copy_(self._original)
         else:
-            view.layer.weight = self._original
+            setattr(view.layer, view.parameter, self._original)
         self._original = None
 
     def refuse_loading(self, name: str) -> None:

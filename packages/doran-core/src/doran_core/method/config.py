@@ -44,7 +44,8 @@ class DoranConfig:
             in which W0 + g B A nearly cancels (outside of torch.compile).
         tau_kind: "learned", "fixed", "zero" (DoRA's denominator) or "gaussian" (``|N(0, sigma^2)|`` in training,
             its mean at inference).
-        tau_granularity: one tau per layer (paper), per head (needs ``head_dim``) or per output row.
+        tau_granularity: one tau per layer (paper), per head (needs ``head_dim``), per expert of stacked expert weights
+            (elsewhere per layer), or per output row.
         tau_init: first value of tau, or of sigma for "gaussian".
         tau_init_relative: ``tau_init`` is in units of the mean row norm of W0.
         tau_learn_sigma: for "gaussian", learn sigma too.
@@ -81,7 +82,7 @@ class DoranConfig:
     norm_grad: Literal["full", "detached"] = "full"
     norm_method: Literal["auto", "factored", "direct"] = "auto"
     tau_kind: Literal["learned", "fixed", "zero", "gaussian"] = "learned"
-    tau_granularity: Literal["layer", "head", "row"] = "layer"
+    tau_granularity: Literal["layer", "head", "expert", "row"] = "layer"
     tau_init: float = 0.1
     tau_init_relative: bool = True
     tau_learn_sigma: bool = False

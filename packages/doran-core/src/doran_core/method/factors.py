@@ -52,6 +52,8 @@ class LayerSpec:
         d_out: rows of it.
         rank: r.
         scaling: g.
+        experts: how many matrices ``[d_out, d_in]`` the layer is a stack of, each with factors of its own; None for an
+            ordinary layer.
     """
 
     name: str
@@ -60,6 +62,12 @@ class LayerSpec:
     d_out: int
     rank: int
     scaling: float
+    experts: int | None = None
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The dimension that the tensors of a stack have before those of an ordinary layer, if any."""
+        return () if self.experts is None else (self.experts,)
 
 
 @runtime_checkable
@@ -86,8 +94,9 @@ class StaticFactors(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         bound = 1.0 / math.sqrt(spec.d_in)
-        self.A = nn.Parameter(torch.empty(spec.rank, spec.d_in, dtype=torch.float32).uniform_(-bound, bound))
-        self.B = nn.Parameter(torch.zeros(spec.d_out, spec.rank, dtype=torch.float32))
+        A = torch.empty(*spec.stacked, spec.rank, spec.d_in, dtype=torch.float32)
+        self.A = nn.Parameter(A.uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(*spec.stacked, spec.d_out, spec.rank, dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return carried(self.A), carried(self.B)
@@ -183,15 +192,24 @@ class FactorTrunk(SharedNetwork):
         if str(d_out) not in self.output_B:
             self.output_B[str(d_out)] = w2_B
 
-    def first_outputs(self, d_in: int, d_out: int, offset: Tensor | None) -> tuple[nn.Parameter, nn.Parameter]:
-        """W2 of A ``[d_in, h]`` and of B ``[d_out, h]`` at the start, on the trunk's device."""
+    def first_outputs(
+        self, d_in: int, d_out: int, offset: Tensor | None, experts: int | None = None
+    ) -> tuple[nn.Parameter, nn.Parameter]:
+        """W2 of A ``[d_in, h]`` and of B ``[d_out, h]`` at the start, on the trunk's device; or of all experts."""
         hidden, device = self.A.start(offset), self.A.embedding.device
-        w2_A = first_output_weight(hidden, d_in).to(device)
-        return nn.Parameter(w2_A), nn.Parameter(torch.zeros(d_out, hidden.shape[1], dtype=w2_A.dtype, device=device))
+        if experts is None:
+            w2_A = first_output_weight(hidden, d_in).to(device)
+        else:
+            w2_A = torch.stack([first_output_weight(hidden, d_in).to(device) for _ in range(experts)])
+        w2_B = torch.zeros(*w2_A.shape[:-2], d_out, hidden.shape[1], dtype=w2_A.dtype, device=device)
+        return nn.Parameter(w2_A), nn.Parameter(w2_B)
 
 
 class GeneratedFactors(nn.Module):
     """``A = H_A @ W2_A.T`` and ``B = (H_B @ W2_B.T).T`` with H from a trunk that other layers may share.
+
+    Each expert of a stack has a W2 of its own, ``[experts, d_in, h]`` and ``[experts, d_out, h]``; all experts share
+    the trunk. With the default width ``h = r`` an expert has as many parameters of its own as with static factors.
 
     Every layer of a sharing group registers the trunk, see :class:`~doran_core.method.shared_network.SharedNetwork`.
 
@@ -217,11 +235,15 @@ class GeneratedFactors(nn.Module):
         self.block_embedding = block_embedding
         self.d_in, self.d_out = spec.d_in, spec.d_out
         self.share_output = config.share_output
+        if self.share_output and spec.experts is not None:
+            raise ConfigError(
+                f"{spec.name}: share_output=True would give all experts the same factors; set share_output=False"
+            )
         if self.share_output:
             trunk.add_shared_outputs(spec.d_in, spec.d_out)
             return
         offset = None if block_embedding is None else block_embedding.vector
-        self.w2_A, self.w2_B = trunk.first_outputs(spec.d_in, spec.d_out, offset)
+        self.w2_A, self.w2_B = trunk.first_outputs(spec.d_in, spec.d_out, offset, spec.experts)
 
     def _hidden(self) -> tuple[Tensor, Tensor]:
         block = self.block_embedding
@@ -235,6 +257,8 @@ class GeneratedFactors(nn.Module):
             return trunk.output_A(self.d_in, hidden_A), trunk.output_B(self.d_out, hidden_B).T
         w2_A, w2_B = read(self.w2_A), read(self.w2_B)
         # A trunk may lie on another device, or in another precision, than this layer.
+        if w2_A.dim() == 3:
+            return hidden_A.to(w2_A) @ w2_A.mT, w2_B @ hidden_B.to(w2_B).mT
         return F.linear(hidden_A.to(w2_A), w2_A), F.linear(w2_B, hidden_B.to(w2_B))
 
     @staticmethod

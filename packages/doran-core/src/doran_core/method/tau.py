@@ -22,16 +22,28 @@ _SMALLEST = 1e-8
 """Least initial value: softplus has no finite inverse at 0; ask for the kind "zero" instead."""
 
 
-def tau_size(config: DoranConfig, d_out: int, where: str) -> int:
-    """How many tau values a layer has: 1, one per head, or one per output row.
+def tau_size(config: DoranConfig, d_out: int, where: str, experts: int | None = None) -> int:
+    """How many tau values a layer has: 1, one per head, one per expert, or one per output row.
+
+    Args:
+        config: the method's options.
+        d_out: output rows of the layer, or of one expert.
+        where: the layer's name, for error messages.
+        experts: how many matrices the layer is a stack of; None for an ordinary layer.
 
     Raises:
-        ConfigError: if ``head_dim`` does not divide ``d_out``.
+        ConfigError: if ``head_dim`` does not divide ``d_out``, or the layer is a stack of experts, which has no heads.
     """
     if config.tau_granularity == "layer":
         return 1
+    if config.tau_granularity == "expert":
+        return experts or 1
     if config.tau_granularity == "row":
-        return d_out
+        return d_out * (experts or 1)
+    if experts is not None:
+        raise ConfigError(
+            f"{where}: tau_granularity='head' has no meaning for stacked expert weights; use 'layer', 'expert' or 'row'"
+        )
     if config.head_dim is None or d_out % config.head_dim:
         raise ConfigError(
             f"{where}: tau_granularity='head' needs a head_dim that divides the {d_out} output rows, "
@@ -53,22 +65,24 @@ class Tau(nn.Module):
 
     Args:
         config: the method's options.
-        d_out: output rows of the layer.
+        d_out: output rows of the layer, or of one expert.
         where: the layer's name, for error messages.
+        experts: how many matrices the layer is a stack of; None for an ordinary layer.
     """
 
     raw: Tensor | None
 
-    def __init__(self, config: DoranConfig, d_out: int, where: str = "layer") -> None:
+    def __init__(self, config: DoranConfig, d_out: int, where: str = "layer", *, experts: int | None = None) -> None:
         super().__init__()
         self.kind = config.tau_kind
         self.d_out = d_out
+        self.experts = experts
         self.relative = config.tau_init_relative
         self.init_value = config.tau_init
         if self.kind == "zero":
             self.raw = None
             return
-        raw = torch.zeros(tau_size(config, d_out, where), dtype=torch.float32)
+        raw = torch.zeros(tau_size(config, d_out, where, experts), dtype=torch.float32)
         if self.kind == "learned" or (self.kind == "gaussian" and config.tau_learn_sigma):
             self.raw = nn.Parameter(raw)
         else:
@@ -76,7 +90,7 @@ class Tau(nn.Module):
 
     @torch.no_grad()
     def initialise(self, norm: Tensor) -> None:
-        """Set the initial value: ``tau_init``, times the mean of ``norm`` ``[d_out]`` over each group if relative."""
+        """Set the initial value: ``tau_init``, times the mean of ``norm`` over each group if relative."""
         if self.raw is None:
             return
         groups = norm.detach().reshape(self.raw.numel(), -1).mean(1)
@@ -84,13 +98,21 @@ class Tau(nn.Module):
         self.raw.copy_(_inverse_softplus(start.double().clamp_min(_SMALLEST)))
 
     def value(self) -> Tensor:
-        """What inference adds to the norm: ``[1]``, per head or row ``[d_out]``, and a scalar 0 for the kind zero."""
+        """What inference adds to the norm: ``[1]``, per head or row ``[d_out]``, and a scalar 0 for the kind zero.
+
+        Of a stack ``[1]``, per expert ``[experts, 1]`` or per row ``[experts, d_out]``.
+        """
         return torch.zeros(()) if self.raw is None else self.value_of(read(self.raw))
 
     def value_of(self, raw: Tensor) -> Tensor:
         """:meth:`value` of raw values ``[..., k]``: of one layer, or of many like it."""
         positive = F.softplus(raw)
-        return per_row(positive * _HALF_NORMAL_MEAN if self.kind == "gaussian" else positive, self.d_out)
+        return self._per_row(positive * _HALF_NORMAL_MEAN if self.kind == "gaussian" else positive)
+
+    def _per_row(self, groups: Tensor) -> Tensor:
+        if self.experts is None:
+            return per_row(groups, self.d_out)
+        return groups if groups.shape[-1] == 1 else groups.reshape(self.experts, -1)
 
     def forward(self) -> Tensor | float:
         """What this pass adds to the norm: a fresh draw in training for the kind gaussian, else the value."""
@@ -98,7 +120,7 @@ class Tau(nn.Module):
             return 0.0
         if self.kind == "gaussian" and self.training:
             sigma = F.softplus(read(self.raw))
-            return per_row((sigma * torch.randn_like(sigma)).abs(), self.d_out)
+            return self._per_row((sigma * torch.randn_like(sigma)).abs())
         return self.value()
 
     def extra_repr(self) -> str:

@@ -1,0 +1,240 @@
+"""A stack of weights ``[experts, d_out, d_in]`` in one parameter, as mixture-of-experts models have, and its adapter.
+
+Each expert has factors and a magnitude of its own. The formulas are those of :mod:`doran_core.functional`, batched over
+the experts; ``B A`` is formed for no expert but in a merge. What calls the experts is the caller's affair: it takes
+``(c, A, B')`` from the adapter, all of them one row or matrix an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doran_core import functional
+from doran_core.errors import ConfigError, TargetError
+from doran_core.kernels.adapted_linear import without_autocast
+from doran_core.layers.adapter import DoranAdapter
+from doran_core.layers.base import BaseView
+from doran_core.method.config import DoranConfig
+from doran_core.method.factors import LayerSpec
+from doran_core.support.sharding import read, whole_shape
+
+__all__ = ["StackAdapter", "StackView"]
+
+_UPCAST_BYTES = 64 * 2**20
+"""Most memory that the wider copy of a half-precision stack takes at a time, in bytes; at least one expert."""
+
+
+class StackView(BaseView):
+    """One 3-D parameter of a module as matrices ``[experts, d_out, d_in]``.
+
+    Args:
+        layer: the module that holds the parameter.
+        parameter: the parameter's name in it.
+        transposed: the parameter is ``[experts, d_in, d_out]``, as gpt-oss keeps it.
+        name: the parameter's name in the model, for error messages.
+
+    Attributes:
+        experts: how many matrices it has.
+
+    Raises:
+        TargetError: no such parameter, or one that is not three-dimensional in a floating dtype of 16 bits or more.
+    """
+
+    def __init__(self, layer: nn.Module, parameter: str, *, transposed: bool = False, name: str = "stack") -> None:
+        weight = layer._parameters.get(parameter)
+        if weight is None:
+            raise TargetError(f"{name}: {type(layer).__name__} has no parameter {parameter!r}")
+        shape = whole_shape(weight)
+        if len(shape) != 3 or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+            raise TargetError(
+                f"{name}: DoRAN adapts stacked weights [experts, rows, columns] in float16, bfloat16, float32 or "
+                f"float64, got {list(shape)} in {weight.dtype}"
+            )
+        d_out, d_in = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+        super().__init__(layer, d_out, d_in)
+        self.parameter, self.transposed = parameter, transposed
+        self.experts: int = shape[0]
+        self.kind = "conv1d" if transposed else "linear"
+
+    @property
+    def bias(self) -> None:
+        """None: the caller adds biases, which are never scaled."""
+        return None
+
+    def weight(self) -> Tensor | None:
+        """W0 as a view ``[experts, d_out, d_in]``; None where it is sharded or offloaded."""
+        held: Any = self.layer._parameters.get(self.parameter)
+        whole = type(held) in (Tensor, nn.Parameter) and not held.is_meta and held.dim() == 3
+        return self.matrix(held) if whole else None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.mT if self.transposed else matrix
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        raise TargetError(f"{type(self.layer).__name__}: a stack of experts has no one input; its caller routes tokens")
+
+    def compute_dtype(self) -> torch.dtype:
+        weight: Tensor = getattr(self.layer, self.parameter)
+        return weight.dtype
+
+
+class StackAdapter(DoranAdapter):
+    """DoRAN of a stack: for each expert ``y = c * (W0 x + g B A x)`` with ``c = m / (||W0 + g B A|| + tau)``.
+
+    The tensors have those of a :class:`DoranAdapter` behind a first dimension of experts. tau is one for all experts,
+    per expert or per row.
+
+    Args:
+        config: the method's options; rank-one experts (MLAE) are not among them here.
+        spec: with ``experts``.
+        factors: the module whose call gives ``(A [experts, r, d_in], B [experts, d_out, r])``.
+
+    Raises:
+        ConfigError: options that a stack does not have.
+    """
+
+    def __init__(self, config: DoranConfig, spec: LayerSpec, factors: nn.Module) -> None:
+        if spec.experts is None:
+            raise ConfigError(f"{spec.name}: a stack needs a LayerSpec with experts")
+        if config.experts:
+            raise ConfigError(
+                f"{spec.name}: experts=True reads B A as rank-one experts (MLAE), which is for single matrices, "
+                "not for stacked expert weights"
+            )
+        super().__init__(config, spec, factors)
+
+    def _squared_norm(self, weight: Tensor) -> Tensor:
+        return torch.stack([functional.base_squared_norm(matrix) for matrix in weight])
+
+    def _norm(self, view: BaseView, A: Tensor, B: Tensor) -> Tensor:
+        return self._norm_of(view, A, B, None)
+
+    def _norm_of(self, view: BaseView, A: Tensor, B: Tensor, chosen: Tensor | None) -> Tensor:
+        """The norms ``[experts, d_out]``; those of experts that are not chosen are the base weight's."""
+        weight = view.weight()
+        if weight is None:
+            raise TargetError(
+                f"{self.spec.name}: its weight is not whole in this process outside its module's own forward pass "
+                "(ZeRO-3, a sharding unit of its own, offload)"
+            )
+        squared_norm = self.squared_norm_of_base(view)
+        if chosen is None:
+            return self._norm_of_experts(weight, squared_norm, A, B, torch.arange(len(weight), device=A.device))
+        norm = self._norm_of_experts(weight, squared_norm[chosen], A[chosen], B[chosen], chosen)
+        return functional.start_norm(squared_norm).to(norm.dtype).index_copy(0, chosen, norm)
+
+    def _norm_of_experts(self, weight: Tensor, squared_norm: Tensor, A: Tensor, B: Tensor, experts: Tensor) -> Tensor:
+        """``||W0 + g B A||`` ``[k, d_out]`` of the k experts whose squared norms and factors are given."""
+        if self.config.norm_method == "direct":
+            rows = [
+                functional.row_norm(weight[expert], A[i], B[i], self.scaling)
+                for i, expert in enumerate(experts.tolist())
+            ]
+            return torch.stack(rows)
+        every = len(experts) == len(weight)
+        product = _stacked_product(weight, A, None if every else experts)
+        norm = functional.factored_row_norm(squared_norm, product, A, B, self.scaling)
+        if self.config.norm_method != "auto":
+            return norm
+        lost = functional.cancelled_rows(norm.flatten(), squared_norm.flatten())
+        if lost.numel() == 0:
+            return norm
+        place, row = lost // self.spec.d_out, lost % self.spec.d_out
+        direct = [
+            functional.row_norm(weight[experts[p], r][None], A[p], B[p, r][None], self.scaling)
+            for p, r in zip(place.tolist(), row.tolist(), strict=True)
+        ]
+        return norm.index_put((place, row), torch.cat(direct).to(norm.dtype))
+
+    def scale_and_factors(self, view: BaseView, chosen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(c [experts, d_out], A [experts, r, d_in], B' [experts, d_out, r])`` of this pass.
+
+        Args:
+            view: of the base weight.
+            chosen: indices of the experts that this pass uses, each once; None for all. Norms are taken for these
+                alone, and what is returned for the others is not to be used.
+        """
+        with without_autocast(self.magnitude):
+            A, B = self.factor_pair()
+            if self.config.norm_grad == "detached":
+                with torch.no_grad():
+                    norm = self._norm_of(view, A, B, chosen)
+            else:
+                norm = self._norm_of(view, A, B, chosen)
+            scale = self.output_scale(norm)
+            return scale, A, functional.scaled_factor(B, scale, self.scaling)
+
+    def forward(self, view: BaseView, x: Tensor, base_output: Tensor | None = None) -> Tensor:
+        """Not defined: a stack has no one input."""
+        raise TargetError(f"{self.spec.name}: a stack of experts is not called; its caller routes tokens")
+
+    @torch.no_grad()
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W' ``[experts, d_out, d_in]`` in float64, from W0 of the same shape; masks and noise as at inference."""
+        with self.inference_mode_of_method():
+            A, B = self.factor_pair()
+        magnitude, tau = read(self.magnitude), self.tau.value()
+        merged = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
+        for expert, matrix in enumerate(weight):
+            own = tau[expert] if tau.dim() == 2 else tau
+            functional.merged_weight(
+                matrix, A[expert], B[expert], self.scaling, magnitude[expert], own, out=merged[expert]
+            )
+        return merged
+
+    def extra_repr(self) -> str:
+        return f"experts={self.spec.experts}, {super().extra_repr()}"
+
+
+def _stacked_product(weight: Tensor, A: Tensor, experts: Tensor | None) -> Tensor:
+    """``U = W0 @ A^T`` of all experts, or of some; in float32 or wider, without a wide or chosen copy of W0.
+
+    Args:
+        weight: ``[experts, d_out, d_in]``, frozen.
+        A: ``[k, r, d_in]``.
+        experts: the indices ``[k]`` of A's experts; None for all.
+
+    Returns:
+        ``[k, d_out, r]``.
+    """
+    dtype = functional.accumulation_dtype(weight, A)
+    if weight.dtype == dtype and experts is None:
+        return weight @ A.to(dtype).mT
+    product: Tensor = _FrozenStackProduct.apply(weight, A.to(dtype), experts)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _FrozenStackProduct(torch.autograd.Function):
+    """A product with some experts of W0, in pieces, with gradients for A alone; keeps W0 itself and no copy of it."""
+
+    @staticmethod
+    def forward(weight: Tensor, A: Tensor, experts: Tensor | None) -> Tensor:
+        return torch.cat([matrices @ A[part].mT for part, matrices in _pieces(weight, A, experts)])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        weight, A, ctx.experts = inputs
+        ctx.save_for_backward(weight)
+        ctx.like = A.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        pieces = _pieces(weight, grad, ctx.experts)
+        return None, torch.cat([grad[part].mT @ matrices for part, matrices in pieces]), None
+
+
+def _pieces(weight: Tensor, like: Tensor, experts: Tensor | None) -> Any:
+    """Slices of the chosen experts with their matrices in the dtype of `like`."""
+    count = len(weight) if experts is None else len(experts)
+    step = max(1, _UPCAST_BYTES // max(1, weight[0].numel() * like.dtype.itemsize))
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        yield part, (weight[part] if experts is None else weight[experts[part]]).to(like.dtype)
