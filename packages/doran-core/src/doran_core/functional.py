@@ -8,8 +8,8 @@ Symbols (arXiv 2510.04331; DoRA is arXiv 2402.09353), in PyTorch's layout:
     W' = c[:, None] * V
     y  = c * (W0 x + g B A x) + bias
 
-Nothing here imports anything but torch. Sums over a row are accumulated in float32, or in float64 where an
-operand is float64; never in half precision.
+Nothing here imports anything but torch and ``support/accumulation.py``. Sums over a row are accumulated in float32,
+or in float64 where an operand is float64; never in half precision.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from doran_core.support.accumulation import accumulation_dtype, row_chunks, wide_product, wide_transposed_product
 
 __all__ = [
     "CANCELLATION_THRESHOLD",
@@ -46,23 +48,6 @@ CANCELLATION_THRESHOLD = 1e-2
 """Below this ratio of ``||V||`` to ``||W0||`` the factored norm cancels: its relative error grows as
 eps / ratio^2, that of the direct norm as eps / ratio."""
 
-_UPCAST_BYTES = 64 * 2**20
-"""Most memory that the wider copy of a half-precision weight takes at a time, in bytes."""
-
-
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which sums over these tensors are taken: float64 if any of them is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Slices of rows whose copy in ``dtype`` stays under the memory bound; one slice if no copy is needed."""
-    rows = weight.shape[0]
-    if weight.dtype == dtype:
-        return [slice(0, rows)]
-    step = max(1, _UPCAST_BYTES // max(1, weight.shape[1] * dtype.itemsize))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
 
 def _safe_sqrt(square: Tensor) -> Tensor:
     """sqrt with value and gradient 0 where ``square`` is not positive (a plain sqrt's gradient is inf or NaN)."""
@@ -82,7 +67,7 @@ def base_squared_norm(weight: Tensor) -> Tensor:
         ``[d_out]`` in float32, or float64 for a float64 weight.
     """
     dtype = accumulation_dtype(weight)
-    return torch.cat([weight[rows].to(dtype).square().sum(1) for rows in _row_chunks(weight, dtype)])
+    return torch.cat([weight[rows].to(dtype).square().sum(1) for rows in row_chunks(weight, dtype)])
 
 
 def start_norm(squared_norm: Tensor) -> Tensor:
@@ -92,43 +77,6 @@ def start_norm(squared_norm: Tensor) -> Tensor:
         squared_norm: ``||W0||^2``, ``[d_out]``.
     """
     return _safe_sqrt(squared_norm)
-
-
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in :func:`accumulation_dtype`; of a narrower left operand no whole wide copy is made.
-
-    Args:
-        left: ``[m, k]``.
-        right: ``[k, n]``.
-
-    Returns:
-        ``[m, n]``.
-    """
-    dtype = accumulation_dtype(left, right)
-    right = right.to(dtype)
-    chunks = _row_chunks(left, dtype)
-    if len(chunks) == 1:
-        return left.to(dtype) @ right
-    return torch.cat([left[rows].to(dtype) @ right for rows in chunks])
-
-
-def wide_transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left.T @ right`` in :func:`accumulation_dtype`; of a narrower right operand no whole wide copy is made.
-
-    Args:
-        left: ``[k, m]``.
-        right: ``[k, n]``, such as W0.
-
-    Returns:
-        ``[m, n]``.
-    """
-    dtype = accumulation_dtype(left, right)
-    if right.dtype == dtype:
-        return left.T.to(dtype) @ right
-    total = left.new_zeros(left.shape[1], right.shape[1], dtype=dtype)
-    for rows in _row_chunks(right, dtype):
-        total.addmm_(left[rows].T.to(dtype), right[rows].to(dtype))
-    return total
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from torch import nn
 
 from doran_core.errors import TargetError
-from doran_core.layers.base import is_adaptable, is_linear
+from doran_core.layers.supported import is_adaptable, is_linear
 from doran_core.layers.uncalled import read_not_called
 from doran_core.method.config import ALL_LINEAR, DoranConfig
 from doran_core.support.names import plain_modules, plain_name

@@ -1,9 +1,10 @@
 """Adapted layers: views of base layers, the trainable adapter of one layer, and the modules that join the two."""
 
 from doran_core.layers.adapter import DoranAdapter
-from doran_core.layers.base import BaseView, base_view, is_adaptable, is_linear
+from doran_core.layers.base import BaseView, base_view
 from doran_core.layers.modules import DoranConv, DoranConv2d, DoranEmbedding, DoranLayer, DoranLinear, wrap
 from doran_core.layers.rebuild import build_adapters
+from doran_core.layers.supported import is_adaptable, is_linear
 from doran_core.layers.swap import WeightSwap
 
 __all__ = [

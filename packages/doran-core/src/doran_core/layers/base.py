@@ -8,20 +8,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrize
 
 from doran_core import functional
 from doran_core.errors import TargetError
 from doran_core.kernels.torch_internals import call_hooks
-from doran_core.support.sharding import gathered, is_flattened, is_whole, whole, whole_shape
+from doran_core.layers.supported import Convolution, check_supported, has_matrix, is_transposed
+from doran_core.support.sharding import gathered, held, is_flattened, is_whole, whole, whole_shape
 
-__all__ = ["BaseView", "ModuleKind", "base_view", "is_adaptable", "is_linear"]
+__all__ = ["BaseView", "ModuleKind", "base_view"]
 
 ModuleKind = Literal["linear", "conv1d", "conv2d", "conv", "embedding", "opaque"]
 
@@ -58,7 +57,7 @@ class BaseView(ABC):
         Raises:
             TargetError: it is sharded and trained.
         """
-        bias = _held(self.layer, "bias")
+        bias = held(self.layer, "bias")
         if not isinstance(bias, Tensor):
             return None
         return bias if is_whole(bias, self.d_out) else self._bias_of_call(bias)
@@ -91,7 +90,7 @@ class BaseView(ABC):
 
         The latter is so where it is sharded or offloaded: :meth:`whole_weight` has it.
         """
-        weight = _held(self.layer, self.parameter)
+        weight = held(self.layer, self.parameter)
         return self.matrix(weight) if is_whole(weight, self.d_out * self.d_in) else None
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -107,7 +106,7 @@ class BaseView(ABC):
         """
         with gathered(self.layer):
             self.refuse_flattened()
-            yield self.matrix(whole(_held(self.layer, self.parameter), type(self.layer).__name__))
+            yield self.matrix(whole(held(self.layer, self.parameter), type(self.layer).__name__))
 
     def refuse_flattened(self) -> None:
         """Raise TargetError where FSDP1 has the layer's parameters in shards, which are flat."""
@@ -159,8 +158,9 @@ class BaseView(ABC):
         declared = getattr(self.layer, "compute_dtype", None)
         if isinstance(declared, torch.dtype):
             return declared
-        floating = [p.dtype for p in (_held(self.layer, "bias"), *self.layer.parameters()) if _is_floating(p)]
-        return floating[0] if floating and floating[0].itemsize > 1 else torch.float32
+        tensors = [t for t in (held(self.layer, "bias"), *self.layer.parameters()) if isinstance(t, Tensor)]
+        dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+        return dtypes[0] if dtypes and dtypes[0].itemsize > 1 else torch.float32
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
@@ -170,21 +170,11 @@ class BaseView(ABC):
             return functional.base_squared_norm(weight)
 
 
-def _held(layer: nn.Module, name: str) -> Any:
-    """A layer's parameter without the look-up that ZeRO-3 answers by gathering it."""
-    found = layer._parameters.get(name)
-    return getattr(layer, name, None) if found is None else found
-
-
-def _is_floating(tensor: object) -> bool:
-    return isinstance(tensor, Tensor) and tensor.is_floating_point()
-
-
 class _LinearView(BaseView):
     """nn.Linear and its like: weight ``[d_out, d_in]``."""
 
     def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer, *whole_shape(_held(layer, "weight")))
+        super().__init__(layer, *whole_shape(held(layer, "weight")))
 
     @property
     def is_plain(self) -> bool:
@@ -202,7 +192,7 @@ class _TransposedLinearView(_LinearView):
     kind = "conv1d"
 
     def __init__(self, layer: nn.Module) -> None:
-        d_in, d_out = whole_shape(_held(layer, "weight"))
+        d_in, d_out = whole_shape(held(layer, "weight"))
         BaseView.__init__(self, layer, d_out, d_in)
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -279,17 +269,14 @@ class _EmbeddingView(_LookedUpView):
         return delta if scale is None else delta * scale
 
 
-_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-
 class _ConvView(_LookedUpView):
     """nn.Conv1d, 2d or 3d as the matrix ``[out_channels, in_channels / groups * kernel]``: the weight as it is stored.
 
     With several groups A is used on the channels of each, and B's rows belong to the group of their output channel.
     """
 
-    def __init__(self, layer: _Convolution) -> None:
-        shape = whole_shape(_held(layer, "weight"))
+    def __init__(self, layer: Convolution) -> None:
+        shape = whole_shape(held(layer, "weight"))
         super().__init__(layer, layer.out_channels, shape[1:].numel())
         dims = len(shape) - 2
         self.kind = "conv2d" if dims == 2 else "conv"
@@ -300,109 +287,14 @@ class _ConvView(_LookedUpView):
         return weight.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(whole_shape(_held(self.layer, "weight")))
+        return matrix.reshape(whole_shape(held(self.layer, "weight")))
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        conv = cast(_Convolution, self.layer)
+        conv = cast(Convolution, self.layer)
         shape = conv.weight.shape[1:]
         kernels = A.reshape(A.shape[0], *shape).repeat(conv.groups, *(1 for _ in shape))
         hidden = conv._conv_forward(x, kernels, None)
         return self._pointwise(hidden, B.reshape(*B.shape, *(1 for _ in shape[1:])), groups=conv.groups)
-
-
-def _has_matrix(layer: nn.Module) -> bool:
-    weight = _held(layer, "weight")
-    return _is_floating(weight) and len(whole_shape(weight)) == 2 and weight.dtype.itemsize > 1
-
-
-def _is_transposed(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether ``target_modules="all-linear"`` means this layer: dense, transposed or quantized linear."""
-    if isinstance(layer, nn.LazyLinear | nn.Embedding | nn.modules.conv._ConvNd | NonDynamicallyQuantizableLinear):
-        return False
-    if isinstance(layer, nn.Linear) or (_is_transposed(layer) and _has_matrix(layer)):
-        return True
-    return (
-        isinstance(getattr(layer, "in_features", None), int)
-        and isinstance(getattr(layer, "out_features", None), int)
-        and not isinstance(layer, nn.Bilinear)
-        and not list(layer.children())
-    )
-
-
-def is_adaptable(layer: nn.Module) -> bool:
-    """Whether DoRAN can adapt this layer."""
-    return isinstance(layer, _Convolution | nn.Embedding) or is_linear(layer)
-
-
-def _refuse_composed(layer: nn.Module, name: str) -> None:
-    """Refuse layers whose weight is computed from others, or that have layers inside."""
-    if parametrize.is_parametrized(layer) or ("weight" in vars(layer) and not _fsdp_put(layer)):
-        raise TargetError(
-            f"{name}: the weight of this {type(layer).__name__} is computed by a parametrization, such as weight_norm; "
-            "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
-        )
-    inside = [child for child, _ in layer.named_children()]
-    if inside and is_linear(layer):
-        raise TargetError(f"{name}: this {type(layer).__name__} has modules inside ({inside}); adapt those instead")
-
-
-def _fsdp_put(layer: nn.Module) -> bool:
-    """Whether FSDP put the weight there: FSDP2 beside the parameter, FSDP1 for a pass in place of one."""
-    return "weight" in layer._parameters or not list(layer.named_parameters())
-
-
-def _refuse_own_forward(layer: nn.Module, name: str) -> None:
-    """Refuse a layer with a dense weight whose forward is more than ``x W0^T + bias``; found by trying it."""
-    weight = cast(Tensor, layer.weight)
-    if type(layer).forward is nn.Linear.forward or weight.is_meta or type(layer) in _CHECKED:
-        return
-    matrix = weight.T if _is_transposed(layer) else weight
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        x = torch.randn(2, matrix.shape[1]).to(weight)
-        expected = F.linear(x, matrix, cast("Tensor | None", getattr(layer, "bias", None)))
-        try:
-            actual = layer(x)
-        except Exception as error:
-            raise TargetError(f"{name}: {type(layer).__name__} could not be called on one tensor: {error}") from error
-    if not isinstance(actual, Tensor) or not torch.allclose(actual.float(), expected.float(), rtol=2e-2, atol=2e-2):
-        raise TargetError(
-            f"{name}: the forward of {type(layer).__name__} is not x W^T + bias, so DoRAN cannot adapt it"
-        )
-    _CHECKED.add(type(layer))
-
-
-def _refuse_own_lookup(layer: nn.Embedding, name: str) -> None:
-    """Refuse an embedding whose forward is more than a lookup times ``embed_scale``; found by trying it."""
-    known = type(layer).forward is nn.Embedding.forward or type(layer) in _CHECKED
-    if known or layer.weight.is_meta or not layer.num_embeddings:
-        return
-    tokens = torch.tensor([0, layer.num_embeddings - 1], device=layer.weight.device)
-    with torch.no_grad():
-        expected = F.embedding(tokens, layer.weight) * getattr(layer, "embed_scale", 1.0)
-        actual = layer(tokens)
-    if not isinstance(actual, Tensor) or not torch.allclose(actual.float(), expected.float(), rtol=2e-2, atol=2e-2):
-        raise TargetError(
-            f"{name}: the forward of {type(layer).__name__} is no lookup, nor one times embed_scale, so DoRAN cannot "
-            "adapt it"
-        )
-    _CHECKED.add(type(layer))
-
-
-def _refuse_own_convolution(layer: _Convolution, name: str) -> None:
-    plain = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
-    if type(layer).forward not in plain:
-        raise TargetError(
-            f"{name}: DoRAN adapts nn.Conv1d, 2d and 3d, got {type(layer).__name__} with a forward of its own"
-        )
-    if isinstance(layer.weight, nn.UninitializedParameter):
-        raise TargetError(f"{name}: this {type(layer).__name__} has no weight yet; call the model once, then adapt it")
-
-
-_CHECKED: set[type[nn.Module]] = set()
 
 
 def base_view(layer: nn.Module, name: str = "layer") -> BaseView:
@@ -416,27 +308,11 @@ def base_view(layer: nn.Module, name: str = "layer") -> BaseView:
     Raises:
         TargetError: if the layer is none of these.
     """
-    _refuse_composed(layer, name)
-    if isinstance(layer, _Convolution):
-        _refuse_own_convolution(layer, name)
+    check_supported(layer, name)
+    if isinstance(layer, Convolution):
         return _ConvView(layer)
     if isinstance(layer, nn.Embedding):
-        if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
-            raise TargetError(
-                f"{name}: DoRAN adapts nn.Embedding without max_norm, scale_grad_by_freq and sparse, got {layer}"
-            )
-        _refuse_own_lookup(layer, name)
         return _EmbeddingView(layer)
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        raise TargetError(
-            f"{name}: the output projection of nn.MultiheadAttention is read, not called, so an adapter around it "
-            "would do nothing; write the attention with nn.Linear layers to adapt it"
-        )
-    if is_linear(layer):
-        if not _has_matrix(layer):
-            return _OpaqueLinearView(layer)
-        _refuse_own_forward(layer, name)
-        return _TransposedLinearView(layer) if _is_transposed(layer) else _LinearView(layer)
-    raise TargetError(
-        f"{name}: DoRAN adapts linear layers, Conv1D, Embedding and convolutions, got {type(layer).__name__}"
-    )
+    if not has_matrix(layer):
+        return _OpaqueLinearView(layer)
+    return _TransposedLinearView(layer) if is_transposed(layer) else _LinearView(layer)

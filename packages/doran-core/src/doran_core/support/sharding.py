@@ -18,6 +18,7 @@ __all__ = [
     "carried",
     "first_process",
     "gathered",
+    "held",
     "is_dtensor",
     "is_flattened",
     "is_sharded",
@@ -33,6 +34,12 @@ _FSDP1 = "_fsdp_flattened"
 """FSDP1's mark on a parameter that is a view of its flat one."""
 _ZERO = "ds_id"
 """DeepSpeed ZeRO-3's mark on a parameter that it partitions."""
+
+
+def held(layer: nn.Module, name: str) -> Any:
+    """A layer's parameter or attribute; a parameter without the look-up that ZeRO-3 answers by gathering it."""
+    found = layer._parameters.get(name)
+    return getattr(layer, name, None) if found is None else found
 
 
 def is_flattened(tensor: Tensor) -> bool:
