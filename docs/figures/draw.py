@@ -1,8 +1,9 @@
-"""Draws the figures of the concept pages from measurements.json, each for a light and for a dark page.
+"""Draws the figures of the pages, each for a light and for a dark background.
 
     python docs/figures/draw.py
 
-measure.py, beside this file, makes measurements.json. Sizes are chosen for a screen as wide as a phone.
+The concept pages' figures come from measurements.json, which measure.py makes. The first page's figure comes from the
+tables of docs/results. Figures are sized for a phone's width.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ def main() -> None:
             tau_learned(measured["decoder"], scheme)
             sharing(measured["sharing"], scheme)
             start(measured["start"], scheme)
+            gains(gained(), scheme)
 
 
 @contextmanager
@@ -139,6 +142,62 @@ def start(measured: dict[str, Any], scheme: str) -> None:
     axis.set_ylabel("over the largest")
     axis.legend()
     save(figure, "start", scheme)
+
+
+def gained() -> dict[str, dict[str, float]]:
+    """The bars of the first page's figure, by panel, from the tables of docs/results."""
+    steps = {row["method"]: row for row in _table("train-step-gpu.md", "## Numbers") if row["compiled"] == "no"}
+    merges = {row["way"]: row for row in _table("merge.md", "All linear layers")}
+    served = {row["case"]: row for row in _table("serving-gpu.md", "**Speed**")}
+    methods = {"LoRA (PEFT)": "LoRA", "DoRA (PEFT)": "DoRA", "DoRAN": "DoRAN"}
+    ways = {"PEFT": "PEFT, the same as DoRA", "doran": "doran, trainable DoRAN adapter"}
+    servers = {"LoRA, stock vLLM": "LoRA, stock vLLM", "DoRAN, doran-serve": "DoRAN, mixed mode"}
+    return {
+        title: {label: float(rows[key][column].removesuffix(" MB").replace(",", "")) for label, key in bars.items()}
+        for title, bars, rows, column in (
+            ("Training step: time, x LoRA (less is better)", methods, steps, "minimum x LoRA"),
+            ("Training step: memory, x LoRA (less is better)", methods, steps, "GiB x LoRA"),
+            ("Merging a 4 GB model: memory, MB (less is better)", ways, merges, "memory above import"),
+            ("Serving 8 adapters: tokens/s (more is better)", servers, served, "tokens/s"),
+        )
+    }
+
+
+def gains(panels: dict[str, dict[str, float]], scheme: str) -> None:
+    """Time, memory and throughput beside PEFT and stock vLLM."""
+    heights = [len(bars) + 1 for bars in panels.values()]
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(4.6, 0.36 * sum(heights)), gridspec_kw={"height_ratios": heights, "hspace": 0.55}
+    )
+    for axis, (title, bars) in zip(axes, panels.items(), strict=True):
+        labels = list(bars)
+        colours = [BLUE if "doran" in label.lower() else GREY for label in labels]
+        drawn = axis.barh(labels, list(bars.values()), color=colours, height=0.7)
+        axis.bar_label(drawn, [printed(value) for value in bars.values()], padding=4)
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.invert_yaxis()
+        axis.margins(x=0.16)
+        axis.set_xticks([])
+        axis.tick_params(left=False)
+        axis.spines["bottom"].set_visible(False)
+    save(figure, "gains", scheme)
+
+
+def printed(value: float) -> str:
+    """A bar's number: two decimals for a ratio, none for a quantity."""
+    return f"{value:,.0f}" if value > 10 else f"{value:.2f}"
+
+
+def _table(page: str, after: str) -> list[dict[str, str]]:
+    """The first table of a results page after the given text: each row by the table's heads."""
+    lines = (HERE.parent / "results" / page).read_text(encoding="utf-8").partition(after)[2].splitlines()
+    rows = dropwhile(lambda line: not line.startswith("|"), lines)
+    heads, _, *cells = (_cells(row) for row in takewhile(lambda line: line.startswith("|"), rows))
+    return [dict(zip(heads, row, strict=True)) for row in cells]
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip(" *") for cell in row.removeprefix("|").removesuffix("|").split("|")]
 
 
 def _short(name: str) -> str:
