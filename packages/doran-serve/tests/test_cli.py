@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ def test_wrong_paths_are_named(folder: Path) -> None:
         run(str(folder / "base"), "--adapters", str(folder), "--check")
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """A start sets variables of this process; they are put back."""
+    before = dict(os.environ)
+    for name in ("DORAN_ADAPTERS_DIR", "DORAN_CLOSED_ENDPOINTS", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What vLLM would be run with."""
@@ -135,15 +147,7 @@ def test_merged_mode(folder: Path, called: list[Any], capsys: pytest.CaptureFixt
         run(base, "--mode", "merged")
 
 
-@pytest.fixture
-def variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables that a start sets are put back."""
-    for name in ("DORAN_ADAPTERS_DIR", "DORAN_CLOSED_ENDPOINTS", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-
-def test_many_adapters_are_found_by_name(folder: Path, called: list[Any], variables: None) -> None:
+def test_many_adapters_are_found_by_name(folder: Path, called: list[Any]) -> None:
     for index in range(flags.LISTED + 1):
         shutil.copytree(folder / "adapters" / "a", folder / "adapters" / f"tenant-{index}")
     run(str(folder / "base"), "--adapters", str(folder / "adapters"))
@@ -157,7 +161,6 @@ def test_many_adapters_are_found_by_name(folder: Path, called: list[Any], variab
 def test_later_adapters_are_found_and_clients_load_none_by_path(
     folder: Path,
     called: list[Any],
-    variables: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -178,7 +181,7 @@ def test_later_adapters_are_found_and_clients_load_none_by_path(
 
 
 def test_the_good_adapters_are_served_and_the_bad_ones_named(
-    folder: Path, called: list[Any], variables: None, capsys: pytest.CaptureFixture[str]
+    folder: Path, called: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "adapters" / "b" / "adapter_model.safetensors").write_bytes(b"cut off")
     run(str(folder / "base"), "--adapters", str(folder / "adapters"))
@@ -202,7 +205,7 @@ def test_check_knows_the_limits_that_are_given(folder: Path) -> None:
         run(*where, "--served-model-name", "x", "a")
 
 
-def test_names_of_any_kind(folder: Path, called: list[Any], variables: None) -> None:
+def test_names_of_any_kind(folder: Path, called: list[Any]) -> None:
     for name in ("a=b", "c,d", ".a.1234.tmp"):
         shutil.copytree(folder / "adapters" / "a", folder / "adapters" / name)
     run(str(folder / "base"), "--adapters", str(folder / "adapters"))
@@ -231,8 +234,7 @@ def test_a_layer_that_is_not_linear_is_refused(folder: Path) -> None:
 def test_a_cpu_gets_a_cache_of_a_size_that_it_has(
     gib: int, size: str, called: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, "")  # so that it is put back
-    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     monkeypatch.setattr("doran_serve.memory.device_memory", lambda: memory.Memory(gib * 2**30, "this machine"))
     run("org/model")
     assert os.environ.pop(CACHE_VARIABLE) == size
