@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import io
 import re
@@ -112,10 +113,11 @@ def _python(words: Words) -> str | None:
 
 
 def _vllm(words: Words) -> str | None:
-    """vLLM's own parser, where vLLM is installed; `doran serve --check` and the serve session see to the rest."""
+    """vLLM's own parser, where vLLM is installed. `doran serve --check` and the serve session test the rest."""
     if importlib.util.find_spec("vllm") is None:
         return None if words[0] in ("serve", "bench") else f"no vllm command {words[0]!r}"
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    place = "launchers" if importlib.util.find_spec("vllm.entrypoints.launchers") else "openai"  # moved in 0.32
+    make_arg_parser = importlib.import_module(f"vllm.entrypoints.{place}.cli_args").make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     try:
