@@ -1,6 +1,7 @@
 """The public names of the four packages, read from the source without importing it.
 
-Public is what a module's ``__all__`` lists, in every module whose path has no part that begins with an underscore.
+Public is what a module's ``__all__`` or a lazy package's ``__init__.pyi`` lists, in every module whose path has no part
+that begins with an underscore.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import griffe
 from places import PACKAGES, REPOSITORY
+
+from doran_core.support.lazy import stub_names
 
 __all__ = ["PublicName", "names_of_module", "public_names"]
 
@@ -35,7 +39,7 @@ def public_names() -> tuple[PublicName, ...]:
     for package in packages:
         assert isinstance(package, griffe.Module)
         for module in _modules(package):
-            found += [_public(module, str(name)) for name in module.exports or ()]
+            found += [_public(module, name) for name in _listed(module)]
     return tuple(found)
 
 
@@ -56,6 +60,11 @@ def _modules(module: griffe.Module) -> Iterator[griffe.Module]:
     for child in module.modules.values():
         if not child.is_alias and not child.name.startswith("_"):
             yield from _modules(child)
+
+
+def _listed(module: griffe.Module) -> list[str]:
+    stub = module.filepath.with_suffix(".pyi") if isinstance(module.filepath, Path) else None
+    return sorted(stub_names(stub)) if stub and stub.is_file() else [str(name) for name in module.exports or ()]
 
 
 def _public(module: griffe.Module, name: str) -> PublicName:

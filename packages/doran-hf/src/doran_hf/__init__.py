@@ -1,45 +1,13 @@
 """DoRAN as a PEFT method. Importing this package registers it; the math is doran_core's."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from importlib import import_module
 
 from doran_core.cli.command import reading_flags
 from doran_core.support.lazy import lazy_names
 
-if TYPE_CHECKING or not reading_flags():
-    from doran_hf._public import (
-        DoranConfig,
-        DoranLayer,
-        DoranModel,
-        DoranPeftType,
-        LayerMetricsCallback,
-        LayerState,
-        exempt_from_decay,
-        factor_penalty,
-        hotswap_adapter,
-        layer_states,
-        register,
-        restore_start,
-        tau_by_layer,
-    )
+__getattr__, __dir__, __all__ = lazy_names(  # the names of __init__.pyi
+    __name__, distribution="doran-hf", first="doran_hf.registration"
+)
 
-__all__ = [
-    "DoranConfig",
-    "DoranLayer",
-    "DoranModel",
-    "DoranPeftType",
-    "LayerMetricsCallback",
-    "LayerState",
-    "exempt_from_decay",
-    "factor_penalty",
-    "hotswap_adapter",
-    "layer_states",
-    "register",
-    "restore_start",
-    "tau_by_layer",
-]
-
-if not TYPE_CHECKING:
-    # What was left out while the `doran` command read its flags: PEFT takes seconds to import.
-    __getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, "_public"), distribution="doran-hf")
+if not reading_flags():  # PEFT takes seconds to import, and a command's help needs none of it
+    import_module("doran_hf.registration")

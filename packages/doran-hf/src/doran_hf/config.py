@@ -23,7 +23,7 @@ from doran_core.files.opening import named_errors
 from doran_core.method.config import ALL_LINEAR, NOT_SAVED
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_hf.options import AdapterOptions
-from doran_hf.register import DoranPeftType
+from doran_hf.peft_internals import DoranPeftType
 
 __all__ = ["DoranConfig"]
 

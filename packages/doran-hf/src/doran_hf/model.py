@@ -31,9 +31,9 @@ from doran_hf.defaults import DEFAULT_TARGETS
 from doran_hf.expert_share import warn_of_experts
 from doran_hf.layer import DoranLayer, doran_layers, layer_class
 from doran_hf.mixed_batch import adapter_per_row
+from doran_hf.peft_internals import PREFIX, is_offloaded_and_unhooked
 from doran_hf.penalty import PenaltyHook
 from doran_hf.random_start import warn_random_start
-from doran_hf.register import PREFIX, is_offloaded_and_unhooked
 from doran_hf.targets import check_exclusions, check_targets, expand_all_linear, fill_targets
 from doran_hf.untying import keep_untied
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from doran_core.targets import shortened
-from doran_hf.register import ignored_if_missing, was_loaded
+from doran_hf.peft_internals import ignored_if_missing, was_loaded
 
 __all__ = ["modules_of", "not_in", "random_parameters", "warn_random_start"]
 

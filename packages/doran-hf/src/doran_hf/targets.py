@@ -16,7 +16,7 @@ from doran_core.support.names import plain_modules, plain_name
 from doran_core.targets import matches, nearest_names, shortened, warn_left_out
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
-from doran_hf.register import linear_layers
+from doran_hf.peft_internals import linear_layers
 
 __all__ = ["check_exclusions", "check_targets", "expand_all_linear", "fill_targets"]
 

@@ -12,7 +12,7 @@ from doran_core.adapter.schema import (
     TrainableAdapter,
 )
 from doran_core.adapter.write import write_folded, write_peft_dora, write_trainable
-from doran_core.support.lazy import lazy_names
+from doran_core.support.lazy import renamed_names
 
 __all__ = [
     "AnyAdapter",
@@ -29,10 +29,9 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, _ = lazy_names(
+    __getattr__ = renamed_names(
         __name__,
-        {},
-        renamed={
+        {
             "CompiledAdapter": "FoldedAdapter",
             "CompiledModule": "FoldedModule",
             "read_compiled": "read_folded",

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from doran_core.errors import ConfigError
 from doran_core.files.atomic import new_directory
-from doran_hf._public import LayerMetricsCallback, tau_by_layer
+from doran_hf import LayerMetricsCallback, tau_by_layer
 from doran_hf.layer_table import read_states
 from doran_hf.train.config import OWN_TRAINER_FIELDS, TrainConfig
 from doran_hf.train.data import load_examples

@@ -1,4 +1,4 @@
-"""Makes PEFT know DORAN, and holds the private names of PEFT and transformers that doran-hf uses.
+"""Makes PEFT know DORAN, and holds every private name of PEFT, transformers and accelerate that doran-hf uses.
 
 PEFT's own ``register_peft_method`` refuses names outside its enum. When PEFT accepts methods from other packages, one
 call of its function replaces ``register``. The other names go when PEFT offers what they do under public ones:
