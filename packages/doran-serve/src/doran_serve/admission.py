@@ -7,26 +7,20 @@ the copy, after it has compared the digest; on a machine without that copy it re
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from doran_core.adapter.schema import CONFIG_FILE, SCALE_FILE, TENSOR_FILE
+from doran_core.adapter.digest import directory_digest, files_digest
 from doran_core.errors import AdapterFormatError
-from doran_core.files.jsonfile import JSON_LIMIT
-from doran_core.files.layout import layout_of
-from doran_core.files.opening import open_regular
+from doran_core.files.opening import OpenDirectory
 
 __all__ = ["AdmittedCopies", "content_digest", "marked", "unmarked"]
 
-_FILES = (CONFIG_FILE, TENSOR_FILE, SCALE_FILE)
 _MARK = "#sha256="
-_CHUNK = 2**20
 _LIMIT_VARIABLE = "DORAN_ADMITTED_GIB"
 _LIMIT = 20.0
 """GiB of copies; beyond it the copies that were admitted longest ago are removed."""
@@ -48,38 +42,17 @@ def unmarked(path: str) -> tuple[str, str | None]:
 
 
 def content_digest(folder: Path) -> str:
-    """SHA-256 of the adapter's files: names and bytes.
+    """SHA-256 of the adapter's files, in hexadecimal digits.
 
     Raises:
-        AdapterFormatError: a file is no regular file.
-        OSError: a file cannot be read.
+        AdapterFormatError: a file cannot be read, or is not what its name says.
     """
-    return _digest(folder, lambda name, data: None)
+    return _digits(directory_digest(folder))
 
 
-def _digest(folder: Path, take: Callable[[str, bytes], None]) -> str:
-    """The digest of the adapter files in `folder`; `take` gets each piece with its file's name, in order."""
-    total = hashlib.sha256()
-    for name in _FILES:
-        one = hashlib.sha256()
-        try:
-            for data in _pieces(folder / name):
-                one.update(data)
-                take(name, data)
-        except FileNotFoundError:
-            continue
-        total.update(f"{name}\0{one.hexdigest()}\0".encode())
-    return total.hexdigest()
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with open_regular(path) as descriptor:
-        if path.name != CONFIG_FILE:
-            layout_of(path, descriptor)  # a file of another size than its header says is not worth reading
-        elif os.fstat(descriptor).st_size > JSON_LIMIT:
-            raise AdapterFormatError(f"{path}: more than {JSON_LIMIT} bytes, too large for a configuration")
-        while data := os.read(descriptor, _CHUNK):
-            yield data
+def _digits(digest: str) -> str:
+    """A digest as it stands in paths."""
+    return digest.removeprefix("sha256:")
 
 
 class AdmittedCopies:
@@ -104,10 +77,7 @@ class AdmittedCopies:
             return self._copy(source)
         except OSError as error:
             _logger.warning("no private copy of %s (%s): the engine reads the directory itself", source, error)
-        try:
-            return content_digest(source)
-        except OSError as error:
-            raise AdapterFormatError(f"{source}: {error.strerror or error}") from error
+        return content_digest(source)
 
     def touch(self, digest: str) -> bool:
         """Note that the copy was admitted now; False if there is none."""
@@ -150,7 +120,8 @@ class AdmittedCopies:
                     view = view[os.write(files[name], view) :]
 
             try:
-                digest = _digest(source, write)
+                with OpenDirectory(source) as opened:
+                    digest = _digits(files_digest(opened, write))
             finally:
                 for descriptor in files.values():
                     os.close(descriptor)
@@ -169,7 +140,7 @@ class AdmittedCopies:
     def _sound(self, digest: str) -> bool:
         try:
             return content_digest(self.directory / digest) == digest
-        except (OSError, AdapterFormatError):
+        except AdapterFormatError:
             return False
 
     def _make_room(self) -> None:

@@ -24,7 +24,7 @@ from doran_core.adapter import (
     read_folded,
     write_folded,
 )
-from doran_core.adapter.schema import ADAPTER_FILES, CONFIG_FILE, SCALE_FILE, TENSOR_FILE
+from doran_core.adapter.schema import ADAPTER_FILES, CONFIG_FILE, SCALE_FILE
 from doran_core.convert import fold_adapter, from_peft
 from doran_core.errors import (
     AdapterFormatError,
@@ -34,10 +34,8 @@ from doran_core.errors import (
     TargetError,
     UnexpectedKeyError,
 )
-from doran_core.files.jsonfile import JSON_LIMIT, read_json
-from doran_core.files.layout import layout_of
-from doran_core.files.opening import open_regular
-from doran_serve.admission import AdmittedCopies, unmarked
+from doran_core.files.jsonfile import read_json
+from doran_serve.admission import AdmittedCopies, content_digest, unmarked
 from doran_serve.base import BaseModel, local_directory
 from doran_serve.layer_rules import LayerRules
 from doran_serve.records import AdapterForm, AdapterInfo, ServedAdapter, ServedModule
@@ -280,7 +278,7 @@ class AdapterStore:
                 f"{folder}: a {form} adapter needs plain base weights to be folded, but {self.base.directory} is "
                 "quantized; fold it against the original checkpoint with `doran convert --to folded`"
             )
-        target = self.cache_directory / "folded" / _content_key(folder, self.base.identity)
+        target = self.cache_directory / "folded" / _cache_key(folder, self.base.identity)
         if (target / SCALE_FILE).exists():
             try:
                 return read_folded(target)
@@ -363,16 +361,5 @@ def _signature(folder: Path) -> _Signature:
     return tuple(found)
 
 
-def _content_key(folder: Path, base_identity: str) -> str:
-    digest = hashlib.sha256(base_identity.encode())
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        try:
-            with open_regular(folder / name) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
-                if name == TENSOR_FILE:
-                    layout_of(folder / name, descriptor)
-                elif os.fstat(descriptor).st_size > JSON_LIMIT:
-                    continue  # the reader refuses it
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError:
-            digest.update(b"missing")  # the reader names it
-    return digest.hexdigest()
+def _cache_key(folder: Path, base_identity: str) -> str:
+    return hashlib.sha256(f"{base_identity}\0{content_digest(folder)}".encode()).hexdigest()

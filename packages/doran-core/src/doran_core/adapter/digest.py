@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from doran_core.files import StrPath
 from doran_core.files.jsonfile import JSON_LIMIT, parse_json, read_json, write_json
 from doran_core.files.layout import dtype_name
 from doran_core.files.opening import OpenDirectory, named_errors, read_directory
-from doran_core.files.tensors import LoadedFile, bytes_view, read_tensor_bytes
+from doran_core.files.tensors import LoadedFile, bytes_view, read_tensor_bytes, tensor_pieces
 
 __all__ = [
     "DIGEST",
@@ -30,6 +30,7 @@ __all__ = [
     "check_tensors_digest",
     "directory_digest",
     "fields_digest",
+    "files_digest",
     "seal_directory",
     "sealed",
     "tensors_digest",
@@ -173,14 +174,27 @@ def directory_digest(directory: StrPath) -> str:
         AdapterFormatError: a file is no regular file, or cannot be read.
     """
     with named_errors(directory, AdapterFormatError):
-        return read_directory(Path(directory), _directory_digest)
+        return read_directory(Path(directory), files_digest)
 
 
-def _directory_digest(directory: OpenDirectory) -> str:
+def files_digest(directory: OpenDirectory, take: Callable[[str, bytes], object] | None = None) -> str:
+    """As :func:`directory_digest`, of a directory held open.
+
+    Args:
+        directory: the adapter directory.
+        take: called with each piece that is read, in order: the name of its file, and its bytes.
+
+    Raises:
+        CorruptFileError: a file is not what its name says. OSError: a file cannot be read.
+    """
     total = hashlib.sha256()
     for name in (CONFIG_FILE, TENSOR_FILE, SCALE_FILE):
-        if directory.holds(name):
-            json_file = name == CONFIG_FILE
-            data = directory.read(name, JSON_LIMIT) if json_file else read_tensor_bytes(directory, name)
-            total.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\0".encode())
+        if not directory.holds(name):
+            continue
+        one = hashlib.sha256()
+        for data in directory.pieces(name, JSON_LIMIT) if name == CONFIG_FILE else tensor_pieces(directory, name):
+            one.update(data)
+            if take is not None:
+                take(name, data)
+        total.update(f"{name}\0{one.hexdigest()}\0".encode())
     return f"sha256:{total.hexdigest()}"

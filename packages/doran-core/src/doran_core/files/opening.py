@@ -116,14 +116,24 @@ def read_file(
         CorruptFileError: it is larger, or no regular file. OSError otherwise.
     """
     with open_regular(path, where, dir_fd=dir_fd) as fd, os.fdopen(fd, "rb", closefd=False) as file:
-        size = os.fstat(fd).st_size
-        if size <= limit:
-            if check is not None:
-                check(where or Path(path), fd)
-            data = file.read(size + 1)
-            if len(data) <= size:
-                return data
-    raise CorruptFileError(f"{where or path}: more than {min(size, limit)} bytes, too large for what it should hold")
+        size = _checked_size(where or Path(path), fd, limit, check)
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise _too_large(where or Path(path), size)
+    return data
+
+
+def _checked_size(path: Path, fd: int, limit: int, check: Check | None) -> int:
+    size = os.fstat(fd).st_size
+    if size > limit:
+        raise _too_large(path, limit)
+    if check is not None:
+        check(path, fd)
+    return size
+
+
+def _too_large(path: Path, limit: int) -> CorruptFileError:
+    return CorruptFileError(f"{path}: more than {limit} bytes, too large for what it should hold")
 
 
 class OpenDirectory:
@@ -160,6 +170,17 @@ class OpenDirectory:
     def read(self, name: str, limit: int, check: Check | None = None) -> bytes:
         """The bytes of one of its files; arguments and errors as for :func:`read_file`."""
         return read_file(self._place(name), limit, self.path / name, dir_fd=self._fd, check=check)
+
+    def pieces(self, name: str, limit: int, check: Check | None = None) -> Iterator[bytes]:
+        """As :meth:`read`, a mebibyte at a time."""
+        path = self.path / name
+        with open_regular(self._place(name), path, dir_fd=self._fd) as fd:
+            left = _checked_size(path, fd, limit, check)
+            while data := os.read(fd, 2**20):
+                left -= len(data)
+                if left < 0:
+                    raise _too_large(path, os.fstat(fd).st_size)
+                yield data
 
     def is_current(self) -> bool:
         """Whether its path still leads to it."""

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -18,7 +18,15 @@ from doran_core.errors import CorruptFileError
 from doran_core.files.layout import DTYPES, TensorEntry, compose_header, dtype_name, layout_of, parse_layout
 from doran_core.files.opening import OpenDirectory
 
-__all__ = ["LoadedFile", "bytes_view", "read_rows", "read_tensor_bytes", "save_safetensors", "write_tensor"]
+__all__ = [
+    "LoadedFile",
+    "bytes_view",
+    "read_rows",
+    "read_tensor_bytes",
+    "save_safetensors",
+    "tensor_pieces",
+    "write_tensor",
+]
 
 
 class LoadedFile:
@@ -51,6 +59,11 @@ def read_tensor_bytes(directory: OpenDirectory, name: str) -> bytes:
         CorruptFileError: it does not, or the file is larger than this machine's memory. OSError: it cannot be read.
     """
     return directory.read(name, _memory_limit(), check=layout_of)
+
+
+def tensor_pieces(directory: OpenDirectory, name: str) -> Iterator[bytes]:
+    """As :func:`read_tensor_bytes`, a piece at a time."""
+    return directory.pieces(name, _memory_limit(), check=layout_of)
 
 
 def _memory_limit() -> int:
