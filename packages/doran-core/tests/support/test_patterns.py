@@ -28,6 +28,14 @@ REAL = [
     r"",
     r"\w+(\.\w+)*?\.mlp",
     r"(a|ab)(c|bcd)(d*)",
+    r"[^\W\d]+\.\S+",
+    r"(?i)[k-s]_?\w|\AMODEL\b.*\Z",
+    # As a fine-tuning tool writes it for a model that also sees:
+    (
+        r"(?:.*?(?:vision|image|visual|patch|text|language).*?(?:layers|h|blocks).*?(?:self_attn|attention|attn|mlp).*?"
+        r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\."
+        r"(?:self_attn|attention|attn|mlp)\.(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
+    ),
 ]
 NAMES = [
     "model.layers.0.self_attn.q_proj",
@@ -40,6 +48,8 @@ NAMES = [
     "0",
     "",
     "a.1.2.b",
+    "model.language_model.layers.3.self_attn.v_proj",
+    "\u017fx",
     "line\nbreak.q_proj\n",
 ]
 

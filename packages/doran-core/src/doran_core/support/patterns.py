@@ -1,17 +1,22 @@
 """Name patterns: Python's regular expressions, matched in time that grows with pattern and name, whatever they are.
 
 Patterns come with adapter files. Python's own matcher backtracks: ``([a-z.]+)+!`` on a long name never returns and lets
-no other thread run. Here Python parses a pattern, and a machine follows it through a name, taking each pair of an
-instruction and a position once. It finds what Python finds: the same match, and the same first group. Only where a part
-that may be empty is repeated, ``(^|a)*``, may Python's match be shorter than the one found here.
+no other thread run. Here Python parses a pattern and matches its single characters, and a machine follows them through
+a name, taking each pair of an instruction and a position once. It finds what Python finds: the same match, and the same
+first group. Only where a part that may be empty is repeated, ``(^|a)*``, may Python's match be shorter than the one
+found here.
 
-The parse tree is private to Python's standard library (``re._parser``, ``re._constants``, in 3.11 to 3.14): this file
-can go when ``re`` itself has a matcher without backtracking.
+No bound on quantifiers would do instead: the patterns that tools write into ``target_modules`` have four ``.*?`` with
+alternatives between them, and ``(a|a)(a|a)...`` has none. RE2 lacks ``(?!...)``, which people use.
+
+The parse tree is private to Python's standard library (``re._parser``, ``re._compiler``, ``re._constants``, in 3.11 to
+3.14): this file can go when ``re`` itself has a matcher without backtracking.
 """
 
 from __future__ import annotations
 
 import re
+import re._compiler as compiler  # type: ignore[import-not-found]
 import re._constants as sre  # type: ignore[import-not-found]
 import re._parser as parser  # type: ignore[import-not-found]
 from functools import lru_cache
@@ -80,10 +85,8 @@ class NamePattern:
 
     def _compile(self, items: Any, flags: int, *, looking: bool = False) -> None:
         for operation, argument in items:
-            if operation in (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN):
-                self._emit("one", operation, argument, flags)
-            elif operation is sre.AT:
-                self._emit("at", argument)
+            if operation in (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN, sre.AT):
+                self._emit("one", _one(operation, argument, flags))
             elif operation is sre.SUBPATTERN:
                 group, added, removed, inner = argument
                 if looking and group is not None:
@@ -174,8 +177,8 @@ class NamePattern:
             seen[index] = 1
             kind, *arguments = self._program[place]
             if kind == "one":
-                if position < len(name) and _fits(name[position], *arguments):
-                    stack.append((place + 1, position + 1, begin, end))
+                if item := arguments[0].match(name, position):
+                    stack.append((place + 1, item.end(), begin, end))
             elif kind == "split":
                 preferred, other = arguments
                 stack += [(other, position, begin, end), (preferred, position, begin, end)]
@@ -185,9 +188,6 @@ class NamePattern:
                 stack.append((place + 1, position, position, end))
             elif kind == "end":
                 stack.append((place + 1, position, begin, position))
-            elif kind == "at":
-                if _stands_at(name, position, arguments[0]):
-                    stack.append((place + 1, position, begin, end))
             elif kind == "look":
                 back, wanted, after = arguments
                 at = position - back
@@ -198,53 +198,12 @@ class NamePattern:
         return None
 
 
-def _fits(character: str, operation: Any, argument: Any, flags: int) -> bool:
-    """Whether a character is what an item of one character stands for."""
-    forms = (character, character.lower(), character.upper()) if flags & re.IGNORECASE else (character,)
-    if operation is sre.ANY:
-        return character != "\n" or bool(flags & re.DOTALL)
-    if operation is sre.LITERAL:
-        return argument in map(ord, forms)
-    if operation is sre.NOT_LITERAL:
-        return argument not in map(ord, forms)
-    negated = argument[0][0] is sre.NEGATE
-    inside = any(_is_in(form, item) for form in forms if len(form) == 1 for item in argument[int(negated) :])
-    return bool(inside != negated)
-
-
-def _is_in(character: str, item: tuple[Any, Any]) -> bool:
-    operation, argument = item
-    if operation is sre.LITERAL:
-        return bool(ord(character) == argument)
-    if operation is sre.RANGE:
-        return bool(argument[0] <= ord(character) <= argument[1])
-    return bool(_CATEGORIES[argument](character))
-
-
-def _is_word(character: str) -> bool:
-    return character.isalnum() or character == "_"
-
-
-_CATEGORIES: dict[Any, Any] = {
-    sre.CATEGORY_DIGIT: str.isdecimal,
-    sre.CATEGORY_NOT_DIGIT: lambda character: not character.isdecimal(),
-    sre.CATEGORY_SPACE: str.isspace,
-    sre.CATEGORY_NOT_SPACE: lambda character: not character.isspace(),
-    sre.CATEGORY_WORD: _is_word,
-    sre.CATEGORY_NOT_WORD: lambda character: not _is_word(character),
-}
-
-
-def _stands_at(name: str, position: int, where: Any) -> bool:
-    if where in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING):
-        return position == 0
-    if where is sre.AT_END:
-        return position == len(name) or (position == len(name) - 1 and name[position] == "\n")
-    if where is sre.AT_END_STRING:
-        return position == len(name)
-    before, after = name[position - 1 : position] if position else "", name[position : position + 1]
-    between = (bool(before) and _is_word(before)) != (bool(after) and _is_word(after))
-    return bool(between == (where is sre.AT_BOUNDARY))
+def _one(operation: Any, argument: Any, flags: int) -> re.Pattern[str]:
+    """Python's own pattern of one item that matches a character, or a place between two, and so never backtracks."""
+    state = parser.State()
+    state.flags = flags
+    compiled: re.Pattern[str] = compiler.compile(parser.SubPattern(state, [(operation, argument)]))
+    return compiled
 
 
 @lru_cache(4096)
