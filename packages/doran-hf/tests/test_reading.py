@@ -61,13 +61,63 @@ def test_words_are_no_booleans(saved: Path, name: str) -> None:
         load(saved)
 
 
-@pytest.mark.parametrize("use", ["load", "hotswap"])
-def test_a_pickle_is_never_opened(saved: Path, use: str) -> None:
+def as_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / TENSORS), folder / "adapter_model.bin")
+    (folder / TENSORS).unlink()
+
+
+USES = {
+    "load": lambda model, folder: load(folder),
+    "load with a configuration": lambda model, folder: PeftModel.from_pretrained(
+        make_llama(), folder, config=model.peft_config["default"]
+    ),
+    "load from a subfolder": lambda model, folder: PeftModel.from_pretrained(
+        make_llama(), folder.parent, subfolder=folder.name, config=model.peft_config["default"]
+    ),
+    "load beside": lambda model, folder: model.load_adapter(folder, "second"),
+    "load again": lambda model, folder: model.load_adapter(folder, "default"),
+    "hotswap": lambda model, folder: hotswap_adapter(model, str(folder)),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_pickle_is_never_opened(saved: Path, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(saved)
-    torch.save(load_file(saved / TENSORS), saved / "adapter_model.bin")
-    (saved / TENSORS).unlink()
+    as_pickle(saved)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
     with pytest.raises(MissingKeyError, match=r"adapter_model\.bin is a pickle, which doran never opens"):
-        load(saved) if use == "load" else hotswap_adapter(model, str(saved))
+        USES[use](model, saved)
+
+
+def on_the_hub(saved: Path, cache: Path) -> None:
+    """The adapter as huggingface_hub keeps what it has downloaded of the repository me/adapter."""
+    repository = cache / "models--me--adapter"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    saved.rename(repository / "snapshots" / ("0" * 40))
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_pickle_from_the_hub_is_not_opened(saved: Path, tmp_path: Path, with_config: bool) -> None:
+    config = load(saved).peft_config["default"]
+    as_pickle(saved)
+    on_the_hub(saved, tmp_path / "cache")
+    with pytest.raises(MissingKeyError, match=r"me/adapter: has no adapter_model\.safetensors"):
+        PeftModel.from_pretrained(
+            make_llama(), "me/adapter", config=config if with_config else None, cache_dir=tmp_path / "cache"
+        )
+
+
+def test_an_adapter_from_the_hub_is_checked(saved: Path, tmp_path: Path) -> None:
+    on_the_hub(saved, tmp_path / "cache")
+    PeftModel.from_pretrained(make_llama(), "me/adapter", cache_dir=tmp_path / "cache")
+    file = next(tmp_path.rglob(TENSORS))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CorruptFileError, match="have the digest"):
+        PeftModel.from_pretrained(make_llama(), "me/adapter", cache_dir=tmp_path / "cache")
 
 
 def test_a_pipe_is_not_waited_for(saved: Path) -> None:

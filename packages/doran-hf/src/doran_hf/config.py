@@ -15,7 +15,6 @@ from peft.config import PeftConfig
 
 from doran_core.adapter.digest import check_directory, seal_directory
 from doran_core.adapter.fields import CONFIG_FIELDS, check_fields
-from doran_core.adapter.read import require_adapter_files
 from doran_core.adapter.schema import FORMAT_VERSION
 from doran_core.errors import AdapterFormatError, ConfigError, FormatVersionError
 from doran_core.files.jsonfile import read_json
@@ -24,6 +23,7 @@ from doran_core.method.config import ALL_LINEAR, NOT_SAVED
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_hf.options import AdapterOptions
 from doran_hf.peft_internals import DoranPeftType
+from doran_hf.tensor_file import require_safetensors
 
 __all__ = ["DoranConfig"]
 
@@ -145,10 +145,13 @@ class DoranConfig(AdapterOptions, PeftConfig):
             MissingKeyError: the adapter has no safetensors file. PEFT would go on and load a pickle.
             AdapterFormatError: the configuration lacks a field, has an unknown one, or a value that may not be.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if folder.is_dir():
-            require_adapter_files(folder)
-        config: DoranConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        name = str(pretrained_model_name_or_path)
+        if is_local := Path(name, subfolder or "").is_dir():
+            require_safetensors(name, subfolder)
+        config: DoranConfig = super().from_pretrained(name, subfolder, **kwargs)
+        if not is_local:
+            with named_errors(name, AdapterFormatError):
+                check_directory(require_safetensors(name, subfolder, **cls._split_kwargs(kwargs)[0]))
         return config
 
     @classmethod

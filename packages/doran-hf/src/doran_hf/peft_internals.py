@@ -5,22 +5,28 @@ call of its function replaces ``register``. The other names go when PEFT offers 
 ``_maybe_include_all_linear_layers`` (which layers "all-linear" means), and when transformers says of a model which
 parameters were not in its checkpoint: ``_is_hf_initialized``, its mark of a parameter that was loaded, and
 ``_keys_to_ignore_on_load_missing``, the patterns of those that no checkpoint needs to have. ``_hf_hook`` is
-accelerate's, and goes when accelerate says of a module whether its weights are elsewhere.
+accelerate's, and goes when accelerate says of a module whether its weights are elsewhere. ``PeftModel.load_adapter`` is
+wrapped, because given a configuration it asks nothing of the tuner before it opens a pickle; the wrapper goes when PEFT
+can be told to open safetensors alone.
 """
 
 from __future__ import annotations
 
 import copy
 import enum
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from doran_core.errors import DoranError
+from doran_hf.tensor_file import require_safetensors
 
 __all__ = [
     "PREFIX",
@@ -62,6 +68,26 @@ def register(config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> No
         raise DoranError(f"PEFT already uses the prefix {PREFIX!r}, for the method {owner!r}")
     for mapping, value in entries:
         mapping[key] = value
+    if not hasattr(PeftModel.load_adapter, _WRAPPED):
+        PeftModel.load_adapter = _without_pickles(PeftModel.load_adapter)
+
+
+_WRAPPED = "doran_hf_wrapped"
+
+
+def _without_pickles(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``PeftModel.load_adapter``, for a DORAN configuration that is there before any file is read."""
+
+    @functools.wraps(stock)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        config = self.peft_config.get(adapter_name)
+        if config is not None and config.peft_type == DoranPeftType.DORAN:
+            download, _ = self._split_kwargs(dict(kwargs))
+            require_safetensors(model_id, **download)
+        return stock(self, model_id, adapter_name, *args, **kwargs)
+
+    setattr(load_adapter, _WRAPPED, True)
+    return load_adapter
 
 
 def _same(old: Any, new: Any) -> bool:
