@@ -100,18 +100,21 @@ def refuse_read(name: str, read: Mapping[str, str]) -> None:
         )
 
 
-def warn_left_out(model: nn.Module, names: Iterable[str], read: Mapping[str, str]) -> None:
+def warn_left_out(
+    model: nn.Module, names: Iterable[str], read: Mapping[str, str], adapted: Collection[str] = ()
+) -> None:
     """Say in one line what "all-linear" leaves out: layers that are not called, and weights that are in no layer.
 
     Args:
         model: the model.
         names: of the layers that are left out because they are not called.
         read: the reason for each, as above.
+        adapted: names of expert weights that are adapted as parameters.
     """
     parts = []
     if uncalled := list(names):
         parts.append(f"{shortened(uncalled)}, never called ({read[uncalled[0]]})")
-    if experts := expert_weights(model):
+    if experts := [name for name in expert_weights(model) if name not in adapted]:
         parts.append(f"{shortened(experts)}, weights of experts that are in no linear layer")
     if parts:
         warnings.warn(f"target_modules={ALL_LINEAR!r} leaves out {'; '.join(parts)}", stacklevel=4)

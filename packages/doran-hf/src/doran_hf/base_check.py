@@ -71,7 +71,7 @@ def stored_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     if not isinstance(base, PreTrainedModel):
         return {}
     ties = base_ties(model)
-    adapted = {f"{plain_name(layer.name)}.weight" for layer in doran_layers(model, adapter_name)}
+    adapted = {plain_name(layer.parameter_name) for layer in doran_layers(model, adapter_name)}
     wanted = {*adapted, *ties, *ties.values()}
     saved = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     for name, _ in base.named_parameters():

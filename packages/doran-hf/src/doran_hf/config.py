@@ -42,6 +42,8 @@ class DoranConfig(AdapterOptions, PeftConfig):
         target_modules: names or name endings, one regex, "all-linear", or None for the query and value projections of
             the architectures that PEFT knows.
         bias: which biases train: "none", "all", or "doran_only" (those of the adapted layers).
+        target_parameters: names or endings of stacked expert weights ``[experts, rows, columns]`` to adapt, such as
+            "mlp.experts.gate_up_proj"; with ``target_modules=[]``, these alone.
         layers_to_transform: indices of the blocks to adapt, with a list of target_modules.
         layers_pattern: name of the list of blocks, for layers_to_transform.
         trainable_token_indices: tokens whose embeddings train, too; for the input embedding, or by module name.
@@ -85,14 +87,25 @@ class DoranConfig(AdapterOptions, PeftConfig):
         super().__post_init__()
         self.peft_type = DoranPeftType.DORAN
         _check_version(self.format_version)
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "target_parameters"):
             setattr(self, name, _names(name, getattr(self, name)))
+        if isinstance(self.target_parameters, str):
+            raise ConfigError(
+                f"DoranConfig.target_parameters: expected a list of names, got {self.target_parameters!r}"
+            )
+        if self.target_modules == set() and not self.target_parameters:
+            raise ConfigError("DoranConfig.target_modules: [] means target_parameters alone, and none are given")
         if self.bias not in _BIASES:
             raise ConfigError(f"DoranConfig.bias: expected one of {list(_BIASES)}, got {self.bias!r}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError(
                 f"DoranConfig.layers_to_transform={self.layers_to_transform!r} needs a list of target_modules, "
                 f"got the string {self.target_modules!r}"
+            )
+        if self.layers_to_transform is not None and self.target_parameters:
+            raise ConfigError(
+                f"DoranConfig.layers_to_transform={self.layers_to_transform!r} is for target_modules; name the layers "
+                "in target_parameters, such as 'layers.3.mlp.experts.down_proj'"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"DoranConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform")
@@ -125,8 +138,9 @@ class DoranConfig(AdapterOptions, PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: JSON-ready, name lists in a fixed order, facts of the model included."""
         values: dict[str, Any] = super().to_dict() | self._saved_facts
-        for name in ("trainable_token_indices", "layer_replication"):  # doran_core refuses both, as it should
-            if values.get(name) is None:
+        # doran_core refuses the first two, as it should, and versions before target_parameters the third.
+        for name in ("trainable_token_indices", "layer_replication", "target_parameters"):
+            if not values.get(name):
                 values.pop(name, None)
         return {name: _listed(value) for name, value in values.items() if name not in NOT_SAVED}
 
@@ -204,6 +218,7 @@ _FROM_LORA = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "target_modules",
+    "target_parameters": "target_parameters",
     "exclude_modules": "exclude_modules",
     "modules_to_save": "modules_to_save",
     "use_rslora": "use_rslora",
@@ -273,6 +288,8 @@ def _names(field_name: str, value: object) -> str | set[str] | None:
         return ALL_LINEAR if isinstance(value, str) and value.lower() == ALL_LINEAR else value
     if isinstance(value, Mapping) or not isinstance(value, list | tuple | set | frozenset):
         raise ConfigError(f"DoranConfig.{field_name}: expected a list of names, a string or None, got {value!r}")
+    if not value and field_name in ("target_modules", "target_parameters"):
+        return set()
     if not value or not all(isinstance(name, str) and name for name in value):
         raise ConfigError(f"DoranConfig.{field_name}: expected a list of non-empty names, got {value!r}")
     return set(value)

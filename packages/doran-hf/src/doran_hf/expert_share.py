@@ -8,6 +8,8 @@ import warnings
 from torch import nn
 
 from doran_core.method.config import ALL_LINEAR
+from doran_core.support.names import plain_name
+from doran_hf.expert_layers import DoranExperts
 
 __all__ = ["expert_share", "warn_of_experts"]
 
@@ -15,25 +17,31 @@ _EXPERTS = re.compile(r"(^|\.|_)experts?(\.|_|$)")
 
 
 def expert_share(model: nn.Module) -> float:
-    """The part of a model's parameters in stacked expert weights ``[experts, rows, columns]``, from 0 to 1."""
+    """The part of a model's parameters in stacked expert weights that have no adapter, from 0 to 1."""
     total = left_out = 0
+    adapted = {
+        f"{module.name}.base_layer.{name}"
+        for module in model.modules()
+        if isinstance(module, DoranExperts)
+        for name in module.stacks()
+    }
     for name, parameter in model.named_parameters():
         if ".doran_adapter." in name:
             continue
         total += parameter.numel()
-        if parameter.dim() == 3 and _EXPERTS.search(name):
+        if parameter.dim() == 3 and _EXPERTS.search(name) and plain_name(name) not in adapted:
             left_out += parameter.numel()
     return left_out / total if total else 0.0
 
 
 def warn_of_experts(model: nn.Module, targets: str | list[str] | set[str] | None) -> None:
-    """Warn where targets ask for all of a model, or for experts by name, and the experts cannot be adapted."""
+    """Warn where target modules ask for all of a model, or for experts by name, and expert weights stay unadapted."""
     wanted = targets == ALL_LINEAR or any(_EXPERTS.search(target) for target in _texts(targets))
     share = expert_share(model) if wanted else 0.0
     if share > 0.0:
         warnings.warn(
             f"{type(model).__name__}: {share:.0%} of its parameters are expert weights stacked in one tensor, which "
-            "DoRAN does not adapt; target_modules reaches the other layers alone (attention, routers, shared experts)",
+            "target_modules does not reach; name them in target_parameters to adapt them",
             stacklevel=3,
         )
 

@@ -46,6 +46,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("doran_adapter",)
     other_param_names = ()
+    adapter_class: type[DoranAdapter] = DoranAdapter
 
     # BaseTunerLayer's own, for a type checker that does not read PEFT.
     active_adapters: list[str]
@@ -55,8 +56,10 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
-        view = base_view(base_layer, name)
         self.base_layer = base_layer
+        self._prepare(base_view(base_layer, name), name)
+
+    def _prepare(self, view: BaseView, name: str) -> None:
         self.in_features, self.out_features = view.d_in, view.d_out
         self.name = name
         self.doran_adapter = nn.ModuleDict()
@@ -74,6 +77,11 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         if self._view is None or self._view[0].layer is not layer or self._view[1] != packed:
             self._view = base_view(layer, self.name), packed
         return self._view[0]
+
+    @property
+    def parameter_name(self) -> str:
+        """The adapted parameter's name in the base model."""
+        return f"{self.name}.weight"
 
     def original_weight(self) -> Tensor | None:
         """W0 ``[d_out, d_in]``, also while adapters are merged; None if the layer gives no access to it."""
@@ -102,7 +110,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         view = self.view
         spec = layer_spec(self.name, view, config)
-        adapter = DoranAdapter(config, spec, builder(spec))
+        adapter = self.adapter_class(config, spec, builder(spec))
         if not adapter.magnitude.is_meta:  # on the meta device the values come with the saved tensors
             adapter.to(view.device)
             adapter.initialise(view)

@@ -28,7 +28,9 @@ from doran_hf.base_check import base_fingerprint, base_ties, check_base, module_
 from doran_hf.combine import add_weighted_adapter
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
+from doran_hf.expert_layers import DoranExperts, DoranStack
 from doran_hf.expert_share import warn_of_experts
+from doran_hf.expert_targets import expand_parameters
 from doran_hf.layer import DoranLayer, doran_layers, layer_class
 from doran_hf.mixed_batch import adapter_per_row
 from doran_hf.peft_internals import PREFIX, is_offloaded_and_unhooked
@@ -80,10 +82,10 @@ class DoranModel(BaseTuner):
         asked = config.target_modules
         fill_targets(config, model)
         if state_dict is None:
+            expand_parameters(config, model)
             expand_all_linear(config, model, read)
             check_targets(config, model)
             check_exclusions(config, model)
-        warn_of_experts(model, asked)
         warn_random_start(model, config.modules_to_save)
         _fill_head_dim(config, model)
         core = config.core()
@@ -92,6 +94,7 @@ class DoranModel(BaseTuner):
         try:
             with _patterns_hidden(config):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            warn_of_experts(model, asked)
             warn_unused_patterns(core, [layer.name for layer in doran_layers(model, adapter_name)])
             _check_adapter_name(model, adapter_name)
             check_base(model, adapter_name, config)
@@ -167,12 +170,35 @@ class DoranModel(BaseTuner):
         refuse_read(name, self._plan.read)
         _refuse_saved(name, config)
         core, builder = self._plan.core, self._plan.builder
+        if parameter_name is not None:
+            self._adapt_parameter(config, adapter_name, target, target_name, parent, name)
+            return
         layer = target if isinstance(target, DoranLayer) else layer_class(target, name)(target, name)
         layer.add(adapter_name, core, builder, inference_mode=config.inference_mode)
         if layer is target:
             return
         layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
+
+    def _adapt_parameter(
+        self,
+        config: DoranConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        name: str,
+    ) -> None:
+        """Adapt one stacked parameter; the target is its module, that module with adapters, or inside the latter."""
+        holder_name, _, parameter = name.rpartition(".")
+        experts = next((module for module in (target, parent) if isinstance(module, DoranExperts)), None)
+        if experts is None:
+            experts = DoranExperts(target, holder_name)
+        stack = experts.stack(parameter)
+        stack.add(adapter_name, self._plan.core, self._plan.builder, inference_mode=config.inference_mode)
+        stack.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if experts not in (target, parent):
+            self._replace_module(parent, target_name, experts, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's base class also hands the child's weight over by name, which fails for heads without one and for
@@ -186,6 +212,11 @@ class DoranModel(BaseTuner):
             yield
             return
         known = {name for layer in doran_layers(self.model) for name in layer.doran_adapter}
+        if any(isinstance(layer, DoranStack) for layer in doran_layers(self.model)):
+            raise ConfigError(
+                "adapter_names: an adapter of expert weights (target_parameters) cannot be chosen for each row of a "
+                "batch; call set_adapter, and pass batches of one adapter"
+            )
         beams = kwargs.get("num_beams")
         with adapter_per_row(
             self.model,
@@ -333,8 +364,12 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
     for name, layer in layers:
         if adapter_name in layer.doran_adapter:
             BaseTunerLayer.delete_adapter(layer, adapter_name)
-        if not layer.doran_adapter:
+        if not layer.doran_adapter and not isinstance(layer, DoranStack):
             model.set_submodule(name, layer.view.layer)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, DoranExperts)]
+    for name, experts in modules:
+        if experts.drop_empty():
+            model.set_submodule(name, experts.base_layer)
 
 
 def _fill_head_dim(config: DoranConfig, model: nn.Module) -> None:

@@ -30,6 +30,9 @@ class AdapterOptions:
     exclude_modules: str | list[str] | set[str] | None = field(
         default=None, metadata={"help": "Names or endings of modules, or a regex, not to adapt after all."}
     )
+    target_parameters: list[str] | set[str] | None = field(
+        default=None, metadata={"help": "Names or endings of stacked expert weights [experts, rows, columns] to adapt."}
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules to train in full and save along."}
     )
@@ -43,7 +46,9 @@ class AdapterOptions:
     tau_kind: Literal["learned", "fixed", "zero", "gaussian"] = field(
         default="learned", metadata={"help": "Kind of tau; 'zero' is DoRA."}
     )
-    tau_granularity: Literal["layer", "head", "row"] = field(default="layer", metadata={"help": "What one tau serves."})
+    tau_granularity: Literal["layer", "head", "expert", "row"] = field(
+        default="layer", metadata={"help": "What one tau serves."}
+    )
     tau_init: float = field(default=0.1, metadata={"help": "First value of tau, or of sigma."})
     tau_init_relative: bool = field(
         default=True, metadata={"help": "tau_init is in units of the mean row norm of the weight."}

@@ -29,6 +29,9 @@ def fill_targets(config: DoranConfig, model: nn.Module) -> None:
     """
     if config.target_modules is not None:
         return
+    if config.target_parameters and getattr(getattr(model, "config", None), "model_type", None) not in DEFAULT_TARGETS:
+        config.target_modules = set()
+        return
     family = getattr(getattr(model, "config", None), "model_type", None)
     targets = DEFAULT_TARGETS.get(family) if isinstance(family, str) else None
     modules = _base_modules(model)
@@ -89,7 +92,7 @@ def expand_all_linear(config: DoranConfig, model: nn.Module, read: Mapping[str, 
         if name in linear and not _is_saved(name, config) and not _cannot_be_saved(name, model)
     ]
     kept = [name for name in named if name not in read]
-    warn_left_out(model, (name for name in named if name in read), read)
+    warn_left_out(model, (name for name in named if name in read), read, config.target_parameters or ())
     if not kept:
         raise TargetError(f"target_modules={ALL_LINEAR!r}: this {type(model).__name__} has no linear layer to adapt")
     config.target_modules = set(kept)

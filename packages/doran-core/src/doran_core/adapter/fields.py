@@ -35,6 +35,7 @@ _PEFT_FIELDS = frozenset(
         "fan_in_fan_out",
         "layers_pattern",
         "layers_to_transform",
+        "target_parameters",
         # what PEFT's other methods have for the time of training or loading only
         "ensure_weight_tying",
         "runtime_config",

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from doran_core.layers.adapter import DoranAdapter
     from doran_core.layers.base import BaseView
 
-__all__ = ["Runtime", "prepare", "refresh", "unprepare"]
+__all__ = ["Runtime", "prepare", "refresh", "unprepare", "watch_optimizers"]
 
 _RECOMPUTED, _RECOMPUTED_UNDER_HOOKS = 1 / 16, 1 / 6
 """Recompute budgets on a GPU, as fractions of the adapted layers' products. Checkpointing, whose hooks pack what is
@@ -54,6 +54,12 @@ saved, is there to spare memory: a sixth is what the projections of attention co
 
 
 _watching: list[RemovableHandle] = []
+
+
+def watch_optimizers() -> None:
+    """Let any optimizer's step end what was computed before: fused ones write past PyTorch's counters."""
+    if not _watching:
+        _watching.append(register_optimizer_step_post_hook(lambda *_: forget()))
 
 
 class _Checked:
@@ -65,8 +71,7 @@ class _Checked:
         self.inputs, self.implementation = inputs, implementation
         self.versions, self.epoch = inputs.versions(), now()
         self.stream = internals.current_stream(inputs.device)
-        if not _watching:  # fused optimizers write past PyTorch's counters: a step of any ends what was computed before
-            _watching.append(register_optimizer_step_post_hook(lambda *_: forget()))
+        watch_optimizers()
 
     def hold(self, view: BaseView, implementation: Implementation) -> bool:
         return (

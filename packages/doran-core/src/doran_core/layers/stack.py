@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from doran_core import functional
 from doran_core.errors import ConfigError, TargetError
 from doran_core.kernels.adapted_linear import without_autocast
+from doran_core.kernels.prepare import watch_optimizers
+from doran_core.kernels.weight_side import now
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import LayerSpec
-from doran_core.support.sharding import read, whole_shape
+from doran_core.support.sharding import is_sharded, read, whole_shape
 
 __all__ = ["StackAdapter", "StackView"]
 
@@ -108,6 +110,7 @@ class StackAdapter(DoranAdapter):
                 "not for stacked expert weights"
             )
         super().__init__(config, spec, factors)
+        self._kept = _Kept()
 
     def _squared_norm(self, weight: Tensor) -> Tensor:
         return torch.stack([functional.base_squared_norm(matrix) for matrix in weight])
@@ -170,6 +173,33 @@ class StackAdapter(DoranAdapter):
             scale = self.output_scale(norm)
             return scale, A, functional.scaled_factor(B, scale, self.scaling)
 
+    def weight_side(self, view: BaseView, chosen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`scale_and_factors`; without gradients it is kept, of all experts, until an input changes.
+
+        As for ordinary layers, writes that PyTorch does not count need ``doran_core.kernels.refresh()``.
+        """
+        state = None if torch.is_grad_enabled() else self._state(view)
+        if state is None:
+            self._kept.clear()
+            return self.scale_and_factors(view, chosen)
+        if self._kept.state != state:
+            self._kept.clear()  # free the old one before the new one is made
+            watch_optimizers()
+            self._kept.side, self._kept.state = self.scale_and_factors(view), state
+        assert self._kept.side is not None
+        return self._kept.side
+
+    def _state(self, view: BaseView) -> tuple[object, ...] | None:
+        """Changes when an input of the weight side does; None where that cannot be seen, or it is drawn at random."""
+        tensors = [tensor for tensor in (*self.parameters(), *self.buffers()) if tensor is not self.base_squared_norm]
+        weight = view.weight()
+        plain = (Tensor, nn.Parameter)
+        ordinary = all(type(t) in plain and not t.is_inference() and not is_sharded(t) for t in tensors)
+        random = self.training and self.config.tau_kind == "gaussian"
+        if weight is None or weight.is_inference() or not ordinary or random:
+            return None
+        return now(), weight.data_ptr(), weight._version, *((t.data_ptr(), t._version, t.dtype) for t in tensors)
+
     def forward(self, view: BaseView, x: Tensor, base_output: Tensor | None = None) -> Tensor:
         """Not defined: a stack has no one input."""
         raise TargetError(f"{self.spec.name}: a stack of experts is not called; its caller routes tokens")
@@ -190,6 +220,21 @@ class StackAdapter(DoranAdapter):
 
     def extra_repr(self) -> str:
         return f"experts={self.spec.experts}, {super().extra_repr()}"
+
+
+class _Kept:
+    """A weight side and the state that it was computed in. Copies and pickles of a model get an empty one."""
+
+    def __init__(self) -> None:
+        self.side: tuple[Tensor, Tensor, Tensor] | None = None
+        self.state: tuple[object, ...] | None = None
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self.side = self.state = None
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
 
 
 def _stacked_product(weight: Tensor, A: Tensor, experts: Tensor | None) -> Tensor:

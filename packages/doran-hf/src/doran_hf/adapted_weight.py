@@ -1,0 +1,212 @@
+"""AdaptedWeight stands in an experts module for a stacked parameter, and gives products with W' without forming it.
+
+transformers computes experts in several ways (eager, batched_mm, grouped_mm, and each model's own loop). All of them
+take the parameter apart by expert and multiply: so a stand-in that knows these few operations serves all of them. For
+tokens x of one expert ``x W'^T = c * (x W0^T) + (x A^T) B'^T``. Any other operation is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from doran_core.errors import TargetError
+from doran_core.functional import accumulation_dtype
+
+__all__ = ["AdaptedWeight"]
+
+_GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm"} | _GROUPED
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedWeight:
+    """``W' = c (W0 + g B A)`` of all experts, of one, or of one for each row of tokens.
+
+    Attributes:
+        base: W0 as the module stores it, or transposed.
+        scale: c, ``[..., d_out]``, float32 or wider.
+        A: ``[..., r, d_in]``.
+        B: B' with c and g in it, ``[..., d_out, r]``.
+        rows_first: whether the last two dimensions of `base` are ``[d_out, d_in]``; else ``[d_in, d_out]``.
+        dropout: of the low-rank branch's input; 0 outside of training.
+        where: the parameter's name, for messages.
+    """
+
+    base: Tensor
+    scale: Tensor
+    A: Tensor
+    B: Tensor
+    rows_first: bool
+    dropout: float
+    where: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weight."""
+        return self.base.device
+
+    @property
+    def is_cuda(self) -> bool:
+        """Of the weight."""
+        return self.base.is_cuda
+
+    @property
+    def ndim(self) -> int:
+        """Of the weight."""
+        return self.base.dim()
+
+    def dim(self) -> int:
+        """Of the weight."""
+        return self.base.dim()
+
+    def size(self, *dim: int) -> Any:
+        """Of the weight."""
+        return self.base.size(*dim)
+
+    def data_ptr(self) -> int:
+        """Of the weight."""
+        return self.base.data_ptr()
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, experts: Any) -> AdaptedWeight:
+        is_index = isinstance(experts, int) or (isinstance(experts, Tensor) and experts.dim() <= 1)
+        if self.ndim != 3 or not is_index:
+            raise TargetError(f"{self.where}: DoRAN cannot take the part {experts!r} of stacked expert weights")
+        parts = (self.base[experts], self.scale[experts], self.A[experts], self.B[experts])
+        return AdaptedWeight(*parts, self.rows_first, self.dropout, self.where)
+
+    def transpose(self, first: int, second: int) -> AdaptedWeight:
+        """With the last two dimensions exchanged."""
+        if {first % self.ndim, second % self.ndim} != {self.ndim - 2, self.ndim - 1}:
+            raise TargetError(f"{self.where}: DoRAN cannot exchange dimensions {first} and {second} of expert weights")
+        return replace(self, base=self.base.mT, rows_first=not self.rows_first)
+
+    @property
+    def mT(self) -> AdaptedWeight:
+        """With the last two dimensions exchanged."""
+        return self.transpose(-2, -1)
+
+    @property
+    def T(self) -> AdaptedWeight:
+        """Of one expert: transposed."""
+        return self.transpose(0, 1)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{self.where}: {_advice(f'reads {name!r} of the weight')}")
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self._product(torch.matmul, (self, other), {})
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        return self._product(torch.matmul, (other, self), {})
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        here = next((a for a in (*args, *kwargs.values()) if isinstance(a, cls)), None)
+        assert here is not None
+        if name == "linear" and len(args) >= 2 and here is args[1]:
+            return here._linear(*args, **kwargs)
+        if name in _PRODUCTS and any(operand is here for operand in args[:2]):
+            return here._product(func, args, kwargs)
+        raise TargetError(f"{here.where}: {_advice(f'calls {name} with the weight')}")
+
+    def _linear(self, x: Tensor, _: AdaptedWeight, bias: Tensor | None = None) -> Tensor:
+        self._require(self.rows_first and self.ndim == 2)
+        delta = F.linear(F.linear(self._dropped(x), self.A), self.B)
+        y = _scaled_sum(F.linear(x, self.base), self.scale, delta)
+        return y if bias is None else y + bias
+
+    def _product(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """``func(x, W'^T)``, or ``func(W', x)``."""
+        if args[0] is self:
+            self._require(self.rows_first)
+            x, rest = self._dropped(args[1]), args[2:]
+            delta = func(self.B, func(self.A, x, *rest, **kwargs), *rest, **kwargs)
+            return _scaled_sum(func(self.base, *args[1:], **kwargs), self.scale[..., None], delta)
+        self._require(not self.rows_first)
+        is_grouped = getattr(func, "__name__", "") in _GROUPED
+        A, B = self._aligned() if is_grouped else (self.A, self.B)
+        x, rest = self._dropped(args[0]), args[2:]
+        delta = func(func(x, A.mT, *rest, **kwargs), B.mT, *rest, **kwargs)
+        base_output = func(args[0], self.base, *rest, **kwargs)
+        if not is_grouped:
+            return _scaled_sum(base_output, self.scale[..., None, :] if self.ndim == 3 else self.scale, delta)
+        ends = kwargs["offs"] if "offs" in kwargs else args[2]
+        places = torch.arange(len(base_output), device=ends.device)
+        experts = torch.searchsorted(ends.to(places.dtype), places, right=True).clamp_max(len(self) - 1)
+        scaled: Tensor = _ScaledRows.apply(base_output, self.scale, experts, delta)  # type: ignore[no-untyped-call]
+        return scaled
+
+    def _aligned(self) -> tuple[Tensor, Tensor]:
+        """A and B of a rank whose rows take a multiple of 16 bytes, as torch's grouped product wants."""
+        lacking = -self.A.shape[-2] % max(1, 16 // self.dtype.itemsize)
+        return (F.pad(self.A, (0, 0, 0, lacking)), F.pad(self.B, (0, lacking))) if lacking else (self.A, self.B)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout else x
+
+    def _require(self, fits: bool) -> None:
+        if not fits:
+            raise TargetError(
+                f"{self.where}: the model multiplies with these weights along their output dimension: they are stored "
+                "the other way round than its module says (is_transposed)"
+            )
+
+
+def _advice(what: str) -> str:
+    return (
+        f"the experts implementation {what}, which DoRAN does not provide; choose another one: "
+        "model.set_experts_implementation('eager'), 'batched_mm' or 'grouped_mm'"
+    )
+
+
+def _scaled_sum(base_output: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
+    """``c * z + delta``, with the arithmetic in float32 or wider and the dtype of z."""
+    dtype = accumulation_dtype(base_output)
+    return torch.addcmul(delta.to(dtype), base_output.to(dtype), scale.to(dtype)).to(base_output.dtype)
+
+
+class _ScaledRows(torch.autograd.Function):
+    """``c[expert of the row] * z + delta``; keeps z and c, and no row of c for each row of z."""
+
+    @staticmethod
+    def forward(base_output: Tensor, scale: Tensor, experts: Tensor, delta: Tensor) -> Tensor:
+        return _scaled_sum(base_output, scale[experts], delta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
+        base_output, scale, experts, delta = inputs
+        ctx.save_for_backward(base_output, scale, experts)
+        ctx.delta_dtype = delta.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor | None, None, Tensor]:
+        base_output, scale, experts = ctx.saved_tensors
+        (grad,) = grad_outputs
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            products = grad.to(scale.dtype) * base_output
+            grad_scale = torch.zeros_like(scale).index_add_(0, experts, products)
+        return (grad * scale[experts]).to(base_output.dtype), grad_scale, None, grad.to(ctx.delta_dtype)

@@ -1,0 +1,196 @@
+"""DoRAN on the stacked parameters of an experts module: DoranExperts around it, a DoranStack for each parameter.
+
+The module stays what it is, and whatever transformers' registry of experts implementations says computes it: for a call
+it is shown an :class:`~doran_hf.adapted_weight.AdaptedWeight` in place of each adapted parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doran_core.errors import TargetError
+from doran_core.layers.stack import StackAdapter, StackView
+from doran_hf.adapted_weight import AdaptedWeight
+from doran_hf.layer import DoranLayer
+
+__all__ = ["DoranExperts", "DoranStack"]
+
+_PER_EXPERT = 4
+"""With fewer routed tokens an expert on average, some experts probably get none, and the norms are taken for the others
+alone. With more, finding out costs more than it spares."""
+
+
+class DoranStack(DoranLayer):
+    """One stacked parameter ``[experts, d_out, d_in]`` (or transposed) and its adapters.
+
+    It is not called: :class:`DoranExperts` asks it for what stands in the parameter's place.
+
+    Args:
+        holder: the experts module.
+        parameter: the parameter's name in it.
+        name: the parameter's name in the base model.
+
+    Raises:
+        TargetError: the parameter is no stack, or its module does not say how it is stored.
+    """
+
+    adapter_class = StackAdapter
+
+    def __init__(self, holder: nn.Module, parameter: str, name: str) -> None:
+        nn.Module.__init__(self)
+        self._holder = (holder,)  # in a tuple: it is the child of DoranExperts
+        self._parameter = parameter
+        self._prepare(self._new_view(), name)
+
+    def _new_view(self) -> StackView:
+        holder = self._holder[0]
+        return StackView(holder, self._parameter, transposed=holder.is_transposed, name=self._parameter)  # type: ignore[arg-type]
+
+    @property
+    def view(self) -> StackView:
+        """The parameter as matrices ``[experts, d_out, d_in]``."""
+        return self._new_view()
+
+    @property
+    def parameter_name(self) -> str:
+        """The adapted parameter's name in the base model."""
+        return self.name
+
+    def get_base_layer(self) -> nn.Module:
+        """The experts module."""
+        return self._holder[0]
+
+    def adapter_in_use(self) -> None:
+        """None: what computes ordinary layers together leaves stacks alone."""
+        return
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: PEFT's ``convert_to_lora`` is for single matrices."""
+        return False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Not defined."""
+        raise TargetError(f"{self.name}: stacked expert weights are not called; call their module")
+
+    def stand_in(self, chosen: Tensor | None) -> AdaptedWeight | None:
+        """What stands in the parameter's place in this pass; None for the parameter itself.
+
+        Args:
+            chosen: indices of the experts that get tokens; None for all.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = () if self.disable_adapters or self.merged else self.active_adapters
+        adapters = [self.adapter(name) for name in active if name in self.doran_adapter]
+        if not adapters:
+            return None
+        view, base = self.view, getattr(self.get_base_layer(), self._parameter)
+        sides = []
+        for adapter in adapters:
+            vars(adapter)["called"] = True
+            assert isinstance(adapter, StackAdapter)
+            sides.append(adapter.weight_side(view, chosen))
+        scale, A, B = sides[0]
+        if len(sides) > 1:  # the changes add up: sum (c_i W0 + B'_i A_i) - (k - 1) W0
+            scale = torch.stack([side[0] for side in sides]).sum(0) - (len(sides) - 1)
+            A, B = torch.cat([side[1] for side in sides], -2), torch.cat([side[2] for side in sides], -1)
+        dropout = adapters[0].config.dropout if self.training else 0.0
+        return AdaptedWeight(base, scale, A.to(base.dtype), B.to(base.dtype), not view.transposed, dropout, self.name)
+
+
+class DoranExperts(nn.Module):
+    """An experts module, some of whose stacked parameters have adapters: children of the parameters' names.
+
+    Args:
+        base_layer: the experts module.
+        name: its name in the base model.
+
+    Raises:
+        TargetError: the module does not say how it stores its weights, or computes in a way that this class would
+            bypass.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        if not isinstance(getattr(base_layer, "is_transposed", None), bool):
+            raise TargetError(
+                f"{name}: {type(base_layer).__name__} does not say whether it stores [experts, d_out, d_in] or "
+                "[experts, d_in, d_out]: DoRAN adapts the experts modules of transformers that are decorated with "
+                "use_experts_implementation, which set is_transposed"
+            )
+        self.name = name
+        self.base_layer = base_layer
+        self._refuse_bypass()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def stack(self, parameter: str) -> DoranStack:
+        """The adapters of one parameter, made if there are none yet."""
+        stack = self._modules.get(parameter)
+        if stack is None:
+            stack = DoranStack(self.base_layer, parameter, f"{self.name}.{parameter}")
+            setattr(self, parameter, stack)
+        assert isinstance(stack, DoranStack)
+        return stack
+
+    def stacks(self) -> dict[str, DoranStack]:
+        """The adapted parameters by name."""
+        return {name: child for name, child in self._modules.items() if isinstance(child, DoranStack)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the experts module."""
+        self._refuse_bypass()
+        chosen = self._chosen((*args, *kwargs.values()))
+        found = {name: stack.stand_in(chosen) for name, stack in self.stacks().items()}
+        stand_ins = {name: weight for name, weight in found.items() if weight is not None}
+        if not stand_ins:
+            return self.base_layer(*args, **kwargs)
+        module = copy.copy(
+            self.base_layer
+        )  # its parameters and hooks are the same; what is set here, is set here alone
+        vars(module).update(stand_ins)
+        return module(*args, **kwargs)
+
+    def _refuse_bypass(self) -> None:
+        """Refuse a module whose call would read the parameters and not the stand-ins."""
+        if "forward" in vars(self.base_layer):
+            raise TargetError(
+                f"{self.name}: {type(self.base_layer).__name__}.forward has been replaced on this module (by "
+                "accelerate's device_map or offload, perhaps), so that adapters of its parameters would do nothing; "
+                "load the model on one device, or leave target_parameters out"
+            )
+        if getattr(self.base_layer, "_is_expert_parallel", False):
+            raise TargetError(f"{self.name}: DoRAN does not adapt experts under expert parallelism; load without it")
+
+    def _chosen(self, inputs: tuple[Any, ...]) -> Tensor | None:
+        """The experts that get tokens, where the routing is at hand and short; None for all."""
+        routes = [x for x in inputs if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool]
+        count = next(iter(self.stacks().values())).view.experts
+        if len(routes) != 1 or routes[0].numel() >= _PER_EXPERT * count:
+            return None
+        chosen: Tensor = torch.unique(routes[0])  # type: ignore[no-untyped-call]
+        return chosen[chosen < count]
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The experts module, with W' in place of W0 if asked for. PEFT calls it."""
+        if merge:
+            for stack in self.stacks().values():
+                stack.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+    def drop_empty(self) -> bool:
+        """Take out the stacks without adapters; whether none is left."""
+        for name, stack in self.stacks().items():
+            if not stack.doran_adapter:
+                del self._modules[name]
+        return not self.stacks()

@@ -1,0 +1,70 @@
+"""target_parameters: names of stacked expert weights, checked before anything is changed in the model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from doran_core.errors import TargetError
+from doran_core.method.config import ALL_LINEAR
+from doran_core.support.names import plain_name
+from doran_core.support.sharding import whole_shape
+from doran_core.targets import matches, nearest_names
+from doran_hf.config import DoranConfig
+from doran_hf.expert_layers import DoranStack
+
+__all__ = ["expand_parameters", "stacked_parameters"]
+
+
+def stacked_parameters(model: nn.Module) -> list[str]:
+    """Names of the stacked weights of a model's experts modules: those that say how they store them."""
+    return [
+        f"{name}.{parameter}"
+        for name, module in _holders(model).items()
+        if isinstance(vars(module).get("is_transposed"), bool)
+        for parameter, weight in module.named_parameters(recurse=False)
+        if len(whole_shape(weight)) == 3
+    ]
+
+
+def expand_parameters(config: DoranConfig, model: nn.Module) -> None:
+    """Put full names in place of target_parameters where "all-linear" or exclude_modules decides, and check them.
+
+    "all-linear" means all stacked expert weights besides the linear layers, as for PEFT's LoRA.
+
+    Raises:
+        TargetError: a name that matches no parameter, or one that is no stack of expert weights.
+    """
+    stacks = stacked_parameters(model)
+    if config.target_modules == ALL_LINEAR and not config.target_parameters:
+        config.target_parameters = {name for name in stacks if not matches(name, config.exclude_modules)}
+        return
+    if not config.target_parameters:
+        return
+    others = {f"{n}.{p}": w for n, m in _holders(model).items() for p, w in m.named_parameters(recurse=False)}
+    for entry in sorted(config.target_parameters):
+        found = [name for name in others if matches(name, [entry])]
+        if not found:
+            raise TargetError(
+                f"target_parameters: {entry!r} matches no parameter of {type(model).__name__}; "
+                f"{nearest_names(entry, stacks) if stacks else 'it has no stacked expert weights'}"
+            )
+        if wrong := next((name for name in found if name not in stacks), None):
+            raise TargetError(
+                f"target_parameters: {wrong!r} {list(whole_shape(others[wrong]))} is no stack of expert weights "
+                "[experts, rows, columns] of one of transformers' experts modules (use_experts_implementation); name "
+                "ordinary layers in target_modules"
+            )
+    if config.exclude_modules:
+        meant = {name for name in stacks if matches(name, config.target_parameters)}
+        config.target_parameters = {name for name in meant if not matches(name, config.exclude_modules)}
+
+
+def _holders(model: nn.Module) -> dict[str, nn.Module]:
+    """The base model's modules by their names in it, without adapters and what is inside them."""
+    held = {plain_name(name).replace(".base_layer", ""): module for name, module in model.named_modules() if name}
+    inside = tuple(f"{name}." for name, module in held.items() if isinstance(module, DoranStack))
+    return {
+        name: module
+        for name, module in held.items()
+        if not isinstance(module, DoranStack) and not (inside and name.startswith(inside))
+    }
