@@ -10,7 +10,7 @@ from torch import nn
 from doran_core import kernels
 from doran_core.errors import TargetError
 from doran_core.handle import DoranHandle, read_trainable, set_trained
-from doran_core.layers.modules import DoranLayer, make_factor_builder, wrap
+from doran_core.layers.modules import AdaptedLayer, make_factor_builder, wrap
 from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import pad_encoders
 from doran_core.method.config import DoranConfig
@@ -42,14 +42,14 @@ def adapt(model: nn.Module, config: DoranConfig, *, factor_builder: FactorBuilde
 def _adapt(
     model: nn.Module, config: DoranConfig, factor_builder: FactorBuilder | None, known: Collection[str] = ()
 ) -> DoranHandle:
-    if any(isinstance(module, DoranLayer) for module in model.modules()):
+    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise TargetError(f"this {type(model).__name__} is adapted already; call remove() on its handle first")
     names = find_targets(model, config, known)
     modules = plain_modules(model)
     saved = _modules_to_save(model, config)
     builder = factor_builder or make_factor_builder(config)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers: dict[str, DoranLayer] = {}
+    layers: dict[str, AdaptedLayer] = {}
     try:
         for name in names:
             layers[name] = wrap(modules[name], config, name=name, factor_builder=builder)
@@ -69,7 +69,7 @@ def _adapt(
     return DoranHandle(model, config, layers, saved, places, trained)
 
 
-def _places(model: nn.Module, layers: dict[str, DoranLayer]) -> list[tuple[str, DoranLayer]]:
+def _places(model: nn.Module, layers: dict[str, AdaptedLayer]) -> list[tuple[str, AdaptedLayer]]:
     """Every name under which the model holds a wrapped layer's base: a module may have several."""
     wrappers = {id(layer.base_layer): layer for layer in layers.values()}
     return [

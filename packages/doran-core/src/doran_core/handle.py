@@ -26,7 +26,7 @@ from doran_core.checkpoint.fingerprint import combine_digests
 from doran_core.checkpoint.ties import tied_parameters
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
 from doran_core.layers.base import BaseView
-from doran_core.layers.modules import DoranLayer
+from doran_core.layers.modules import AdaptedLayer
 from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig
@@ -71,9 +71,9 @@ class DoranHandle:
         self,
         model: nn.Module,
         config: DoranConfig,
-        layers: dict[str, DoranLayer],
+        layers: dict[str, AdaptedLayer],
         modules_to_save: list[str],
-        places: list[tuple[str, DoranLayer]],
+        places: list[tuple[str, AdaptedLayer]],
         trained: list[tuple[nn.Parameter, bool]],
     ) -> None:
         self.model = model

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from doran_core import DoranConfig, adapt
 from doran_core.kernels import use_backend
-from doran_core.layers import DoranLayer, wrap
+from doran_core.layers import AdaptedLayer, wrap
 
 
 class Conv1D(nn.Module):
@@ -73,7 +73,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def make(kind: str, **options: Any) -> DoranLayer:
+def make(kind: str, **options: Any) -> AdaptedLayer:
     """A layer in float64, away from its start, with rows at the ends of c: 0, and 1e-9."""
     layer = wrap(LAYERS[kind]().double(), DoranConfig(rank=RANK, **options)).eval()
     with torch.no_grad():

@@ -20,11 +20,11 @@ from doran_core.method.factors import FactorBuilder
 from doran_hf.mixed_batch import check_rows
 
 __all__ = [
-    "DoranConv",
-    "DoranConv2d",
-    "DoranEmbedding",
+    "Conv2dDoranLayer",
+    "ConvDoranLayer",
     "DoranLayer",
-    "DoranLinear",
+    "EmbeddingDoranLayer",
+    "LinearDoranLayer",
     "check_adapter",
     "doran_layers",
     "layer_class",
@@ -127,9 +127,13 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     def adapter_in_use(self) -> tuple[DoranAdapter, BaseView] | None:
         """What the next call computes with: the active adapter and the base layer; None unless there is exactly one."""
-        active = () if self.disable_adapters or self.merged else self.active_adapters
-        names = [name for name in active if name in self.doran_adapter]
+        names = self._names_in_use()
         return (self.adapter(names[0]), self.view) if len(names) == 1 else None
+
+    def _names_in_use(self) -> list[str]:
+        """The adapters whose changes a call adds to the output: the active ones, none while disabled or merged."""
+        active = () if self.disable_adapters or self.merged else self.active_adapters
+        return [name for name in active if name in self.doran_adapter]
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """Shapes and dtype of the base layer.
@@ -149,8 +153,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None and not self.disable_adapters:
             check_rows(self.name, len(x), adapter_names, merged=self.merged)
             return self._forward_rows(x, self.base_layer(x, *args, **kwargs), adapter_names)
-        active = () if self.disable_adapters or self.merged else self.active_adapters
-        names = [name for name in active if name in self.doran_adapter]
+        names = self._names_in_use()
         view = self.view if names else None
         if view is not None and len(names) == 1 and not args and not kwargs and view.layer is self.base_layer:
             alone: Tensor = self.adapter(names[0])(view, x)  # which calls the base layer itself, and spares a copy
@@ -229,30 +232,29 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-            self._swap.refuse_loading(self.name)
+        self._swap.refuse_loading(self.name, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         return f"doran.{super().__repr__()}"
 
 
-class DoranLinear(DoranLayer):
+class LinearDoranLayer(DoranLayer):
     """DoRAN around nn.Linear, a Conv1D or a quantized linear layer. x ``[..., d_in]`` to ``[..., d_out]``.
 
     PEFT knows by "Linear" in the name of the class that "all-linear" means this layer for a second adapter, too.
     """
 
 
-class DoranEmbedding(DoranLayer):
+class EmbeddingDoranLayer(DoranLayer):
     """DoRAN around nn.Embedding. Tokens ``[...]`` to ``[..., embedding_dim]``."""
 
 
-class DoranConv2d(DoranLayer):
+class Conv2dDoranLayer(DoranLayer):
     """DoRAN around nn.Conv2d."""
 
 
-class DoranConv(DoranLayer):
+class ConvDoranLayer(DoranLayer):
     """DoRAN around nn.Conv1d or nn.Conv3d."""
 
 
@@ -262,8 +264,12 @@ def layer_class(base_layer: nn.Module, name: str) -> type[DoranLayer]:
     Raises:
         TargetError: if doran_core cannot adapt the layer.
     """
-    kinds: dict[str, type[DoranLayer]] = {"embedding": DoranEmbedding, "conv2d": DoranConv2d, "conv": DoranConv}
-    return kinds.get(base_view(base_layer, name).kind, DoranLinear)
+    kinds: dict[str, type[DoranLayer]] = {
+        "embedding": EmbeddingDoranLayer,
+        "conv2d": Conv2dDoranLayer,
+        "conv": ConvDoranLayer,
+    }
+    return kinds.get(base_view(base_layer, name).kind, LinearDoranLayer)
 
 
 def doran_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[DoranLayer]:

@@ -17,7 +17,7 @@ from doran_core import functional
 from doran_core.errors import DoranError, TargetError
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView
-from doran_core.layers.modules import DoranLayer
+from doran_core.layers.modules import AdaptedLayer
 
 __all__ = ["GradientProbe", "GradientSplit", "ProbedLayer", "gradient_split"]
 
@@ -164,6 +164,6 @@ class GradientProbe:
 
 def _layers_of(model: nn.Module) -> Iterator[tuple[str, ProbedLayer]]:
     for name, module in model.named_modules():
-        if isinstance(module, DoranLayer):
+        if isinstance(module, AdaptedLayer):
             adapter = module.doran_adapter
             yield adapter.spec.name or name, ProbedLayer(module, module.view, adapter)

@@ -1,11 +1,14 @@
 """Adapted layers: views of base layers, the trainable adapter of one layer, and the modules that join the two."""
 
+from typing import TYPE_CHECKING
+
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView, base_view
-from doran_core.layers.modules import DoranConv, DoranConv2d, DoranEmbedding, DoranLayer, DoranLinear, wrap
+from doran_core.layers.modules import AdaptedLayer, DoranConv, DoranConv2d, DoranEmbedding, DoranLinear, wrap
 from doran_core.layers.rebuild import build_adapters
 from doran_core.layers.supported import is_adaptable, is_linear
 from doran_core.layers.swap import WeightSwap
+from doran_core.support.lazy import renamed_names
 
 __all__ = [
     "BaseView",
@@ -13,7 +16,7 @@ __all__ = [
     "DoranConv",
     "DoranConv2d",
     "DoranEmbedding",
-    "DoranLayer",
+    "AdaptedLayer",
     "DoranLinear",
     "WeightSwap",
     "base_view",
@@ -22,3 +25,6 @@ __all__ = [
     "is_linear",
     "wrap",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(__name__, {"DoranLayer": "AdaptedLayer"})

@@ -18,10 +18,10 @@ from doran_core.method.factors import FactorBuilder, LayerSpec, StaticFactors
 from doran_core.method.sharing import SharedTrunks, block_of
 
 __all__ = [
+    "AdaptedLayer",
     "DoranConv",
     "DoranConv2d",
     "DoranEmbedding",
-    "DoranLayer",
     "DoranLinear",
     "layer_spec",
     "make_factor_builder",
@@ -47,7 +47,7 @@ def make_factor_builder(config: DoranConfig) -> FactorBuilder:
     return StaticFactors if config.factors == "static" else SharedTrunks(config).build
 
 
-class DoranLayer(nn.Module):
+class AdaptedLayer(nn.Module):
     """A base layer with its adapter.
 
     Args:
@@ -135,10 +135,11 @@ class DoranLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Shapes of the base layer."""
-        if self.merged or not self.enabled:
+        in_use = self.adapter_in_use()
+        if in_use is None:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        base_output = self.base_layer(x, *args, **kwargs) if args or kwargs else None
-        adapted: Tensor = self.doran_adapter(self.view, x, base_output)
+        adapter, view = in_use
+        adapted: Tensor = adapter(view, x, self.base_layer(x, *args, **kwargs) if args or kwargs else None)
         return adapted
 
     @torch.no_grad()
@@ -170,38 +171,37 @@ class DoranLayer(nn.Module):
         self._swap.restore(self.view)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-            self._swap.refuse_loading(self.doran_adapter.spec.name)
+        self._swap.refuse_loading(self.doran_adapter.spec.name, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class DoranLinear(DoranLayer):
+class DoranLinear(AdaptedLayer):
     """DoRAN around a linear layer: nn.Linear, a Conv1D with transposed weight, or a quantized linear.
 
     x ``[..., d_in]`` to ``[..., d_out]``.
     """
 
 
-class DoranEmbedding(DoranLayer):
+class DoranEmbedding(AdaptedLayer):
     """DoRAN around nn.Embedding, whose matrix is seen as ``[dim, num_embeddings]``. Tokens to ``[..., dim]``."""
 
 
-class DoranConv2d(DoranLayer):
+class DoranConv2d(AdaptedLayer):
     """DoRAN around nn.Conv2d; the norm is taken per output channel."""
 
 
-class DoranConv(DoranLayer):
+class DoranConv(AdaptedLayer):
     """DoRAN around nn.Conv1d or nn.Conv3d, likewise."""
 
 
 def wrap(
     base_layer: nn.Module, config: DoranConfig, *, name: str = "", factor_builder: FactorBuilder | None = None
-) -> DoranLayer:
+) -> AdaptedLayer:
     """The module that fits a base layer.
 
     Raises:
         TargetError: if DoRAN cannot adapt it.
     """
-    kinds: dict[str, type[DoranLayer]] = {"embedding": DoranEmbedding, "conv2d": DoranConv2d, "conv": DoranConv}
+    kinds: dict[str, type[AdaptedLayer]] = {"embedding": DoranEmbedding, "conv2d": DoranConv2d, "conv": DoranConv}
     layer_class = kinds.get(base_view(base_layer, name).kind, DoranLinear)
     return layer_class(base_layer, config, name=name, factor_builder=factor_builder)

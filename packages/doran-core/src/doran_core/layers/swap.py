@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -114,7 +114,16 @@ class WeightSwap:
             setattr(view.layer, view.parameter, self._original)
         self._original = None
 
-    def refuse_loading(self, name: str) -> None:
-        """Raise if W' is in: values loaded now would be lost when W0 comes back."""
-        if self.active:
+    def refuse_loading(self, name: str, state_dict: Mapping[str, object], prefix: str) -> None:
+        """Refuse base weights while W' is in: they would be lost when W0 comes back.
+
+        Args:
+            name: the adapted layer's name, for the error.
+            state_dict: what is being loaded.
+            prefix: of the adapted layer's keys in it.
+
+        Raises:
+            DoranError: W' is in, and the state dict has weights of the base layer.
+        """
+        if self.active and any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
             raise DoranError(f"{name}: its adapter is merged; unmerge it before loading base weights")
