@@ -1,4 +1,4 @@
-"""The folded form was called "compiled" before: each public spelling of that name works, and says the present one."""
+"""Names that were changed after 0.1, such as "compiled" for the folded form: each works, and says the present one."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import doran_core
-from doran_core import DoranConfig, adapt, adapter, convert, read_folded
+from doran_core import DoranConfig, adapt, adapter, convert, layers, read_folded
 from doran_core.cli.main import main
 
 
@@ -20,6 +20,7 @@ from doran_core.cli.main import main
         (adapter, "read_compiled", "read_folded"),
         (adapter, "write_compiled", "write_folded"),
         (convert, "compile_adapter", "fold_adapter"),
+        (layers, "DoranLayer", "AdaptedLayer"),
     ],
 )
 def test_names(package, former, present):
