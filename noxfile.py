@@ -210,7 +210,7 @@ def serve(session: nox.Session) -> None:
 
 @nox.session
 def load(session: nox.Session) -> None:
-    """doran-serve under load for ten minutes, every answer checked; e.g. ``nox -s load -- --minutes 2 --seed 7``."""
+    """doran-serve under load for ten minutes, every answer checked; e.g. ``nox -s load -- --short --seed 7``."""
     install_vllm(session)
     install(session, "serve", extra={"serve": "[test]"})
     session.run("python", "packages/doran-serve/tests/load.py", *session.posargs)

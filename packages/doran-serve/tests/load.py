@@ -1,7 +1,8 @@
 """Serving under load: many adapters that come, go, change and break while clients ask, and every answer is checked.
 
-`python load.py --minutes 10` is the long form, `test_load.py` the short one. What may be answered follows from what
-the directory held while the request was open: the tokens of a version that was there, or a refusal if it was broken.
+`python load.py` is the long form, ten minutes; `python load.py --short`, as `test_load.py`, is half a minute. What may
+be answered follows from what the directory held while the request was open: the tokens of a version that was there, or
+a refusal if it was broken.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ FORMS = ("folded", "lora", "folded", "dora", "folded", "lora", "trainable", "lor
 TARGETS = ("q_proj", "v_proj", "gate_proj", "down_proj")
 BAD_NAMES = ("..", ".", ".hidden", "x" * 300, "a/b", "../adapters", "nobody", "\x00")
 PROMPTS = 3
+LONG = {"seconds": 600.0, "adapters": 200, "clients": 32}
+SHORT = {"seconds": 30.0, "adapters": 24, "clients": 16}
 APART = 1e-3
 """The least distance of the best two logits, for each token of an answer that is checked."""
 State = str | int  # "gone", "broken", or the version that lies there
@@ -322,26 +325,26 @@ def resident(process: int) -> float:
 def main() -> int:
     """The long form; the exit code is 1 unless everything held."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--adapters", type=int, default=200)
-    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--short", action="store_true", help=f"{SHORT} instead of {LONG}")
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--adapters", type=int)
+    parser.add_argument("--clients", type=int)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # the model is tiny: more threads wait for each other, here and in the server
     import models
+    import torch
 
+    torch.set_num_threads(1)
+    form = SHORT if options.short else LONG
+    adapters, clients = (int(getattr(options, name) or form[name]) for name in ("adapters", "clients"))
+    seconds = 60 * options.minutes if options.minutes else form["seconds"]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DORAN_CACHE_DIR"] = f"{folder}/cache"
         base = models.build_tiny("llama", Path(folder, "base"))
-        load = Load(
-            base,
-            models.Reference(base),
-            Path(folder),
-            adapters=options.adapters,
-            clients=options.clients,
-            seed=options.seed,
-        )
-        print(f"seed {options.seed}: {options.adapters} adapters, {options.clients} clients", flush=True)
-        report = load.run(60 * options.minutes)
+        load = Load(base, models.Reference(base), Path(folder), adapters=adapters, clients=clients, seed=options.seed)
+        print(f"seed {options.seed}: {adapters} adapters, {clients} clients, {seconds:.0f} s", flush=True)
+        report = load.run(seconds)
     print(report.line())
     for fault in (report.wrong + report.unanswered)[:20]:
         print(fault)
