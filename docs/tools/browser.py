@@ -1,10 +1,10 @@
 """Looks at the built site in a real, headless Chromium, as wide as a desktop and as a phone.
 
-    mkdocs build && python docs/tools/browser.py [--shots DIR]
+    mkdocs build && python docs/tools/browser.py [PAGE ...] [--shots DIR]
 
 On every page: no error on the console, no failed request, nothing wider than the screen, and every figure is drawn.
-With --shots, a picture of each page in both widths and both colour schemes. Exits with 2, loudly, where there is no
-Chromium; the session `docs` does not run it. Needs `websocket-client`.
+With --shots, a picture of each whole page in both widths and both colour schemes. Without a Chromium, prints so and
+exits with 2; the session `docs` does not run this file. Needs `websocket-client`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from places import REPOSITORY
 SITE = REPOSITORY / "build" / "site"
 SCREENS = {"phone": (390, 844), "desktop": (1280, 900)}
 SCHEMES = ("light", "dark")
+TALLEST = 12_000
+"""Pixels of a picture's height: Chromium draws no taller ones reliably."""
 MEASURE = """(() => {
   const edge = window.innerWidth + 1
   const scrolled = 'pre, code, .md-typeset__scrollwrap'
@@ -41,6 +43,7 @@ MEASURE = """(() => {
     .filter(e => e.getBoundingClientRect().right > edge && !e.closest(scrolled))
   return JSON.stringify({
     width: document.documentElement.scrollWidth,
+    height: document.documentElement.scrollHeight,
     screen: window.innerWidth,
     wide: wide.slice(0, 3).map(e => `${e.tagName} ${e.className} ${e.textContent.slice(0, 40)}`),
     undrawn: drawn.filter(empty).map(i => i.src),
@@ -50,13 +53,14 @@ MEASURE = """(() => {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="such as howto/vllm; by default all")
     parser.add_argument("--shots", type=Path, metavar="DIR", help="write a picture of each page")
     arguments = parser.parse_args()
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
-        print("browser.py: NOT CHECKED: no Chromium on this machine", file=sys.stderr)
+        print("browser.py: nothing checked: no Chromium on this machine", file=sys.stderr)
         return 2
-    paths = sorted(file.parent.relative_to(SITE).as_posix() for file in SITE.rglob("index.html"))
+    paths = arguments.pages or sorted(file.parent.relative_to(SITE).as_posix() for file in SITE.rglob("index.html"))
     with served(SITE) as address, Chromium(program) as chromium:
         problems = [problem for path in paths for problem in look_at(chromium, address, path, arguments.shots)]
     print(f"{len(paths)} pages, {len(SCREENS)} widths, {len(SCHEMES)} schemes: {len(problems)} problems")
@@ -179,7 +183,8 @@ def look_at(chromium: Chromium, address: str, path: str, shots: Path | None) -> 
             yield from (f"{where}: figure not drawn: {source}" for source in seen["undrawn"])
             if shots is not None:
                 shots.mkdir(parents=True, exist_ok=True)
-                picture = chromium.send("Page.captureScreenshot", captureBeyondViewport=False)["data"]
+                whole = {"x": 0, "y": 0, "width": width, "height": min(seen["height"], TALLEST), "scale": 1}
+                picture = chromium.send("Page.captureScreenshot", captureBeyondViewport=True, clip=whole)["data"]
                 name = f"{path.replace('/', '_') if path != '.' else 'index'}-{screen}-{scheme}.png"
                 (shots / name).write_bytes(base64.b64decode(picture))
 
