@@ -147,6 +147,39 @@ def _trained(task: Task, runs: Sequence[Run], device: torch.device) -> tuple[Any
     return _Adapted(task.model, config, seeds, device, scaled=method.scaled), rank
 
 
+class _Stack:
+    """The runs that are trained side by side: what trains in each, their classifiers, and the classes' logits."""
+
+    def __init__(self, task: Task, runs: Sequence[Run], device: torch.device) -> None:
+        self.task, self.runs, self.count = task, runs, len(runs)
+        self.trained, self.rank = _trained(task, runs, device)
+        heads = [task.head(run.seed) for run in runs]
+        self.weight = torch.stack([w for w, _ in heads]).to(device).requires_grad_()
+        self.bias = torch.stack([b for _, b in heads]).to(device).requires_grad_()
+        self.tensors = [*self.trained.tensors(), self.weight, self.bias]
+
+    def rates(self) -> list[Tensor]:
+        """The learning rates of :attr:`tensors`."""
+        first, own = self.runs[0], self.trained.tensors()
+        rates = torch.tensor([run.rate for run in self.runs], device=self.weight.device)
+        head_rates = rates if first.method == "head" else torch.full_like(rates, first.head_rate)
+        own_rates = [rates[0] if METHODS[first.method].whole else rates] * len(own)
+        if (b_rate := dict(first.options).get("b_rate")) is not None:
+            own_rates[0] = rates[:, None] * self.trained.multiples(float(b_rate))
+        return [*own_rates, head_rates, head_rates]
+
+    def logits(self, examples: Examples, chosen: Tensor, longest: int | None) -> Tensor:
+        """``[K, n, classes]`` for indices ``[K, n]``."""
+        inputs, lengths = examples.take(chosen.flatten(), longest)
+        features = self.task.features(self.trained.model, inputs, lengths).view(self.count, chosen.shape[1], -1)
+        return torch.baddbmm(self.bias[:, None], features, self.weight.mT)
+
+    def sizes(self) -> dict[str, int]:
+        """What each run trains, for its record."""
+        head = self.weight[0].numel() + self.bias[0].numel()
+        return {"rank": self.rank, "parameters": self.trained.size, "head_parameters": head}
+
+
 def train_runs(
     task: Task, data: tuple[Examples, Examples, Examples], runs: Sequence[Run], device: torch.device
 ) -> Outcome:
@@ -159,73 +192,26 @@ def train_runs(
         device: where to compute.
     """
     started = time.monotonic()
-    first, count = runs[0], len(runs)
-    trained, rank = _trained(task, runs, device)
-    heads = [task.head(run.seed) for run in runs]
-    weight = torch.stack([w for w, _ in heads]).to(device).requires_grad_()
-    bias = torch.stack([b for _, b in heads]).to(device).requires_grad_()
-    rates = torch.tensor([run.rate for run in runs], device=device)
-    head_rates = rates if first.method == "head" else torch.full_like(rates, first.head_rate)
-    tensors = [*trained.tensors(), weight, bias]
-    own_rates = [rates] * len(trained.tensors()) + [head_rates] * 2
-    if (b_rate := dict(first.options).get("b_rate")) is not None:
-        own_rates[0] = rates[:, None] * trained.multiples(float(b_rate))
-    if METHODS[first.method].whole:
-        own_rates = [rates[0]] * len(trained.tensors()) + [head_rates] * 2
-    optimizer = _Adam(tensors, own_rates)
-    torch.manual_seed(first.seed)  # masks and noise are drawn on the device, for the whole stack
-
-    schedule = bucket_schedule(task.split.buckets, first.steps)
-    order = np.stack([
-        batches_of(task.split, subset(task.split, r.fraction, r.seed), r.steps, r.batch, r.seed) for r in runs
-    ], axis=1)  # [steps, K, batch]  # fmt: skip
-    indices = torch.from_numpy(order).to(device)
-    train = data[0]
-    losses = torch.empty(first.steps, count, device=device)
-    gradient_norms = torch.empty(first.steps, count, device=device)
+    first = runs[0]
+    stack = _Stack(task, runs, device)
+    trained = stack.trained
     points = sorted({round(p) for p in np.linspace(0, first.steps, TAU_POINTS)}) if trained.layers else []
-    states: list[tuple[Tensor, Tensor]] = []
-
-    def logits_of(examples: Examples, chosen: Tensor, longest: int | None) -> Tensor:
-        """``[K, n, classes]`` for indices ``[K, n]``."""
-        inputs, lengths = examples.take(chosen.flatten(), longest)
-        features = task.features(trained.model, inputs, lengths).view(count, chosen.shape[1], -1)
-        return torch.baddbmm(bias[:, None], features, weight.mT)
-
-    for step in range(first.steps):
-        if step in points:
-            states.append(trained.tau_and_norm())
-        trained.prepare(training=True)
-        longest = task.split.longest[schedule[step]] if task.split.longest else None
-        logits = logits_of(train, indices[step], longest)
-        labels = train.labels[indices[step]]
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(count, -1).mean(1)
-        gradients = torch.autograd.grad(loss.sum(), tensors)
-        losses[step] = loss.detach()
-        gradient_norms[step] = _norms(gradients, count)
-        optimizer.step(gradients, rate_factor(step, first.steps))
-    if first.steps in points:
-        states.append(trained.tau_and_norm())
+    curves = _steps(stack, data[0], points)
 
     trained.prepare(training=False)
     measures = {
-        "validation": _evaluate(logits_of, data[1], count, first.evaluated),
-        "test": _evaluate(logits_of, data[2], count, first.evaluated),
+        "validation": _evaluate(stack.logits, data[1], stack.count, first.evaluated),
+        "test": _evaluate(stack.logits, data[2], stack.count, first.evaluated),
     }
-    curves = {"loss": losses.T.cpu().numpy(), "gradient": gradient_norms.T.cpu().numpy()}
-    if states:
-        curves["tau"] = torch.stack([tau for tau, _ in states], dim=1).numpy()
-        curves["norm"] = torch.stack([norm for _, norm in states], dim=1).numpy()
     factor_rows: list[dict[str, float]] = [{} for _ in runs]
     if first.measure_factors and trained.layers:
         curves["spectrum"], factor_rows = _factor_measures(trained)
-    seconds = (time.monotonic() - started) / count
+    seconds = (time.monotonic() - started) / stack.count
     rows = []
     for k, run in enumerate(runs):
         row = {
-            "id": run.id, "rank": rank, "parameters": trained.size,
-            "head_parameters": weight[0].numel() + bias[0].numel(),
-            "seconds": round(seconds, 3), "stack": count, "device": _device_name(device),
+            "id": run.id, **stack.sizes(),
+            "seconds": round(seconds, 3), "stack": stack.count, "device": _device_name(device),
         }  # fmt: skip
         for part, (accuracy, loss_of) in measures.items():
             row[f"{part}_accuracy"], row[f"{part}_loss"] = round(accuracy[k], 5), _finite(loss_of[k])
@@ -235,6 +221,41 @@ def train_runs(
             row["norm_end"] = _finite(float(curves["norm"][k, -1].mean()))
         rows.append(row)
     return Outcome(rows, curves, points, trained.layers)
+
+
+def _steps(stack: _Stack, train: Examples, points: Sequence[int]) -> dict[str, np.ndarray]:
+    """Train for all steps; the curves of losses and gradient norms, and of tau and the row norms at the points."""
+    task, runs, first, trained = stack.task, stack.runs, stack.runs[0], stack.trained
+    optimizer = _Adam(stack.tensors, stack.rates())
+    torch.manual_seed(first.seed)  # masks and noise are drawn on the device, for the whole stack
+    schedule = bucket_schedule(task.split.buckets, first.steps)
+    order = np.stack([
+        batches_of(task.split, subset(task.split, r.fraction, r.seed), r.steps, r.batch, r.seed) for r in runs
+    ], axis=1)  # [steps, K, batch]  # fmt: skip
+    device = stack.weight.device
+    indices = torch.from_numpy(order).to(device)
+    losses = torch.empty(first.steps, stack.count, device=device)
+    gradient_norms = torch.empty(first.steps, stack.count, device=device)
+    states: list[tuple[Tensor, Tensor]] = []
+    for step in range(first.steps):
+        if step in points:
+            states.append(trained.tau_and_norm())
+        trained.prepare(training=True)
+        longest = task.split.longest[schedule[step]] if task.split.longest else None
+        logits = stack.logits(train, indices[step], longest)
+        labels = train.labels[indices[step]]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(stack.count, -1).mean(1)
+        gradients = torch.autograd.grad(loss.sum(), stack.tensors)
+        losses[step] = loss.detach()
+        gradient_norms[step] = _norms(gradients, stack.count)
+        optimizer.step(gradients, rate_factor(step, first.steps))
+    if first.steps in points:
+        states.append(trained.tau_and_norm())
+    curves = {"loss": losses.T.cpu().numpy(), "gradient": gradient_norms.T.cpu().numpy()}
+    if states:
+        curves["tau"] = torch.stack([tau for tau, _ in states], dim=1).numpy()
+        curves["norm"] = torch.stack([norm for _, norm in states], dim=1).numpy()
+    return curves
 
 
 def _norms(gradients: Sequence[Tensor], count: int) -> Tensor:

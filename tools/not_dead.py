@@ -38,6 +38,7 @@ _.peft_type
 _.supports_lora_conversion
 _.target_module_mapping
 _.tuner_layer_cls
+_.unload_and_optionally_merge_module
 tied_weight_keys
 
 # Called by transformers while a decoder is traced: the interface of its cache.
