@@ -176,7 +176,7 @@ class DoranExperts(nn.Module):
         count = next(iter(self.stacks().values())).view.experts
         if len(routes) != 1 or routes[0].numel() >= _PER_EXPERT * count:
             return None
-        chosen: Tensor = torch.unique(routes[0])  # type: ignore[no-untyped-call]
+        chosen: Tensor = torch.unique(routes[0])
         return chosen[chosen < count]
 
     def unload_and_optionally_merge_module(
