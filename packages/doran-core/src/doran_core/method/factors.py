@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from doran_core.errors import ConfigError
 from doran_core.method.config import DoranConfig
 from doran_core.method.factor_start import first_output_weight, first_values
-from doran_core.method.shared_network import SharedNetwork
+from doran_core.method.shared_network import NetworkHolder, SharedNetwork
 from doran_core.support.sharding import carried, read
 
 __all__ = [
@@ -205,7 +205,7 @@ class FactorTrunk(SharedNetwork):
         return nn.Parameter(w2_A), nn.Parameter(w2_B)
 
 
-class GeneratedFactors(nn.Module):
+class GeneratedFactors(NetworkHolder):
     """``A = H_A @ W2_A.T`` and ``B = (H_B @ W2_B.T).T`` with H from a trunk that other layers may share.
 
     Each expert of a stack has a W2 of its own, ``[experts, d_in, h]`` and ``[experts, d_out, h]``; all experts share

@@ -7,13 +7,15 @@ is there, a copy of a layer takes its networks along, and a layer taken out leav
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["SharedNetwork", "shared_networks", "tensors_by_layer"]
+from doran_core.support.sharding import is_dtensor
+
+__all__ = ["NetworkHolder", "SharedNetwork", "shared_networks", "tensors_by_layer"]
 
 
 class SharedNetwork(nn.Module):
@@ -48,6 +50,30 @@ class SharedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_written_to": None, "_missing": None, "_pending": []}
+
+
+class NetworkHolder(nn.Module):
+    """Base of the modules that hold shared networks.
+
+    FSDP2 shards what it finds below a unit through ``children()``, and fails at parameters that an earlier unit has
+    sharded. A network that is sharded already is therefore no child here: it stays with the first unit that has it, and
+    the layers of the other units gather it for each use (:func:`doran_core.support.sharding.read`).
+    """
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As nn.Module's, without the networks that FSDP2 has sharded."""
+        return ((name, child) for name, child in super().named_children() if not _is_sharded_network(child))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NetworkHolder:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for child in self._modules.values() if recurse else ():
+            if child is not None and _is_sharded_network(child):
+                child._apply(fn)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _is_sharded_network(module: nn.Module) -> bool:
+    return isinstance(module, SharedNetwork) and any(map(is_dtensor, module.parameters()))
 
 
 def _accept_other_names(network: SharedNetwork, incompatible: Any) -> None:
@@ -88,12 +114,12 @@ def tensors_by_layer(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Ten
 def shared_networks(model: nn.Module) -> dict[SharedNetwork, list[str]]:
     """Each shared network of a model with the names of the modules that hold it, in the model's order.
 
-    For training that cuts a model into units: a network whose holders lie in several units belongs to the unit around
-    them all.
+    Before ``fully_shard`` each can be made a unit of its own, which gathers it once for all its uses:
+    ``fully_shard(network, reshard_after_forward=False)``.
     """
     found: dict[SharedNetwork, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        for child in module.children():
+        for child in dict.fromkeys(module._modules.values()):
             if isinstance(child, SharedNetwork):
                 found.setdefault(child, []).append(name)
     return found
