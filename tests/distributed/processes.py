@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
 __all__ = ["Pair", "RemoteError"]
 
 WORLD = 2
+_START = 600.0
+"""Seconds for both processes to import and to meet; on a busy machine the imports alone have taken five minutes."""
 
 
 class RemoteError(Exception):
@@ -31,10 +33,17 @@ class RemoteError(Exception):
 
 
 class Pair:
-    """Two processes; ``run(function, *args)`` calls the function in both and returns ``[result of 0, result of 1]``."""
+    """Two processes; ``run(function, *args)`` calls the function in both and returns ``[result of 0, result of 1]``.
 
-    def __init__(self, timeout: float = 400.0) -> None:
+    Args:
+        timeout: seconds for one call; that the processes start, and import, has a limit of its own.
+        preload: modules that both import before they meet. A process that imports one alone, in the middle of a test,
+            lets the other wait in a collective.
+    """
+
+    def __init__(self, timeout: float = 400.0, preload: Sequence[str] = ("doran_hf",)) -> None:
         self._timeout = timeout
+        self._preload = preload
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -48,15 +57,20 @@ class Pair:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
+        return self._answers(f"{function.__name__}{args}", self._timeout)
+
+    def _answers(self, question: str, timeout: float) -> list[Any]:
+        """What both processes send; both are ended if one raises, ends, or says nothing in time."""
         results: dict[int, Any] = {}
-        end = time.monotonic() + self._timeout
+        end = time.monotonic() + timeout
         while len(results) < WORLD:
             ready = multiprocessing.connection.wait(
-                [pipe for rank, pipe in enumerate(self._pipes) if rank not in results], timeout=end - time.monotonic()
+                [pipe for rank, pipe in enumerate(self._pipes) if rank not in results],
+                timeout=max(0.0, end - time.monotonic()),
             )
             if not ready:
                 self.stop()
-                raise TimeoutError(f"{function.__name__}{args}: no answer within {self._timeout:.0f} s")
+                raise TimeoutError(f"{question}: no answer within {timeout:.0f} s")
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
@@ -80,23 +94,22 @@ class Pair:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         self._folder = tempfile.TemporaryDirectory(prefix="doran-gloo-")
+        meeting = f"file://{self._folder.name}/store"  # a port that is free now may be another's when it is used
         for rank in range(WORLD):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, meeting, self._preload, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(mine)
+        self._answers("start", _START)
 
 
-def _serve(rank: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, meeting: str, preload: Sequence[str], pipe: Connection) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     quiet = os.open(os.devnull, os.O_WRONLY)  # what the libraries say of every step; errors go through the pipe
@@ -105,7 +118,12 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for name in preload:
+        import_module(name)
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=_START)
+    )
+    pipe.send(("", None))
     while True:
         try:
             function, args = pipe.recv()

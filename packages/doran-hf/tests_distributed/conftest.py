@@ -17,7 +17,7 @@ from processes import Pair
 @pytest.fixture(scope="session")
 def pairs() -> Iterator[dict[bool, Pair]]:
     """Two of them: ZeRO-3 exchanges PyTorch's linear function in its processes, which autocast does not see."""
-    made = {False: Pair(), True: Pair()}
+    made = {False: Pair(), True: Pair(preload=("doran_hf", "deepspeed"))}
     yield made
     for each in made.values():
         each.stop()
