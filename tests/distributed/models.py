@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["Adaptation", "Block", "Model", "Outcome", "adapted", "batches", "handle_of", "train"]
 
 WIDTH = 32
-TARGETS = ["query", "value", "up", "down"]
+TARGETS = ("query", "value", "up", "down")
 
 
 class Block(nn.Module):
@@ -69,17 +69,23 @@ class Adaptation:
     checkpointing: str = ""
 
 
-def adapted(how: Adaptation, dtype: torch.dtype = torch.float32, model: nn.Module | None = None) -> nn.Module:
+def adapted(
+    how: Adaptation,
+    dtype: torch.dtype = torch.float32,
+    model: nn.Module | None = None,
+    targets: Sequence[str] = TARGETS,
+) -> nn.Module:
     """A model with its adapter, the same in each process; doran-core's handle is its attribute `doran_handle`."""
     model = make_model(dtype) if model is None else model
     for module in model.modules():
         if isinstance(module, Block):
             module.checkpointing = how.checkpointing
     torch.manual_seed(1)
+    options = {"target_modules": list(targets), **how.options}
     if how.method == "core":
         import doran_core
 
-        handle = doran_core.adapt(model, doran_core.DoranConfig(rank=4, target_modules=TARGETS, **how.options))
+        handle = doran_core.adapt(model, doran_core.DoranConfig(rank=4, **options))
         object.__setattr__(model, "doran_handle", handle)
         return model
     import peft
@@ -87,8 +93,8 @@ def adapted(how: Adaptation, dtype: torch.dtype = torch.float32, model: nn.Modul
     if how.method == "hf":
         from doran_hf import DoranConfig
 
-        return peft.get_peft_model(model, DoranConfig(rank=4, target_modules=TARGETS, **how.options))  # type: ignore[arg-type]
-    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=TARGETS, **how.options))  # type: ignore[arg-type]
+        return peft.get_peft_model(model, DoranConfig(rank=4, **options))  # type: ignore[arg-type]
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, **options))  # type: ignore[arg-type]
 
 
 def handle_of(model: nn.Module) -> Any:

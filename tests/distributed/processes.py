@@ -19,6 +19,9 @@ WORLD = 2
 _START = 600.0
 """Seconds for both processes to import and to meet; on a busy machine the imports alone have taken five minutes."""
 
+_IN_STEP = 30.0
+"""Seconds that the second process has to fail like the first."""
+
 
 class RemoteError(Exception):
     """A process failed; the message is its traceback.
@@ -51,7 +54,8 @@ class Pair:
         """Results by rank.
 
         Raises:
-            RemoteError: one of them raised; the other may wait for it in a collective, so both are started anew.
+            RemoteError: one of them raised. The other may wait for it in a collective: unless it raises likewise soon,
+                both are started anew.
         """
         if not self._processes:
             self._start()
@@ -60,17 +64,20 @@ class Pair:
         return self._answers(f"{function.__name__}{args}", self._timeout)
 
     def _answers(self, question: str, timeout: float) -> list[Any]:
-        """What both processes send; both are ended if one raises, ends, or says nothing in time."""
+        """What both processes send.
+
+        Raises:
+            RemoteError: the first failure. Where both failed alike they stay in step, and go on.
+            TimeoutError: one said nothing in time.
+        """
         results: dict[int, Any] = {}
+        failed: dict[int, RemoteError] = {}
         end = time.monotonic() + timeout
-        while len(results) < WORLD:
-            ready = multiprocessing.connection.wait(
-                [pipe for rank, pipe in enumerate(self._pipes) if rank not in results],
-                timeout=max(0.0, end - time.monotonic()),
-            )
+        while len(results) + len(failed) < WORLD:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results and rank not in failed]
+            ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, end - time.monotonic()))
             if not ready:
-                self.stop()
-                raise TimeoutError(f"{question}: no answer within {timeout:.0f} s")
+                break
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
@@ -78,10 +85,18 @@ class Pair:
                 except EOFError:
                     kind, value = "ProcessDied", "the process ended"
                 if kind:
-                    self.stop()
-                    raise RemoteError(rank, kind, value)
-                results[rank] = value
-        return [results[rank] for rank in range(WORLD)]
+                    failed[rank] = RemoteError(rank, kind, value)
+                    end = min(end, time.monotonic() + _IN_STEP)
+                else:
+                    results[rank] = value
+        if len(results) == WORLD:
+            return [results[rank] for rank in range(WORLD)]
+        kinds = {error.kind for error in failed.values()}
+        if len(failed) < WORLD or len(kinds) > 1 or "ProcessDied" in kinds:
+            self.stop()
+        if failed:
+            raise next(iter(failed.values()))
+        raise TimeoutError(f"{question}: no answer within {timeout:.0f} s")
 
     def stop(self) -> None:
         """End both processes."""

@@ -28,6 +28,7 @@ class Options:
         accumulate: micro-batches per step.
         steps: optimizer steps.
         penalty: add the factors' penalty to the loss.
+        static_graph: DDP's.
     """
 
     strategy: str = "single"
@@ -39,6 +40,7 @@ class Options:
     steps: int = 10
     learning_rate: float = 1e-2
     penalty: bool = False
+    static_graph: bool = False
 
 
 class Spread:
@@ -144,7 +146,7 @@ def _single(model: nn.Module, options: Options, block: type[nn.Module]) -> Sprea
 
 
 def _ddp(model: nn.Module, options: Options, block: type[nn.Module]) -> Spread:
-    return Spread(nn.parallel.DistributedDataParallel(model), model, options)
+    return Spread(nn.parallel.DistributedDataParallel(model, static_graph=options.static_graph), model, options)
 
 
 def _fsdp1(model: nn.Module, options: Options, block: type[nn.Module]) -> Spread:

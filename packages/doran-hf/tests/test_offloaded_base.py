@@ -61,3 +61,81 @@ def test_a_device_map_that_offloads(tmp_path: Path) -> None:
         loaded = get_peft_model(offloaded("device_map", tmp_path), DoranConfig())
     set_peft_model_state_dict(loaded, load_peft_weights(tmp_path / "a"))
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def loaded_onto(way: str, adapter: Path, folder: Path, *, is_trainable: bool = False) -> Any:
+    """An adapter on an offloaded base, by the way that works for it."""
+    base = offloaded(way, folder)
+    if way != "device_map":
+        return PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable)
+    model = get_peft_model(base, DoranConfig(target_modules=TARGETS))
+    set_peft_model_state_dict(model, load_peft_weights(adapter))
+    return model
+
+
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "device_map"])
+def test_merging_onto_an_offloaded_base_and_back(way: str, tmp_path: Path) -> None:
+    model = get_peft_model(make_llama(), DoranConfig(target_modules=TARGETS))
+    disturb(model)
+    expected, base = logits(model), logits(make_llama())
+    model.save_pretrained(tmp_path / "a")
+    loaded = loaded_onto(way, tmp_path / "a", tmp_path)
+    unmerged = logits(loaded)
+    loaded.merge_adapter()
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+    loaded.unmerge_adapter()
+    assert torch.equal(logits(loaded), unmerged)
+    with loaded.disable_adapter():
+        torch.testing.assert_close(logits(loaded), base, atol=1e-6, rtol=1e-6)
+    loaded.save_pretrained(tmp_path / "again")
+    fingerprints = [DoranConfig.from_pretrained(str(tmp_path / name)).base_fingerprint for name in ("a", "again")]
+    assert fingerprints[0] is not None
+    assert fingerprints[0] == fingerprints[1]
+    whole = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(whole), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "device_map"])
+def test_gradients_on_an_offloaded_base(way: str, tmp_path: Path) -> None:
+    """Trainer refuses such bases itself; in a loop of one's own they train as others do."""
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    model = get_peft_model(make_llama(), DoranConfig(target_modules=TARGETS))
+    disturb(model)
+    model.save_pretrained(tmp_path / "a")
+    loaded = loaded_onto(way, tmp_path / "a", tmp_path, is_trainable=True)
+    for each in (model, loaded):
+        each.train()
+        each(input_ids=tokens, labels=tokens).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: p.grad for name, p in loaded.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(
+            found[name], grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload"])
+def test_doran_core_on_an_offloaded_base(way: str, tmp_path: Path) -> None:
+    import doran_core
+
+    config = doran_core.DoranConfig(rank=4, target_modules=TARGETS)
+    whole = make_llama()
+    torch.manual_seed(1)
+    handle = doran_core.adapt(whole, config)
+    for layer in handle.layers.values():
+        torch.nn.init.normal_(layer.doran_adapter.factors.w2_B, std=0.1)
+    handle.save(tmp_path / "one")
+    base = offloaded(way, tmp_path)
+    loaded = doran_core.load(base, tmp_path / "one")
+    torch.testing.assert_close(logits(base), logits(whole), atol=1e-5, rtol=1e-5)
+    assert loaded.base_fingerprint() == handle.base_fingerprint()
+    handle.save(tmp_path / "folded", form="folded")
+    loaded.save(tmp_path / "again", form="folded")
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("folded", "again"))
+    assert one == two
+    with pytest.raises(TargetError, match=r"partitioned by ZeRO-3 or offloaded; .*doran merge"):
+        loaded.merge()

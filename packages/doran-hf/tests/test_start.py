@@ -52,12 +52,13 @@ def test_every_family_starts_at_the_base_model(family: str, targets: str | None)
     assert (logits(wrapped, family) - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("autocast", [True, False])  # False is TRL's choice under ZeRO-3
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", MAKERS)
-def test_half_precision_base_starts_equal_to_the_bit(family: str, dtype: torch.dtype) -> None:
+def test_half_precision_base_starts_equal_to_the_bit(family: str, dtype: torch.dtype, autocast: bool) -> None:
     model = MAKERS[family](dtype)
     expected = logits(model, family)
-    wrapped = get_peft_model(model, DoranConfig(target_modules="all-linear"))
+    wrapped = get_peft_model(model, DoranConfig(target_modules="all-linear"), autocast_adapter_dtype=autocast)
     assert torch.equal(logits(wrapped, family), expected)
     for layer in doran_layers(wrapped):
         assert all(tensor.dtype == torch.float32 for tensor in layer.doran_adapter.parameters())
@@ -69,3 +70,20 @@ def test_adapter_stays_float32_when_the_model_is_cast() -> None:
     model.to(torch.bfloat16)
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "doran_" in n)
     assert torch.equal(logits(model), reference)
+
+
+@pytest.mark.parametrize("factors", ["generated", "static"])
+def test_a_trained_adapter_is_not_rounded_when_the_model_is_cast(factors: str) -> None:
+    config = {"target_modules": "all-linear", "factors": factors}
+    model = get_peft_model(make_llama(), DoranConfig(**config), autocast_adapter_dtype=False)
+    disturb(model)
+    before = {name: p.clone() for name, p in model.named_parameters() if "doran_" in name}
+    on_half = get_peft_model(make_llama(torch.bfloat16), DoranConfig(**config), autocast_adapter_dtype=False)
+    for name, parameter in on_half.named_parameters():
+        if name in before:
+            parameter.data.copy_(before[name])
+    model.to(torch.bfloat16)
+    assert {p.dtype for name, p in model.named_parameters() if "doran_" not in name} == {torch.bfloat16}
+    for name, parameter in model.named_parameters():
+        assert name not in before or (parameter.dtype == torch.float32 and torch.equal(parameter, before[name]))
+    assert torch.equal(logits(model), logits(on_half))  # and ||W0||^2 is that of the rounded weight

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from models import Adaptation, train
 from processes import Pair, RemoteError
@@ -20,6 +18,15 @@ RIGHT: dict[str, tuple[Adaptation, Options]] = {
     "fsdp2, accumulation": (Adaptation(), Options("fsdp2", accumulate=2)),
     "fsdp2, checkpointing": (Adaptation(checkpointing="plain"), Options("fsdp2")),
     "fsdp2, reentrant checkpointing": (Adaptation(checkpointing="reentrant"), Options("fsdp2")),
+    "fsdp2, model-wide": (Adaptation(options=MODEL_WIDE), Options("fsdp2")),
+    "fsdp2, model-wide, kept after the forward": (Adaptation(options=MODEL_WIDE), Options("fsdp2", reshard=False)),
+    "fsdp2, model-wide, accumulation, checkpointing": (
+        Adaptation(checkpointing="plain", options=MODEL_WIDE), Options("fsdp2", accumulate=2)
+    ),
+    "fsdp2, model-wide, each Linear a unit": (Adaptation(options=MODEL_WIDE), Options("fsdp2", units="linear")),
+    "fsdp2, model-wide, shared output layers": (
+        Adaptation(options={**MODEL_WIDE, "share_output": True}), Options("fsdp2")
+    ),
     "fsdp2, penalty": (Adaptation(options=PENALTY), Options("fsdp2", penalty=True)),
     "fsdp1, one unit": (Adaptation(), Options("fsdp1", units="root")),
     "fsdp1, checkpointing": (Adaptation(checkpointing="plain"), Options("fsdp1")),
@@ -29,13 +36,19 @@ RIGHT: dict[str, tuple[Adaptation, Options]] = {
     "ddp, penalty": (Adaptation(options=PENALTY), Options("ddp", penalty=True)),
     "ddp, checkpointing, model-wide": (Adaptation(checkpointing="plain", options=MODEL_WIDE), Options("ddp")),
     "ddp, reentrant checkpointing": (Adaptation(checkpointing="reentrant"), Options("ddp")),
+    "ddp, reentrant checkpointing, static graph, model-wide": (
+        Adaptation(checkpointing="reentrant", options=MODEL_WIDE), Options("ddp", static_graph=True)
+    ),
+    "ddp, checkpointing, penalty": (
+        Adaptation(checkpointing="plain", options=PENALTY), Options("ddp", penalty=True)
+    ),
     "zero2, accumulation": (Adaptation(), Options("zero2", accumulate=2)),
     "zero2, penalty": (Adaptation(options=PENALTY), Options("zero2", penalty=True)),
     "zero3, model-wide": (Adaptation(options=MODEL_WIDE), Options("zero3")),
     "zero3, penalty": (Adaptation(options=PENALTY), Options("zero3", penalty=True)),
     "zero3, checkpointing": (Adaptation(checkpointing="plain"), Options("zero3")),
     "zero3, accumulation": (Adaptation(), Options("zero3", accumulate=2)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["core", "hf"])
@@ -48,17 +61,23 @@ def test_it_is_one_process(pair: Pair, setting: str, method: str) -> None:
     assert max(found) < EXACT, found
 
 
-REFUSED: dict[str, tuple[dict[str, Any], Options]] = {
-    "fsdp1, penalty": (PENALTY, Options("fsdp1", penalty=True)),
-    "fsdp1 NO_SHARD, model-wide": (MODEL_WIDE, Options("fsdp1", no_shard=True)),
-    "fsdp1, model-wide": (MODEL_WIDE, Options("fsdp1")),
-}
+REFUSED: dict[str, tuple[Adaptation, Options, str]] = {
+    "fsdp1, penalty": (Adaptation(options=PENALTY), Options("fsdp1", penalty=True), "use FSDP2"),
+    "fsdp1 NO_SHARD, model-wide": (Adaptation(options=MODEL_WIDE), Options("fsdp1", no_shard=True), "use FSDP2"),
+    "fsdp1, model-wide": (Adaptation(options=MODEL_WIDE), Options("fsdp1"), "use FSDP2"),
+    "ddp, reentrant checkpointing, model-wide": (
+        Adaptation(checkpointing="reentrant", options=MODEL_WIDE), Options("ddp"), "use_reentrant=False"
+    ),
+    "ddp, reentrant checkpointing, penalty": (
+        Adaptation(checkpointing="reentrant", options=PENALTY), Options("ddp", penalty=True), "static_graph=True"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["core", "hf"])
 @pytest.mark.parametrize("setting", REFUSED)
 def test_it_is_refused_with_the_remedy(pair: Pair, setting: str, method: str) -> None:
-    options, spreading = REFUSED[setting]
-    with pytest.raises(RemoteError, match="use FSDP2") as caught:
-        pair.run(train, Adaptation(method, options), spreading)
+    how, options, remedy = REFUSED[setting]
+    with pytest.raises(RemoteError, match=remedy) as caught:
+        pair.run(train, Adaptation(method, how.options, how.checkpointing), options)
     assert caught.value.kind == "TargetError"

@@ -23,6 +23,7 @@ __all__ = [
     "call_hooks",
     "current_stream",
     "direct_launch",
+    "distributed_data_parallel",
     "has_saved_tensor_hooks",
     "is_replica",
     "keep_saved_tensors",
@@ -36,6 +37,12 @@ _C, _LAUNCH = "torch._C", "Triton's own launch takes under 10 microseconds"
 NAMES: tuple[tuple[str, str, str, str], ...] = (
     (_C, "_current_graph_task_id", "a checkpoint's recomputation", "torch.utils.checkpoint tells it publicly"),
     ("torch._C._autograd", "_top_saved_tensors_default_hooks", "non-reentrant checkpointing", "likewise"),
+    (
+        "torch.nn.parallel.distributed.DistributedDataParallel",
+        "_active_ddp_module",
+        "DDP fails at parameters that two backward passes inside one use",
+        "DDP takes them, or a module can ask whether DDP calls it",
+    ),
     (_C, "_are_functorch_transforms_active", "vmap and grad take the reference", "torch.func has a query"),
     (_C, "_len_torch_dispatch_stack", "modes, as of selective checkpointing, see operations", "they have a query"),
     (_C, "_get_tracing_state", "a trace must not hold weight sides as constants", "torch.jit.trace is gone"),
@@ -72,6 +79,11 @@ def backward_pass() -> int:
 def has_saved_tensor_hooks() -> bool:
     """Whether hooks pack what autograd saves: non-reentrant checkpointing, offloading."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def distributed_data_parallel() -> torch.nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward pass is running, or None."""
+    return torch.nn.parallel.DistributedDataParallel._active_ddp_module
 
 
 def needs_single_operations() -> bool:

@@ -14,6 +14,7 @@ from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.kernels import dispatch
 from doran_core.kernels.adapted_linear import without_autocast
 from doran_core.kernels.prepare import Runtime
+from doran_core.kernels.torch_internals import backward_pass, distributed_data_parallel, has_saved_tensor_hooks
 from doran_core.layers import traced
 from doran_core.layers.base import BaseView
 from doran_core.method.config import DoranConfig
@@ -56,6 +57,8 @@ class DoranAdapter(nn.Module):
         self._base_version: tuple[int, int, torch.dtype] | None = None
         self.base_digest: bytes | None = None
         self.called = False
+        self._is_reused = config.factor_penalty > 0.0 or (config.sharing == "model" and config.factors == "generated")
+        self._ddp_fails = False
         # PyTorch's fused encoder layers read weights past the modules that hold them, unless a module in them has a
         # hook: a seldom called one has it here, for a hook doubles what a call costs.
         self.tau.register_forward_pre_hook(_no_operation)
@@ -202,12 +205,26 @@ class DoranAdapter(nn.Module):
             BackendError: an implementation was asked for by name (doran_core.kernels) and cannot run here.
         """
         vars(self)["called"] = True  # nn.Module's own way of setting takes ten times as long
+        if self._is_reused and not torch.compiler.is_compiling():
+            self._refuse_second_backward()
         if torch.compiler.is_compiling():
             return traced.forward(self, view, x, base_output)
         y = dispatch.run(self, view, x, base_output)
         if y is None:
             y = self._reference_forward(view, x, view.layer(x) if base_output is None else base_output)
         return y
+
+    def _refuse_second_backward(self) -> None:
+        """Refuse what DistributedDataParallel cannot do: parameters that reentrant checkpointing uses once more."""
+        ddp = distributed_data_parallel()
+        if ddp is not None:
+            vars(self)["_ddp_fails"] = ddp.require_backward_grad_sync and not ddp.static_graph
+        elif self._ddp_fails and backward_pass() >= 0 and torch.is_grad_enabled() and not has_saved_tensor_hooks():
+            raise TargetError(
+                f"{self.spec.name}: under DistributedDataParallel reentrant checkpointing allows a parameter one use, "
+                "and sharing='model' or a factor penalty uses the adapter's more than once; checkpoint with "
+                "use_reentrant=False, or make DistributedDataParallel with static_graph=True"
+            )
 
     def _reference_forward(self, view: BaseView, x: Tensor, base_output: Tensor) -> Tensor:
         """The formulas under autograd, for every kind of layer."""
