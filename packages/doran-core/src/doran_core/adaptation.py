@@ -99,6 +99,11 @@ def load(
         BaseMismatchError: if the fingerprints of the base weights differ.
     """
     saved = read_trainable(path)
+    if stack := next((name for name, parts in saved.modules.items() if parts["magnitude"].dim() == 2), None):
+        raise TargetError(
+            f"{path}: adapts the stacked expert weights {stack}, which takes the experts module's own routing: load it "
+            "with doran-hf (PeftModel.from_pretrained), or merge it into the checkpoint (doran merge)"
+        )
     handle = _adapt(model, saved.config, factor_builder, saved.modules)
     try:
         handle.load_record(saved, path, allow_base_mismatch)

@@ -15,10 +15,11 @@ from doran_core.checkpoint.ties import base_parameter, tied_parameters
 from doran_core.errors import BaseMismatchError
 from doran_core.support.names import plain_name
 from doran_hf.config import DoranConfig
+from doran_hf.expert_layers import DoranStack
 from doran_hf.layer import DoranLayer, doran_layers
-from doran_hf.renaming import stored_name
+from doran_hf.renaming import StoredStack, stored_name, stored_stack
 
-__all__ = ["base_fingerprint", "base_ties", "check_base", "module_kinds", "stored_names"]
+__all__ = ["base_fingerprint", "base_ties", "check_base", "module_kinds", "stored_experts", "stored_names"]
 
 
 def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
@@ -51,9 +52,33 @@ def _by_compiled_names(model: nn.Module, adapter_name: str) -> str | None:
 
 
 def module_kinds(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Kinds of the adapted layers that are not plain linear ones, by module name."""
-    kinds = {layer.name: layer.view.kind for layer in doran_layers(model, adapter_name)}
+    """Kinds of the adapted layers that are not plain linear ones, by module name; of a stack as a checkpoint has it."""
+    kinds: dict[str, str] = {layer.name: layer.view.kind for layer in doran_layers(model, adapter_name)}
+    for name, stored in _stored_stacks(model, adapter_name).items():
+        kinds[name] = "conv1d" if stored.transposed else "linear"
     return {name: kind for name, kind in kinds.items() if kind not in ("linear", "opaque")}
+
+
+def stored_experts(model: nn.Module, adapter_name: str) -> dict[str, list[str]]:
+    """For adapted stacks that the base's checkpoint holds as matrices of single experts: their names.
+
+    ``{}`` stands for an expert's number; several names hold its rows one below the other.
+    """
+    return {name: stored.experts for name, stored in _stored_stacks(model, adapter_name).items() if stored.experts}
+
+
+def _stored_stacks(model: nn.Module, adapter_name: str) -> dict[str, StoredStack]:
+    base = _base(model)
+    stacks = [layer for layer in doran_layers(model, adapter_name) if isinstance(layer, DoranStack)]
+    if not isinstance(base, PreTrainedModel):
+        return {}
+    found = {
+        stack.name: stored_stack(
+            base, plain_name(stack.name), stack.view.experts, stack.view.d_out, transposed=stack.view.transposed
+        )
+        for stack in stacks
+    }
+    return {name: stored for name, stored in found.items() if stored is not None}
 
 
 def base_ties(model: nn.Module) -> dict[str, str]:
@@ -77,7 +102,11 @@ def stored_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     for name, _ in base.named_parameters():
         if name.startswith(tuple(f"{place}." for place in saved)) and (plain := base_parameter(name)) is not None:
             wanted.add(plain)
-    names = {parameter: stored_name(base, parameter) for parameter in sorted(wanted)}
+    stacks = _stored_stacks(model, adapter_name)
+    names = {
+        parameter: stacks[parameter].name if parameter in stacks else stored_name(base, parameter)
+        for parameter in sorted(wanted)
+    }
     return {parameter: name for parameter, name in names.items() if name not in (None, parameter)}
 
 

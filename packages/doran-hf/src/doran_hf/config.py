@@ -58,6 +58,7 @@ class DoranConfig(AdapterOptions, PeftConfig):
         module_kinds: kinds of the adapted layers that are not linear, written on saving for readers without the model.
         ties: each tied parameter of the base model and its source, likewise.
         stored_names: the names that the base's checkpoint has for parameters which transformers renames, likewise.
+        stored_experts: the names that the base's checkpoint has for the single experts of stacked weights, likewise.
         tensors_digest, digest: of the saved files, against damage; written on saving and checked on loading.
 
     Raises:
@@ -79,6 +80,9 @@ class DoranConfig(AdapterOptions, PeftConfig):
     )
     stored_names: dict[str, str] | None = field(
         default=None, metadata={"help": "Names of renamed parameters in the base's checkpoint; filled on saving."}
+    )
+    stored_experts: dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "Names of single experts' weights in the base's checkpoint; filled on saving."}
     )
     tensors_digest: str | None = field(default=None, metadata={"help": "Of the saved tensors; filled on saving."})
     digest: str | None = field(default=None, metadata={"help": "Of the saved configuration; filled on saving."})
@@ -138,8 +142,8 @@ class DoranConfig(AdapterOptions, PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: JSON-ready, name lists in a fixed order, facts of the model included."""
         values: dict[str, Any] = super().to_dict() | self._saved_facts
-        # doran_core refuses the first two, as it should, and versions before target_parameters the third.
-        for name in ("trainable_token_indices", "layer_replication", "target_parameters"):
+        # doran_core refuses the first two, as it should, and versions before target_parameters the others.
+        for name in ("trainable_token_indices", "layer_replication", "target_parameters", "stored_experts"):
             if not values.get(name):
                 values.pop(name, None)
         return {name: _listed(value) for name, value in values.items() if name not in NOT_SAVED}

@@ -24,7 +24,7 @@ from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
 from doran_core.support.names import plain_name
 from doran_core.targets import matches, refuse_read, warn_unused_patterns
-from doran_hf.base_check import base_fingerprint, base_ties, check_base, module_kinds, stored_names
+from doran_hf.base_check import base_fingerprint, base_ties, check_base, module_kinds, stored_experts, stored_names
 from doran_hf.combine import add_weighted_adapter
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
@@ -267,6 +267,7 @@ class DoranModel(BaseTuner):
                 module_kinds=module_kinds(model, adapter_name),
                 ties=base_ties(model),
                 stored_names=stored_names(model, adapter_name),
+                stored_experts=stored_experts(model, adapter_name),
                 created_by=created_by().replace("doran-core", "doran-hf with doran-core"),
             )
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,8 @@ class LayerFactors:
         tau: ``[1]``, ``[d_out]`` or a number.
         scale: c ``[d_out]`` where it is known without the base (folded; LoRA, whose c is 1), else None.
         kind: how the base keeps the weight, if the adapter says so.
+        stack: the parameter that the layer is one expert of; None for an ordinary layer.
+        expert: its number in the stack.
     """
 
     name: str
@@ -42,6 +44,14 @@ class LayerFactors:
     tau: Tensor | float
     scale: Tensor | None
     kind: Kind | None
+    stack: str | None = None
+    expert: int = 0
+
+    def rows(self, rows: slice) -> LayerFactors:
+        """The layer that these rows are by themselves."""
+        tau = self.tau[rows] if isinstance(self.tau, Tensor) and self.tau.numel() > 1 else self.tau
+        magnitude, scale = (None if vector is None else vector[rows] for vector in (self.magnitude, self.scale))
+        return replace(self, B=self.B[rows], magnitude=magnitude, tau=tau, scale=scale)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -111,7 +121,18 @@ def _evaluate_trainable(
             "(factor_builder, or --factor-builder MODULE:NAME of the doran command), or use the folded form"
         )
     built = build_adapters(adapter.config, adapter.modules, d_in, factor_builder if own else None)
-    return [layer_factors(name, module, adapter.module_kinds.get(name)) for name, module in built.items()]
+    layers = [layer_factors(name, module, adapter.module_kinds.get(name)) for name, module in built.items()]
+    return [part for layer in layers for part in ([layer] if layer.A.dim() == 2 else _experts(layer))]
+
+
+def _experts(layer: LayerFactors) -> Iterator[LayerFactors]:
+    """The matrices of a stack as layers of their own."""
+    magnitude, tau = layer.magnitude, layer.tau
+    assert magnitude is not None
+    for expert, (A, B) in enumerate(zip(layer.A, layer.B, strict=True)):
+        own = tau[expert] if isinstance(tau, Tensor) and tau.dim() == 2 else tau
+        name = f"{layer.name}[{expert}]"
+        yield replace(layer, name=name, A=A, B=B, magnitude=magnitude[expert], tau=own, stack=layer.name, expert=expert)
 
 
 @torch.no_grad()

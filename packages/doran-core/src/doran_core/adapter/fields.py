@@ -19,7 +19,7 @@ CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(DoranConfig
 _OWN_FIELDS = frozenset(
     {
         *("peft_type", "format_version", "base_fingerprint", "created_by", "module_kinds"),
-        *("ties", "stored_names", TENSORS_DIGEST, DIGEST),
+        *("ties", "stored_names", "stored_experts", TENSORS_DIGEST, DIGEST),
     }
 )
 _RECORD_FIELDS = frozenset({"base_model_name_or_path", "task_type"})

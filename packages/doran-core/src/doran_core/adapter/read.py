@@ -218,6 +218,7 @@ def _read_trainable(folder: OpenDirectory, fields: dict[str, Any]) -> TrainableA
         peft_fields=peft_fields(fields),
         ties=_name_map(path, fields, "ties"),
         stored_names=_name_map(path, fields, "stored_names"),
+        stored_experts=_stored_experts(path, fields.get("stored_experts") or {}),
         created_by=_optional_text(path, fields, "created_by") or "unknown",
         digest=_optional_text(path, fields, DIGEST),
     )
@@ -248,6 +249,18 @@ def _name_map(path: Path, fields: Mapping[str, Any], name: str) -> dict[str, str
     if not isinstance(value, dict) or not all(isinstance(target, str) for target in value.values()):
         raise CorruptFileError(f"{path}: {name}={value!r}, expected an object of parameter names, or null")
     return value
+
+
+def _stored_experts(path: Path, value: object) -> dict[str, list[str]]:
+    valid = isinstance(value, dict) and all(
+        isinstance(names, list) and names and all(isinstance(name, str) and name.count("{}") == 1 for name in names)
+        for names in value.values()
+    )
+    if not valid:
+        raise CorruptFileError(
+            f"{path}: stored_experts={value!r}, expected for each parameter a list of names with one '{{}}'"
+        )
+    return dict(value)  # type: ignore[call-overload, no-any-return]
 
 
 def _check_extra(file: Path, extra: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:

@@ -125,6 +125,8 @@ class TrainableAdapter:
         extra, base_fingerprint, base_model, task_type, ties, stored_names, created_by, digest: as in
             :class:`FoldedAdapter`.
         module_kinds: kinds of the modules that are not linear.
+        stored_experts: for stacked expert weights that a checkpoint holds as one matrix an expert: the names of these,
+            with ``{}`` for the expert's number; several hold an expert's rows one below the other.
         peft_fields: PEFT's own fields of adapter_config.json, kept as they are.
     """
 
@@ -138,6 +140,7 @@ class TrainableAdapter:
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
     ties: Mapping[str, str] | None = None
     stored_names: Mapping[str, str] | None = None
+    stored_experts: Mapping[str, list[str]] = field(default_factory=dict)
     created_by: str = field(default_factory=created_by)
     digest: str | None = None
 

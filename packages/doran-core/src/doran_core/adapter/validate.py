@@ -124,18 +124,21 @@ def _check_module(where: str, config: DoranConfig, module: str, tensors: Mapping
     if "magnitude" not in tensors:
         raise MissingKeyError(f"{where}: {module}: no tensor 'magnitude'")
     magnitude, rank = tensors["magnitude"], config.rank_for(module)
-    if magnitude.dim() != 1 or magnitude.numel() == 0:
-        raise TensorShapeError(f"{where}: {module}: magnitude has shape {list(magnitude.shape)}, expected [d_out]")
-    rows = magnitude.shape[0]
+    if magnitude.dim() not in (1, 2) or magnitude.numel() == 0:
+        raise TensorShapeError(
+            f"{where}: {module}: magnitude has shape {list(magnitude.shape)}, expected [d_out], or [experts, d_out]"
+        )
+    experts = magnitude.shape[0] if magnitude.dim() == 2 else None
     _check_presence(where, module, tensors, "tau.raw", config.tau_kind != "zero", f"tau_kind={config.tau_kind!r}")
     _check_presence(where, module, tensors, "experts.coefficients", config.experts, f"experts={config.experts}")
     if "tau.raw" in tensors:
-        check_vector(where, f"{module}.tau.raw", tensors["tau.raw"], _tau_size(config, rows, f"{where}: {module}"))
+        size = _tau_size(config, magnitude.shape[-1], f"{where}: {module}", experts)
+        check_vector(where, f"{module}.tau.raw", tensors["tau.raw"], size)
     if "experts.coefficients" in tensors and tensors["experts.coefficients"].shape != (rank,):
         shape = list(tensors["experts.coefficients"].shape)
         raise RankError(f"{where}: {module}.experts.coefficients: shape {shape}, expected [{rank}], the rank")
     if config.factors == "static":
-        _check_static(where, module, tensors, rank, rows)
+        _check_static(where, module, tensors, rank)
 
 
 def _check_presence(
@@ -147,20 +150,43 @@ def _check_presence(
         raise UnexpectedKeyError(f"{where}: {module}: tensor {part!r}, which {because} does not have")
 
 
-def _tau_size(config: DoranConfig, rows: int, where: str) -> int:
+def _tau_size(config: DoranConfig, rows: int, where: str, experts: int | None) -> int:
     try:
-        return tau_size(config, rows, where)
+        return tau_size(config, rows, where, experts)
     except ConfigError as error:  # here it is the file that is at fault
         raise AdapterFormatError(str(error)) from error
 
 
-def _check_static(where: str, module: str, tensors: Mapping[str, Tensor], rank: int, rows: int) -> None:
+def _check_static(where: str, module: str, tensors: Mapping[str, Tensor], rank: int) -> None:
     for part in ("factors.A", "factors.B"):
         _check_presence(where, module, tensors, part, True, "factors='static'")
     A, B = tensors["factors.A"], tensors["factors.B"]
+    rows = _rows(tensors)
+    if tensors["magnitude"].dim() == 2:
+        A, B = _first_expert(where, module, {"factors.A": A, "factors.B": B}, len(tensors["magnitude"]))
     check_pair(where, module, A, B, rank)
     if B.shape[0] != rows:
         raise TensorShapeError(f"{where}: {module}.factors.B: {B.shape[0]} rows, magnitude has {rows}")
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> int:
+    """d_out, of one expert where the module is a stack of them."""
+    return tensors["magnitude"].shape[-1]
+
+
+def _first_expert(where: str, module: str, tensors: Mapping[str, Tensor], experts: int) -> list[Tensor]:
+    """The first expert's part of each tensor of a stack; the others have the same shape.
+
+    Raises:
+        TensorShapeError: a tensor that is no stack of as many matrices as there are experts.
+    """
+    for part, tensor in tensors.items():
+        if tensor.dim() != 3 or len(tensor) != experts:
+            raise TensorShapeError(
+                f"{where}: {module}.{part}: shape {list(tensor.shape)}, expected {experts} matrices, for the magnitude "
+                f"has {experts} rows, one an expert"
+            )
+    return [tensor[0] for tensor in tensors.values()]
 
 
 def own_generator_parts(config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
@@ -177,7 +203,13 @@ def own_generator_parts(config: DoranConfig, modules: Mapping[str, Mapping[str, 
 
 
 def _check_generated(where: str, config: DoranConfig, module: str, tensors: Mapping[str, Tensor]) -> None:
-    rows = tensors["magnitude"].shape[0]
+    rows = _rows(tensors)
+    if tensors["magnitude"].dim() == 2:
+        held = {part: tensors[part] for part in _OUTPUTS if part in tensors}
+        tensors = {
+            **tensors,
+            **dict(zip(held, _first_expert(where, module, held, len(tensors["magnitude"])), strict=True)),
+        }
     for part in _OUTPUTS:
         because = f"factors='generated' with share_output={config.share_output}"
         _check_presence(where, module, tensors, part, not config.share_output, because)
@@ -215,7 +247,7 @@ def _check_trunks(where: str, config: DoranConfig, modules: Mapping[str, Mapping
         for name in names:
             wanted = [f"{TRUNK}A.embedding", f"{TRUNK}B.embedding"]
             if config.share_output:
-                wanted.append(f"{TRUNK}output_B.{modules[name]['magnitude'].shape[0]}")
+                wanted.append(f"{TRUNK}output_B.{_rows(modules[name])}")
             for part in wanted:
                 if part not in held:
                     raise MissingKeyError(f"{where}: no tensor {part!r} in any of {names}, which {name} needs")

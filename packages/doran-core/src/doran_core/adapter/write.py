@@ -85,6 +85,8 @@ def write_trainable(adapter: TrainableAdapter, directory: StrPath, *, overwrite:
     if adapter.module_kinds:
         fields["module_kinds"] = dict(adapter.module_kinds)
     fields |= {"ties": _names(adapter.ties), "stored_names": _names(adapter.stored_names)}
+    if adapter.stored_experts:
+        fields["stored_experts"] = dict(adapter.stored_experts)
     fields = sealed(fields, flat)
     check_fields(where, fields)
     _check_replaceable(Path(directory), overwrite)

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,12 +49,14 @@ class BoundModule:
         key: the tensor that the merge changes. For a tied weight it may be one that the checkpoint lacks.
         file: where the weight lies.
         kind: how it is kept.
+        slot: which matrix of a tensor that holds all experts it is; None where the tensor is its own.
     """
 
     factors: LayerFactors
     key: str
     file: WeightFile
     kind: Kind
+    slot: int | None = None
 
     @property
     def name(self) -> str:
@@ -62,7 +66,7 @@ class BoundModule:
     @property
     def parameter(self) -> str:
         """The weight's name in the model that was adapted."""
-        return f"{self.name}.weight"
+        return self.factors.stack or f"{self.name}.weight"
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
@@ -182,36 +186,74 @@ def _bind(
             f"{where} was made for base weights with fingerprint {expected}, but {checkpoint.directory} has "
             f"{found}{hint}; pass allow_base_mismatch if you know that they fit"
         )
-    kept = without_copies(adapter.extra, names, {module.parameter: module.file for module in modules}, where)
-    extra = by_base_names(kept, names, {module.parameter: module.file for module in modules}, where)
-    _check_ties_known(names, checkpoint, modules, kept, where)
+    ordinary = [module for module in modules if module.factors.stack is None]
+    kept = without_copies(adapter.extra, names, {module.parameter: module.file for module in ordinary}, where)
+    extra = by_base_names(kept, names, {module.parameter: module.file for module in ordinary}, where)
+    _check_ties_known(names, checkpoint, ordinary, kept, where)
     return BoundAdapter(adapter, checkpoint, names, modules, extra, kept, found)
 
 
 def _modules(
     adapter: AnyAdapter, names: ModelNames, checkpoint: Checkpoint, where: str, factor_builder: FactorBuilder | None
 ) -> Iterator[BoundModule]:
-    places = {name: names.locate(f"{name}.weight") for name in adapter.modules}
-    _check_distinct({name: key for name, (key, _) in places.items()}, where)
-    _check_matrices((file for _, file in places.values()), where)
+    places = _places(adapter, names)
+    _check_distinct(places, where)
+    _check_matrices((place.file for parts in places.values() for place in parts), where)
     columns = None
     if isinstance(adapter, TrainableAdapter):
-        columns = {
-            name: _columns(places[name][1].entry.shape, parts["magnitude"].shape[0])
-            for name, parts in adapter.modules.items()
-        }
+        columns = {name: _columns(places, name, parts["magnitude"]) for name, parts in adapter.modules.items()}
     layers = evaluate(adapter, columns, factor_builder=factor_builder)
     transposed = _fan_in_fan_out(adapter)
     for layer in layers:
-        key, file = places[layer.name]
-        if file.entry.dtype not in _MERGEABLE:
-            raise CheckpointError(
-                f"{file.path}: {file.entry.key}: dtype {file.entry.dtype}; adapters merge into {list(_MERGEABLE)}, "
-                "not into quantized weights"
-            )
-        name = f"{file.path}: {file.entry.key} (adapter {where})"
-        kind = decide_kind(name, file.entry.shape, layer.sizes, layer.kind, fan_in_fan_out=transposed)
-        yield BoundModule(layer, key, file, kind)
+        parts = places[layer.name]
+        for part, place in zip(_cut(layer, parts, where), parts, strict=True):
+            file = place.file
+            if file.entry.dtype not in _MERGEABLE:
+                raise CheckpointError(
+                    f"{file.path}: {file.entry.key}: dtype {file.entry.dtype}; adapters merge into {list(_MERGEABLE)}, "
+                    "not into quantized weights"
+                )
+            name = f"{file.path}: {file.entry.key} (adapter {where})"
+            kind = decide_kind(name, file.entry.shape, part.sizes, layer.kind, fan_in_fan_out=transposed)
+            yield BoundModule(part, place.key, file, kind, place.slot)
+
+
+class _Place(NamedTuple):
+    """One tensor of a layer: its key, where it lies, and which matrix of a stack in one tensor it is."""
+
+    key: str
+    file: WeightFile
+    slot: int | None = None
+
+
+def _places(adapter: AnyAdapter, names: ModelNames) -> dict[str, list[_Place]]:
+    """The tensors of every layer by its name as evaluated; an expert of a stack may have several."""
+    places: dict[str, list[_Place]] = {}
+    for name, module in adapter.modules.items():
+        experts = len(module["magnitude"]) if isinstance(module, dict) and module["magnitude"].dim() == 2 else None
+        if experts is None:
+            places[name] = [_Place(*names.locate(f"{name}.weight"))]
+            continue
+        assert isinstance(adapter, TrainableAdapter)
+        is_one, found = names.locate_experts(name, adapter.stored_experts.get(name, []), experts)
+        for expert, parts in enumerate(found):
+            places[f"{name}[{expert}]"] = [_Place(*part, expert if is_one else None) for part in parts]
+    return places
+
+
+def _cut(layer: LayerFactors, parts: Sequence[_Place], where: str) -> list[LayerFactors]:
+    """The layer's rows as its tensors hold them, one below the other.
+
+    Raises:
+        CheckpointError: the tensors have another number of rows together.
+    """
+    if len(parts) == 1:
+        return [layer]
+    ends = list(accumulate(place.file.entry.shape[0] for place in parts))
+    if ends[-1] != layer.sizes[0]:
+        keys = [place.key for place in parts]
+        raise CheckpointError(f"{keys} have {ends[-1]} rows, {layer.name} of the adapter {where} has {layer.sizes[0]}")
+    return [layer.rows(slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _check_ties_known(
@@ -247,18 +289,21 @@ def _fan_in_fan_out(adapter: AnyAdapter) -> bool:
     return isinstance(adapter, TrainableAdapter) and bool(adapter.peft_fields.get("fan_in_fan_out"))
 
 
-def _columns(shape: Sequence[int], rows: int) -> int:
-    """d_in of a weight with d_out = `rows`; wrong sizes are found later, with a better message."""
-    sizes = matrix_shape(shape, "linear")
-    return sizes[1] if sizes[0] == rows else sizes[0]
+def _columns(places: Mapping[str, Sequence[_Place]], name: str, magnitude: Tensor) -> int:
+    """d_in of a module by its weight's shape and its d_out; wrong sizes are found later, with a better message."""
+    parts = places.get(name) or places[f"{name}[0]"]
+    sizes = matrix_shape(parts[0].file.entry.shape, "linear")
+    return sizes[1] if len(parts) > 1 or sizes[0] == magnitude.shape[-1] else sizes[0]
 
 
-def _check_distinct(keys: Mapping[str, str], where: str) -> None:
+def _check_distinct(places: Mapping[str, Sequence[_Place]], where: str) -> None:
     """Refuse two modules with one weight."""
-    owners: dict[str, str] = {}
-    for module, key in keys.items():
-        if owners.setdefault(key, module) != module:
-            raise CheckpointError(f"{where}: {owners[key]} and {module} would both adapt {key}")
+    owners: dict[tuple[str, int | None], str] = {}
+    for module, parts in places.items():
+        for place in parts:
+            owner = owners.setdefault((place.key, place.slot), module)
+            if owner != module:
+                raise CheckpointError(f"{where}: {owner} and {module} would both adapt {place.key}")
 
 
 def _check_matrices(weights: Iterable[WeightFile], where: str) -> None:
@@ -272,15 +317,21 @@ def _check_matrices(weights: Iterable[WeightFile], where: str) -> None:
 
 def checkpoint_fingerprint(modules: list[BoundModule]) -> str:
     """The fingerprint of the modules' weights, from the few values of each file that count."""
+    weights: dict[str, list[BoundModule]] = {}  # the parts of a stack count as one, one below the other
+    for module in modules:
+        weights.setdefault(module.factors.stack or module.name, []).append(module)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return combine_digests(zip((module.name for module in modules), pool.map(_digest, modules), strict=True))
+        return combine_digests(zip(weights, pool.map(_digest, weights, weights.values()), strict=True))
 
 
-def _digest(module: BoundModule) -> bytes:
-    shape = matrix_shape(module.file.entry.shape, module.kind)
-    if is_transposed(module.kind):
-        return weight_digest(module.name, to_matrix(module.file.read(), module.kind))
-    stride, samples = sample_stride(*shape), []
-    for rows, weight in module.weight_rows():
-        samples.append(weight.flatten()[-rows.start * shape[1] % stride :: stride].clone())
-    return samples_digest(module.name, shape, torch.cat(samples))
+def _digest(name: str, parts: list[BoundModule]) -> bytes:
+    sizes = [matrix_shape(part.file.entry.shape, part.kind) for part in parts]
+    if len(parts) == 1 and is_transposed(parts[0].kind):
+        return weight_digest(name, to_matrix(parts[0].file.read(), parts[0].kind))
+    shape = sum(rows for rows, _ in sizes), sizes[0][1]
+    stride, samples, start = sample_stride(*shape), [], 0
+    for part, (rows_of_part, columns) in zip(parts, sizes, strict=True):
+        for rows, weight in part.weight_rows():
+            samples.append(weight.flatten()[-(start + rows.start) * columns % stride :: stride].clone())
+        start += rows_of_part
+    return samples_digest(name, shape, torch.cat(samples))

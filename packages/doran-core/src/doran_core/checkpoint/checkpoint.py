@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ class WeightFile:
             for start in range(0, total, step):
                 part = slice(start, min(start + step, total))
                 yield part, read_rows(fd, self.entry, part, out=buffer[: part.stop - start])
+
+    def parts(self) -> list[WeightFile]:
+        """The matrices of a tensor of three dimensions, each as a tensor of its own in the same place."""
+        entry = self.entry
+        size = entry.nbytes // max(1, entry.shape[0])
+        starts = (entry.start + size * number for number in range(entry.shape[0]))
+        return [replace(self, entry=replace(entry, shape=entry.shape[1:], start=s, stop=s + size)) for s in starts]
 
     def read(self) -> Tensor:
         """The whole tensor in the file's dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,35 @@ class ModelNames:
             return key, self._checkpoint.file(key) if key in self._checkpoint else group.file
         key = self._key(parameter)
         return key, self._checkpoint.file(key)
+
+    def locate_experts(
+        self, parameter: str, patterns: Sequence[str], experts: int
+    ) -> tuple[bool, list[list[tuple[str, WeightFile]]]]:
+        """Where the matrices of a stacked parameter are: in one tensor, or in tensors of their own.
+
+        Args:
+            parameter: its name in the model.
+            patterns: names of one expert's tensors, with ``{}`` for its number; they hold its rows one below the other.
+            experts: how many there are.
+
+        Returns:
+            Whether it is one tensor, and for each expert the names and places of its parts.
+
+        Raises:
+            CheckpointError: the checkpoint has neither, or another number of experts.
+        """
+        first = [pattern.replace("{}", "0") for pattern in patterns[:1]]
+        if any(name in self._checkpoint or self._checkpoint.similar(name) for name in first):
+            names = [[pattern.replace("{}", str(expert)) for pattern in patterns] for expert in range(experts)]
+            return False, [[self.locate(name) for name in own] for own in names]
+        key, file = self.locate(parameter)
+        shape = file.entry.shape
+        if len(shape) != 3 or shape[0] != experts:
+            raise CheckpointError(
+                f"{file.path}: {key} has shape {list(shape)}, the adapter has {experts} experts, so expected "
+                f"[{experts}, rows, columns]"
+            )
+        return True, [[(key, part)] for part in file.parts()]
 
     def nominal(self, parameter: str) -> str:
         """The name that a checkpoint of the whole model has for a parameter."""

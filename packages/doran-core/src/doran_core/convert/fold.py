@@ -53,6 +53,11 @@ def fold_adapter(
     )
     if isinstance(adapter, FoldedAdapter):
         return adapter
+    if stack := next((module.factors.stack for module in bound.modules if module.factors.stack), None):
+        raise AdapterFormatError(
+            f"{adapter_dir}: adapts the stacked expert weights {stack}, which the folded form cannot hold: it is a "
+            "PEFT DoRA adapter, and PEFT has none for experts; keep the trainable form, or merge it (doran merge)"
+        )
     modules = {}
     for done, module in enumerate(bound.modules, 1):
         modules[module.name] = fold_layer(module.factors, module.weight_rows(), module.kind, module.kernel)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from doran_core.checkpoint.ties import FLAG_IN_FORWARD
 from doran_core.errors import CheckpointError, ConfigError
 from doran_core.files.layout import DTYPES, Layout, TensorEntry, compose_header, dtype_name
 
-__all__ = ["Content", "Copied", "Given", "MergePlan", "Merged", "ShardPlan", "make_plan"]
+__all__ = ["Content", "Copied", "Given", "MergePlan", "Merged", "MergedExperts", "ShardPlan", "make_plan"]
 
 _CONVERTIBLE = ("F64", "F32", "F16", "BF16")
 
@@ -41,13 +41,20 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class MergedExperts:
+    """A base tensor that holds all experts, with adapters merged into each of its matrices, in their order."""
+
+    experts: tuple[Merged, ...]
+
+
+@dataclass(frozen=True)
 class Given:
     """A tensor from an adapter, in full."""
 
     tensor: Tensor
 
 
-Content = Copied | Merged | Given
+Content = Copied | Merged | MergedExperts | Given
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def make_plan(
     replaced, added = _extra_tensors(checkpoint, adapters, merged)
     contents: dict[str, Content] = {key: Copied(checkpoint.file(key)) for key in checkpoint}
     contents.update({key: Given(tensor) for key, tensor in replaced.items()})
-    contents.update({key: Merged(tuple(updates)) for key, updates in merged.items()})
+    contents.update(merged)
     contents.update({key: Given(tensor) for key, tensor in added.items()})
     names = [bound.names for _, bound in adapters]
     untied = _untie(checkpoint, next((n for n in names if n.ties is not None), names[0]), contents)
@@ -96,17 +103,33 @@ def make_plan(
     return MergePlan(shards, untied, changed)
 
 
-def _merged_tensors(
-    adapters: Sequence[tuple[float, BoundAdapter]],
-) -> dict[str, list[tuple[float, BoundModule]]]:
-    merged: dict[str, list[tuple[float, BoundModule]]] = {}
+def _merged_tensors(adapters: Sequence[tuple[float, BoundAdapter]]) -> dict[str, Merged | MergedExperts]:
+    found: dict[str, dict[int | None, list[tuple[float, BoundModule]]]] = {}
     for weight, adapter in adapters:
         for module in adapter.modules:
-            updates = merged.setdefault(module.key, [])
+            updates = found.setdefault(module.key, {}).setdefault(module.slot, [])
             if updates and updates[0][1].kind != module.kind:
                 raise ConfigError(f"{module.key}: one adapter takes it as {updates[0][1].kind}, one as {module.kind}")
             updates.append((weight, module))
-    return merged
+    return {
+        key: Merged(tuple(slots[None])) if None in slots else MergedExperts(tuple(map(_merged, slots.values())))
+        for key, slots in found.items()
+    }
+
+
+def _merged(updates: Sequence[tuple[float, BoundModule]]) -> Merged:
+    return Merged(tuple(updates))
+
+
+def _parts(entry: TensorEntry, content: Content) -> list[tuple[TensorEntry, Content]]:
+    """A tensor and where its bytes come from; of one with all experts, each matrix by itself."""
+    if not isinstance(content, MergedExperts):
+        return [(entry, content)]
+    size = entry.nbytes // entry.shape[0]
+    return [
+        (replace(entry, shape=entry.shape[1:], start=entry.start + size * i, stop=entry.start + size * (i + 1)), expert)
+        for i, expert in enumerate(content.experts)
+    ]
 
 
 def _extra_tensors(
@@ -153,7 +176,7 @@ def _untie(checkpoint: Checkpoint, names: ModelNames, contents: dict[str, Conten
     """
 
     def is_changed(key: str) -> bool:
-        return isinstance(contents.get(key), Merged | Given)
+        return isinstance(contents.get(key), Merged | MergedExperts | Given)
 
     broken = [group for group in names.groups if any(map(is_changed, group.keys.values()))]
     keeps_flag = checkpoint.config().get("model_type") in FLAG_IN_FORWARD
@@ -207,6 +230,7 @@ def _describe(
     elif isinstance(content, Given):
         name, shape = usual, tuple(content.tensor.shape)
     else:
+        assert not isinstance(content, MergedExperts)  # no stack is a tied parameter that the base lacks
         source = content.file if isinstance(content, Copied) else content.updates[0][1].file
         name, shape = source.entry.dtype, source.entry.shape
     if dtype is not None and name in _CONVERTIBLE:
@@ -217,7 +241,8 @@ def _describe(
 def _keep_layout(layout: Layout, contents: Mapping[str, Content]) -> ShardPlan:
     with open_for_reading(layout.path) as fd:
         header = os.pread(fd, layout.header_bytes, 0)
-    return ShardPlan(layout.path.name, header, [(entry, contents[key]) for key, entry in layout.entries.items()])
+    placed = (part for key, entry in layout.entries.items() for part in _parts(entry, contents[key]))
+    return ShardPlan(layout.path.name, header, list(placed))
 
 
 def _new_layout(
@@ -235,4 +260,5 @@ def _new_layout(
             nbytes = entry.nbytes
         tensors.append((name, dtype, shape, nbytes))
     header, entries = compose_header(tensors, layout.metadata)
-    return ShardPlan(layout.path.name, header, [(entry, contents[outputs[name][0]]) for name, entry in entries.items()])
+    placed = (part for name, entry in entries.items() for part in _parts(entry, contents[outputs[name][0]]))
+    return ShardPlan(layout.path.name, header, list(placed))

@@ -24,7 +24,7 @@ from doran_core.checkpoint.weight_layout import is_transposed, to_matrix
 from doran_core.errors import NonFiniteError
 from doran_core.files.layout import DTYPES, TensorEntry
 from doran_core.files.tensors import write_tensor
-from doran_core.merge.plan import Content, Copied, Given, Merged, ShardPlan
+from doran_core.merge.plan import Content, Copied, Given, Merged, MergedExperts, ShardPlan
 
 __all__ = ["ShardWriter", "merge_threads"]
 
@@ -182,6 +182,8 @@ def _write_content(fd: int, entry: TensorEntry, content: Content, advance: Advan
         advance(entry.nbytes)
     elif isinstance(content, Copied):
         _write_converted(fd, entry, content, dtype, advance)
+    elif isinstance(content, MergedExperts):
+        raise AssertionError("a plan has the matrices of a stack one by one")
     elif is_transposed(content.updates[0][1].kind):
         _write_transposed(fd, entry, content, dtype, advance)
     else:
