@@ -4,6 +4,7 @@ from doran_hf.diagnostics import LayerState as LayerState
 from doran_hf.diagnostics import factor_penalty as factor_penalty
 from doran_hf.diagnostics import layer_states as layer_states
 from doran_hf.diagnostics import tau_by_layer as tau_by_layer
+from doran_hf.folding import save_folded as save_folded
 from doran_hf.hotswap import hotswap_adapter as hotswap_adapter
 from doran_hf.layer import DoranLayer as DoranLayer
 from doran_hf.model import DoranModel as DoranModel

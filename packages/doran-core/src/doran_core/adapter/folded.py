@@ -15,7 +15,10 @@ from doran_core.layers.adapter import DoranAdapter
 
 __all__ = ["fold_layer", "fold_module"]
 
-_PIECE_ELEMENTS = 2**18
+_PIECE = 2**18
+"""Elements of a weight that are in float64 at a time."""
+_PIECE_ON_DEVICE = 2**23
+"""The same on an accelerator, where small pieces would wait for their launches."""
 
 _SMALLEST_NORM = math.sqrt(torch.finfo(torch.float32).tiny)
 """Below it the squares that a float32 norm sums underflow, and PEFT's norm may be 0."""
@@ -58,7 +61,7 @@ def fold_layer(
     """
     # The norm belongs to the factors as they are stored: scaling joins B, and both are rounded, before it is taken.
     A, B = layer.A.float().contiguous(), (layer.B.double() * layer.scaling).float().contiguous()
-    norm = torch.cat(list(_norms(weight_rows, A.double(), B.double())))
+    norm = torch.cat(list(_norms(weight_rows, A.double(), B.double()))).cpu()
     exact = layer.double()
     if exact.scale is not None:
         scale = exact.scale
@@ -70,17 +73,21 @@ def fold_layer(
 
 
 def _norms(weight_rows: Iterable[tuple[slice, Tensor]], A: Tensor, B: Tensor) -> Iterator[Tensor]:
-    """``||W0 + B A||`` of each slice of rows, all through the memory of the first and largest."""
+    """``||W0 + B A||`` of each slice of rows, on the weight's device, all in the memory of the first and largest."""
     memory = None
     for rows, weight in weight_rows:
         if memory is None:
-            memory = torch.empty(weight.shape, dtype=torch.float64)
+            memory = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
+            A, B = A.to(weight.device), B.to(weight.device)
         yield row_norm(weight, A, B[rows], 1.0, out=memory[: weight.shape[0]])
 
 
 def _pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """A weight in memory as slices of rows, so that its float64 copy stays small."""
-    step = max(1, _PIECE_ELEMENTS // max(1, weight.shape[1]))
+    if weight.device.type == "mps":  # it has no float64
+        weight = weight.cpu()
+    elements = _PIECE if weight.device.type == "cpu" else _PIECE_ON_DEVICE
+    step = max(1, elements // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
-        yield rows, weight[rows].detach().cpu()
+        yield rows, weight[rows].detach()
