@@ -188,7 +188,7 @@ class DoranLoading(StockWorkerManager):
         if config.get("use_dora") or config.get("peft_type") == "DORAN":
             raise AdapterFormatError(
                 f"adapter {lora_request.lora_name!r}: another package (such as verl) hands vLLM an adapter's tensors, "
-                "and loads LoRA alone that way; load a DoRA or DoRAN adapter with doran_serve.reload_adapter"
+                "and loads LoRA alone that way; for DoRA and DoRAN use doran_serve.reload_adapter, or merged weights"
             )
         return super()._load_adapter(lora_request)
 
