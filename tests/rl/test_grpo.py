@@ -1,0 +1,264 @@
+"""TRL's GRPOTrainer with a real vLLM: every rollout is the policy's, by merged weights and by the adapter alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="the session `serve` has vLLM")
+pytest.importorskip("trl", reason="the session `serve` installs TRL")
+
+import torch
+from datasets import Dataset
+from models import build_tiny
+from peft import LoraConfig, get_peft_model
+from servers import Server
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer
+from trl.generation import vllm_generation
+from vllm import SamplingParams
+
+from doran_core.errors import ConfigError, DoranError
+from doran_hf import DoranConfig, save_folded
+from doran_serve import AdapterSync, with_adapter_sync
+
+UPDATES, TOKENS = 3, 6
+PROMPTS = [[5, 17, 33, 80], [201, 90, 14, 7], [3, 400, 99, 250]]
+APART = 1e-3
+"""Least distance of the best two logits: a hundred times what two orders of float32 sums differ by here."""
+EXACT = {"dtype": "float32", "enforce_eager": True, "block_size": 32}
+"""Options of an engine whose tokens are compared, on a CPU."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DORAN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama in float32, and a tokenizer with a word for each number."""
+    folder = build_tiny("llama", tmp_path_factory.mktemp("base"))
+    words = Tokenizer(WordLevel({f"t{number}": number for number in range(512)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "t0", "bos_token": "t1", "eos_token": "t2"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def exact_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL has no way to hand options to its engine."""
+    monkeypatch.setattr(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, **EXACT))
+
+
+@pytest.fixture
+def writable_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU vLLM packs its weights and drops them, so that TRL cannot load others; on a GPU they stay."""
+
+    def plain(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain)
+
+
+def policy_tokens(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy continuations by the policy's own forward pass; its best two logits must be well apart."""
+    answers = []
+    was_training = model.training
+    model.eval()
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(TOKENS):
+            with torch.no_grad():
+                best = model(torch.tensor([ids])).logits[0, -1].topk(2)
+            assert best.values[0] - best.values[1] > APART
+            ids.append(int(best.indices[0]))
+        answers.append(ids[len(prompt) :])
+    model.train(was_training)
+    return answers
+
+
+def greedy(llm: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(inputs, sampling_params=sampling, use_tqdm=False, **options)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def train(
+    trainer_class: type, base: Path, folder: Path, ask: Callable[[Any], list[list[int]]], **options: Any
+) -> tuple[Any, list[list[list[int]]]]:
+    """Three updates; in each, between rollout and update, the engine's greedy tokens are held against the policy's."""
+    seen: list[list[list[int]]] = []
+
+    def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        seen.append(ask(trainer))
+        assert seen[-1] == policy_tokens(trainer.model, PROMPTS), f"update {len(seen)}"
+        return [sum(token % 2 for token in ids) / TOKENS for ids in completion_ids]
+
+    arguments = GRPOConfig(
+        str(folder),
+        use_vllm=True,
+        vllm_max_model_length=64,
+        vllm_gpu_memory_utilization=0.05,
+        use_cpu=True,
+        bf16=False,
+        max_steps=UPDATES,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=TOKENS,
+        learning_rate=3e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    torch.manual_seed(0)
+    trainer = trainer_class(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": " ".join(f"t{n}" for n in prompt)} for prompt in PROMPTS]),
+        peft_config=DoranConfig(rank=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    assert len(seen) == UPDATES
+    assert seen[0] != seen[-1], "the updates change the greedy tokens, so that an old policy would be noticed"
+    logs = [log for log in trainer.state.log_history if "sampling/sampling_logp_difference/max" in log]
+    assert len(logs) == UPDATES
+    assert max(log["sampling/sampling_logp_difference/max"] for log in logs) < 1e-4  # the sampled tokens' own
+    return trainer, seen
+
+
+def end(llm: Any) -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+def ask_engine(trainer: Any) -> list[list[int]]:
+    return greedy(trainer.vllm_generation.llm, PROMPTS)
+
+
+def base_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "doran_adapter" not in name}
+
+
+@pytest.mark.usefixtures("exact_engine", "writable_weights")
+def test_merged_sync_by_trl_s_own_code(base: Path, tmp_path: Path) -> None:
+    trainer, _ = train(GRPOTrainer, base, tmp_path, ask_engine, vllm_mode="colocate")
+    try:
+        stored = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+        for name, weight in base_weights(trainer.model).items():
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(weight, stored[plain]), f"{name}: merged and unmerged {UPDATES} times"
+    finally:
+        end(trainer.vllm_generation.llm)
+
+
+def test_adapter_sync_leaves_both_bases_alone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+
+    monkeypatch.setattr(PeftModel, "merge_adapter", None, raising=False)  # whoever merges fails
+    by_adapter = with_adapter_sync(GRPOTrainer, save_folded, engine_options=EXACT)
+    trainer, seen = train(by_adapter, base, tmp_path, ask_engine, vllm_mode="colocate")
+    llm = trainer.vllm_generation.llm
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        assert greedy(llm, PROMPTS, lora_request=None) == policy_tokens(plain, PROMPTS) == seen[0]
+        assert len(llm.llm_engine.list_loras()) == 1, "former versions are gone"
+
+        other = get_peft_model(plain, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        sync = AdapterSync(llm, lambda model, directory: model.save_pretrained(directory), "lora")
+        for event in (sync.on_train_begin, sync.on_step_end):
+            event(None, None, None, model=other)
+            assert greedy(llm, PROMPTS, lora_request=sync.request) == policy_tokens(other, PROMPTS)
+            with torch.no_grad():
+                for parameter in (p for p in other.parameters() if p.requires_grad):
+                    parameter.mul_(0.5)
+    finally:
+        end(llm)
+
+
+def test_adapter_sync_with_a_server(base: Path, tmp_path: Path) -> None:
+    served = tmp_path / "served"
+    torch.manual_seed(0)
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    start = get_peft_model(start, DoranConfig(rank=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    save_folded(start, served / "policy")
+    server = Server(
+        base,
+        served,
+        tmp_path / "log",
+        "--logprobs-mode",
+        "processed_logprobs",
+        VLLM_SERVER_DEV_MODE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+    )
+    try:
+        train(
+            with_adapter_sync(GRPOTrainer, save_folded, served=served),
+            base,
+            tmp_path / "run",
+            lambda trainer: [server.complete("policy", prompt, TOKENS) for prompt in PROMPTS],
+            vllm_mode="server",
+            vllm_server_base_url=server.url,
+        )
+        assert "POST /init_weight_transfer_engine" not in server.everything()
+    finally:
+        server.close()
+
+
+def test_what_cannot_sync_by_adapter_says_so(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DoranError, match="SFTTrainer: does not roll out with TRL's VLLMGeneration"):
+        with_adapter_sync(SFTTrainer, save_folded)
+    wrapped = with_adapter_sync(GRPOTrainer, save_folded)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for options, config, message in (
+        ({"use_vllm": False}, DoranConfig(rank=4), "set use_vllm=True"),
+        ({"use_vllm": True}, None, "LlamaForCausalLM has no adapter"),
+        ({"use_vllm": True, "vllm_mode": "server"}, DoranConfig(rank=4), "served: expected the directory"),
+    ):
+        arguments = GRPOConfig(
+            str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            per_device_train_batch_size=4,
+            num_generations=4,
+            **options,
+        )
+        with pytest.raises(ConfigError, match=message):
+            wrapped(
+                model,
+                reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+                args=arguments,
+                train_dataset=Dataset.from_list([{"prompt": "t5"}]),
+                peft_config=config,
+            )
+
+
+def test_a_sleeping_engine_keeps_its_base() -> None:
+    """The CPU's worker does not sleep: what TRL asks for, level 2, and what the engine is asked for."""
+    from doran_serve.trl import _PolicyEngine
+
+    levels = []
+
+    class Engine:
+        def sleep(self, level: int = 1, **kwargs: Any) -> None:
+            levels.append((level, kwargs))
+
+    type("PolicyEngine", (_PolicyEngine, Engine), {})().sleep(level=2, mode="abort")
+    assert levels == [(1, {"mode": "abort"})]
