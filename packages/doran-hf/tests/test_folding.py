@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import disturb, make_llama
+from conftest import disturb, load_quantized, make_llama
 from peft import get_peft_model
 from test_quantized import PackedLinear, make_packed_llama
 
@@ -61,6 +61,19 @@ def test_a_quantized_base_gives_the_scale_of_training(tmp_path: Path) -> None:
         scale = adapter.magnitude.double() / (norm + adapter.tau.value().double())
         torch.testing.assert_close(module.scale.double(), scale, rtol=1e-5, atol=0)
         torch.testing.assert_close(module.magnitude.double(), scale * norm, rtol=1e-5, atol=0)
+
+
+def test_four_bits_of_bitsandbytes(tmp_path: Path) -> None:
+    make_llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(load_quantized(tmp_path / "base", 4), DoranConfig(rank=4)).eval()
+    disturb(model)
+    found = read_folded(save_folded(model, tmp_path / "policy"))
+    for layer in doran_layers(model):
+        module = found.modules[layer.name]
+        x = torch.randn(3, layer.in_features)
+        with torch.no_grad():
+            served = module.scale * (layer.base_layer(x) + x @ module.A.T @ module.B.T)
+            torch.testing.assert_close(served, layer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_an_engine_cannot_take_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""Run a script under `accelerate launch` on a machine without a GPU: ``on_cpu.py SCRIPT [arguments]``.
+
+accelerate knows FSDP and ZeRO on accelerators alone. It is told that there are some, joined by gloo, and that its
+device is the CPU (ACCELERATE_TORCH_DEVICE=cpu); all else is its own. The last line says what it made of its
+configuration.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+
+def on_gloo(*args: object, **kwargs: object) -> tuple[str, DistributedType]:
+    """In place of `PartialState._prepare_backend`."""
+    return "gloo", DistributedType.MULTI_GPU
+
+
+if __name__ == "__main__":
+    PartialState._prepare_backend = on_gloo  # type: ignore[method-assign]
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    state = AcceleratorState()
+    version = getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", None)
+    stage = state.deepspeed_plugin.zero_stage if state.distributed_type == DistributedType.DEEPSPEED else None
+    print(f"spread by {state.distributed_type.value} {version or stage or ''} over {state.num_processes}")
