@@ -1,8 +1,8 @@
-"""Run a script under `accelerate launch` on a machine without a GPU: ``on_cpu.py SCRIPT [arguments]``.
+"""Run a script under `accelerate launch` on a machine without a GPU: ``on_cpu.py [--ddp] SCRIPT [arguments]``.
 
 accelerate knows FSDP and ZeRO on accelerators alone. It is told that there are some, joined by gloo, and that its
 device is the CPU (ACCELERATE_TORCH_DEVICE=cpu); all else is its own. The last line says what it made of its
-configuration.
+configuration. With ``--ddp``, and `accelerate launch --cpu`, nothing is changed: accelerate knows DDP on a CPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ def on_gloo(*args: object, **kwargs: object) -> tuple[str, DistributedType]:
 
 
 if __name__ == "__main__":
-    PartialState._prepare_backend = on_gloo  # type: ignore[method-assign]
     sys.argv = sys.argv[1:]
+    if sys.argv[0] == "--ddp":
+        sys.argv = sys.argv[1:]
+    else:
+        PartialState._prepare_backend = on_gloo  # type: ignore[method-assign]
     runpy.run_path(sys.argv[0], run_name="__main__")
     state = AcceleratorState()
     version = getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", None)
