@@ -199,11 +199,13 @@ def export(session: nox.Session) -> None:
 
 @nox.session
 def serve(session: nox.Session) -> None:
-    """doran-serve: many adapters in a real vLLM."""
+    """doran-serve: many adapters in a real vLLM; then TRL's GRPO with it, a DoRAN adapter as the policy."""
     install_vllm(session)
     install(session, "serve", extra={"serve": "[test]"})
     install_models(session, "smollm2")
     test(session, "packages/doran-serve/tests")
+    install(session, "hf", pins=["trl>=1.16", "datasets>=3"])
+    test(session, "tests/rl")
     session.install("sybil>=10,<11")
     session.run("python", "-m", "pytest", "docs/tools/test_blocks.py", "-k", "engine_block", "--engine", "-ra")
 
