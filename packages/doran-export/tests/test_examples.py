@@ -60,7 +60,7 @@ def test_decoder(decoder_work: DecoderWork) -> None:
 
 
 def test_decoder_with_switched_adapters(decoder_work: DecoderWork) -> None:
-    """One session with its adapters against the merged export of each."""
+    """One session that switches: against the merged export of sentiment, and PyTorch with base and critic."""
     for name in ("base", "sentiment", "critic"):
         agreement = decoder_work.results[f"switched to {name}"]
         assert agreement.inputs >= 64

@@ -4,7 +4,13 @@ import cases
 import pytest
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=cases.needs_triton)])
+def pytest_configure(config):
+    config.addinivalue_line("markers", "no_triton: tries the implementation in PyTorch; Triton has no part in it")
+
+
+@pytest.fixture(
+    params=[pytest.param("torch", marks=pytest.mark.no_triton), pytest.param("triton", marks=cases.needs_triton)]
+)
 def implementation(request):
     return request.param
 
