@@ -1,4 +1,4 @@
-"""Says what an export is doing, and notes how long each stage took."""
+"""Progress lines of an export, and the seconds that each stage took."""
 
 from __future__ import annotations
 

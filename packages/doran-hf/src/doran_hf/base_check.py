@@ -1,4 +1,4 @@
-"""What an adapter says of the base model that it is on, and the check of it on loading."""
+"""What an adapter records of its base model (fingerprint, layer kinds, ties), and the check of it on loading."""
 
 from __future__ import annotations
 

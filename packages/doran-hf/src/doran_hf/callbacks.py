@@ -1,4 +1,4 @@
-"""A Trainer callback that watches the adapters layer by layer."""
+"""LayerMetricsCallback: records tau, norms, ranks and gradients of every adapted layer while Trainer trains."""
 
 from __future__ import annotations
 

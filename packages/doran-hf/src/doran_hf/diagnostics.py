@@ -1,4 +1,4 @@
-"""What the adapters of a model are doing, as plain functions."""
+"""The state of a model's adapters, layer by layer: tau, norms, ranks; and the penalty on generated factors."""
 
 from __future__ import annotations
 

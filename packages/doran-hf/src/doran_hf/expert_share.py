@@ -1,4 +1,4 @@
-"""Says how much of a mixture-of-experts model no adapter reaches: its experts are parameters, not linear layers."""
+"""Warns of the share of a mixture-of-experts model that no adapter reaches: experts that are parameters, not layers."""
 
 from __future__ import annotations
 

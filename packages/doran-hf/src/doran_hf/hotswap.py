@@ -1,4 +1,4 @@
-"""Another adapter's values in place of a loaded one's. PEFT's ``hotswap_adapter`` takes LoRA alone."""
+"""hotswap_adapter: another adapter's values in place of a loaded one's. PEFT's function so called takes LoRA alone."""
 
 from __future__ import annotations
 

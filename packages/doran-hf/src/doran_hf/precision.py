@@ -1,4 +1,4 @@
-"""Puts back what another library has rounded."""
+"""restore_start: adapters back in float32, with an exact start, after TRL has rounded them to bfloat16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules that start at random, because the checkpoint of a model does not hold them: poolers, heads."""
+"""Modules that a model's checkpoint does not hold, such as poolers and heads, and that so start at random."""
 
 from __future__ import annotations
 

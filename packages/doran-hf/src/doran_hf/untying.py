@@ -1,4 +1,4 @@
-"""Weights that were tied, and of which one end now has a merged weight of its own."""
+"""Unties weights of a merged model where one end of a tie now has a merged weight of its own."""
 
 from __future__ import annotations
 

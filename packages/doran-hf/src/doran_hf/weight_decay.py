@@ -1,4 +1,4 @@
-"""Keeps Trainer's weight decay off the parameters of an adapter that it would not regularize."""
+"""exempt_from_decay: keeps Trainer's weight decay off magnitude and tau."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's pure-PyTorch LoRA operators, by slot instead of by token, and with no adapter for tokens that have none.
+"""Replacements of vLLM's pure-PyTorch LoRA operators: computed per slot instead of per token, none for base tokens.
 
 vLLM's own copies index the stacked weights with each token's slot. The slot of a token without an adapter is -1, which
 in PyTorch is the LAST slot, so such a token silently gets that slot's adapter whenever another token of the batch uses

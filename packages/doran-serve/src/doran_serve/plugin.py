@@ -1,4 +1,4 @@
-"""vLLM's way in: `vllm.general_plugins` calls `register` once in every process that vLLM starts."""
+"""The entry point `vllm.general_plugins`: vLLM calls `register` once in every process that it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of adapters as a server holds them. Imports torch alone."""
+"""Records of adapters as a server holds them: modules, factors, scales. Imports torch alone."""
 
 from __future__ import annotations
 

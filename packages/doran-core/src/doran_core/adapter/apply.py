@@ -1,4 +1,4 @@
-"""The values of a saved trainable adapter into live layers: all of it is checked before anything is changed."""
+"""Load the values of a saved trainable adapter into a live model; all is checked before anything is changed."""
 
 from __future__ import annotations
 

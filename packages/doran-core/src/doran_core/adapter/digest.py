@@ -1,4 +1,4 @@
-"""Digests over what an adapter directory holds, so that damage and mixtures of two saves are refused.
+"""Digests over the contents of an adapter directory: damage, and mixtures of two saves, are refused.
 
 ``tensors_digest`` covers every tensor; ``digest`` covers every other field, ``tensors_digest`` among them. So the
 fields can be checked alone, and the tensors against the fields.

@@ -1,4 +1,4 @@
-"""A short name for a set of base weights, so that an adapter on another base is refused instead of answering wrongly.
+"""The fingerprint of base weights, a short hash: by it an adapter on another base is refused.
 
 The fingerprint is the same for a float32 checkpoint and its bf16 copy, because values are rounded to bf16 first. A
 float16 or quantized copy has other values: whoever holds only such a copy records no fingerprint (None).

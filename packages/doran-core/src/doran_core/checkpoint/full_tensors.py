@@ -1,4 +1,4 @@
-"""Tensors that an adapter brings in full: which are mere copies of the base's, and which of the base each replaces."""
+"""Tensors that an adapter has in full, such as a trained head: the base tensor that each replaces, copies left out."""
 
 from __future__ import annotations
 

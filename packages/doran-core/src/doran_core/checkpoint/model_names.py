@@ -1,4 +1,4 @@
-"""The parameters of the model that was adapted, in a checkpoint: where each lies, and which of them are one tensor."""
+"""From parameter names of the adapted model to tensors of a checkpoint, also where they are renamed, tied or shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that a model ties: read from the model in memory, and what transformers' flag of them is besides."""
+"""Tied weights of a model in memory, such as an embedding and the output layer, and transformers' flag for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes to standard output and error: text that any terminal can show, and nothing that steers one."""
+"""Text for standard output and error: in any encoding, with control characters escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which doran packages are installed, and what they stand on. Imports none of them."""
+"""Versions of the installed doran packages and of the libraries below them. Imports none of them."""
 
 from __future__ import annotations
 

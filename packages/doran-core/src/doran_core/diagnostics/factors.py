@@ -1,4 +1,4 @@
-"""Numbers about a low-rank update ``B A`` that never form it."""
+"""Singular values, effective rank and similarity of low-rank updates ``B A``, without forming the product."""
 
 from __future__ import annotations
 

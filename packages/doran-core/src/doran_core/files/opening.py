@@ -1,4 +1,4 @@
-"""The gate of all readers: regular files only, sizes limited, one save at a time, and one error that names the file.
+"""Opens every file that doran reads: regular files only, sizes limited, one save at a time, errors that name the file.
 
 Everything that doran reads from a file which somebody else may have written comes through here.
 """

@@ -1,4 +1,4 @@
-"""One directory in the place of another: what other programs keep there is carried over, whenever they write it."""
+"""Puts a new directory in the place of an old one in one step; files of other programs in the old one are kept."""
 
 from __future__ import annotations
 

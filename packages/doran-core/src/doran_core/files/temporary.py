@@ -1,4 +1,4 @@
-"""Hidden files and folders that are being written, locked by their writer, and the sweeping of those that have none.
+"""Hidden temporary files and folders of writers: locked while the writer lives, swept after a writer was killed.
 
 A writer holds a lock on what it writes for as long as it lives: whatever can be locked was left by one that was killed.
 """

@@ -1,4 +1,4 @@
-"""Adapters from saved tensors alone, without the model: what merging and folding on files need."""
+"""Adapters built from saved tensors alone, without the model, for merging and folding on files."""
 
 from __future__ import annotations
 

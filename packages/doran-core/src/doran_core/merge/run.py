@@ -1,4 +1,4 @@
-"""The merge from directories to a directory."""
+"""merge_checkpoint: adapters and a base checkpoint directory in, a merged checkpoint directory out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carry out the plan of one shard: untouched bytes are copied by the kernel, adapted tensors are computed.
+"""Writes one shard by its plan: untouched bytes are copied by the operating system, adapted tensors are computed.
 
 Each copied range and each tensor is a task of its own for a pool of threads, and at most a few pieces of a tensor
 per thread are in memory, whatever the size of the shard.

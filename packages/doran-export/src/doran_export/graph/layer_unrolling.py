@@ -1,4 +1,4 @@
-"""Tracing three layers instead of thirty: a transformer's layers are alike, so the graph of one is stamped out.
+"""Traces three layers instead of thirty: a transformer's layers are alike, so the graph of one is repeated.
 
 torch.export takes seconds per decoder layer, most of it spent on reasoning about symbolic lengths that comes out the
 same each time. So `layer_stack.shortened` leaves the model three layers for the trace, and `repeat_layers` copies the

@@ -1,4 +1,4 @@
-"""Causal language modelling: texts, completions and chats."""
+"""The task causal-lm: plain texts, prompts with completions, chats."""
 
 from __future__ import annotations
 

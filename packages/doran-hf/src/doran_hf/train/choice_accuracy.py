@@ -1,4 +1,4 @@
-"""How often a causal LM gives the right one of some completions the highest probability."""
+"""Accuracy of a causal LM on multiple choice: the most probable of some completions against the right one."""
 
 from __future__ import annotations
 

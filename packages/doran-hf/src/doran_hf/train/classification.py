@@ -1,4 +1,4 @@
-"""Classification of texts and of images."""
+"""The tasks sequence-classification and image-classification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every task has to say: the model, the examples as it wants them, the collator and the metrics."""
+"""The interface of a training task: its model, its examples, its collator and its metrics."""
 
 from __future__ import annotations
 

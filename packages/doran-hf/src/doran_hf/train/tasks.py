@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""The training tasks by name."""
 
 from __future__ import annotations
 
