@@ -1,6 +1,6 @@
 """DoRAN (arXiv 2510.04331) in PyTorch, complete, with torch and safetensors as its only dependencies.
 
-Importing this imports no torch: each name does when it is first used.
+Importing this package does not import torch. The first use of a name does.
 """
 
 from doran_core.support.lazy import lazy_names

@@ -25,16 +25,16 @@ def adapt(model: nn.Module, config: DoranConfig, *, factor_builder: FactorBuilde
     """Adapt a model in place: freeze it, and wrap the target modules.
 
     Args:
-        model: any nn.Module. Its parameters are frozen, but for ``config.modules_to_save``.
+        model: any nn.Module. All parameters except those of ``config.modules_to_save`` are frozen.
         config: the options; ``target_modules`` must be given.
-        factor_builder: makes the factors of each layer, for a generator of your own
-            (:class:`~doran_core.method.factors.FactorGenerator`); by default what the config says.
+        factor_builder: makes the factors of each layer with your own generator
+            (:class:`~doran_core.method.factors.FactorGenerator`); by default the config decides.
 
     Returns:
         The handle.
 
     Raises:
-        TargetError: if the targets match nothing, or a module that cannot be adapted, or the model is adapted already.
+        TargetError: the targets match nothing or a module that DoRAN cannot adapt, or the model is adapted already.
     """
     return _adapt(model, config, factor_builder)
 
@@ -91,8 +91,8 @@ def load(
     Args:
         model: the base model that the adapter was made for.
         path: the adapter's directory.
-        factor_builder: as in :func:`adapt`; needed if the adapter was trained with one.
-        allow_base_mismatch: load even if the base weights are not those of the adapter.
+        factor_builder: the one that the adapter was trained with, if any.
+        allow_base_mismatch: load even if the fingerprints of the base weights differ.
 
     Raises:
         AdapterFormatError: if the directory is not a trainable adapter, or does not fit the model.

@@ -1,4 +1,4 @@
-"""Every error that doran raises on purpose: one hierarchy, so that a caller can catch it whole or in part.
+"""All of doran's own errors, in one hierarchy.
 
 A message says what was given, what was expected and where (file, key, module). Imports nothing of doran.
 """
@@ -35,19 +35,19 @@ class DoranError(Exception):
 
 
 class CheckFailedError(DoranError):
-    """What was asked for was done and checked, and the check does not hold: nothing is wrong with the question."""
+    """The work was done, and its check failed. The request itself was valid."""
 
 
 class ConfigError(DoranError, ValueError):
-    """A configuration field holds a value that it may not hold."""
+    """A configuration field has an invalid value."""
 
 
 class BackendError(DoranError, ValueError):
-    """An implementation of the layers was asked for by name and is unknown, or cannot run here."""
+    """The requested implementation of the layers is unknown, or cannot run here."""
 
 
 class AdapterFormatError(DoranError, ValueError):
-    """An adapter directory does not hold what its format says. The subclasses say in which way."""
+    """An adapter directory violates the format. Subclasses name the kind of violation."""
 
 
 class MissingKeyError(AdapterFormatError):
@@ -55,11 +55,11 @@ class MissingKeyError(AdapterFormatError):
 
 
 class UnexpectedKeyError(AdapterFormatError):
-    """A tensor is there that no part of the adapter explains."""
+    """A tensor belongs to no part of the adapter."""
 
 
 class TensorShapeError(AdapterFormatError):
-    """A tensor has another shape than its module or the configuration gives it."""
+    """A tensor's shape disagrees with its module or the configuration."""
 
 
 class TensorDtypeError(AdapterFormatError):
@@ -71,31 +71,31 @@ class NonFiniteError(AdapterFormatError):
 
 
 class RankError(AdapterFormatError):
-    """The rank of a pair of factors disagrees with the configuration or within the pair."""
+    """The ranks of a pair of factors disagree with each other or with the configuration."""
 
 
 class CorruptFileError(AdapterFormatError):
-    """A file is truncated, is not JSON or safetensors, is a pickle, or does not belong to its sibling."""
+    """A file is truncated, is not JSON or safetensors, is a pickle, or does not belong to the file beside it."""
 
 
 class FormatVersionError(AdapterFormatError):
-    """The adapter was written in a format that this version of doran does not know."""
+    """The adapter has a format version that this doran-core does not support."""
 
 
 class BaseMismatchError(DoranError):
-    """The base weights at hand are not those that the adapter was made for; the message names both fingerprints."""
+    """The base weights are not the adapter's; the message names both fingerprints."""
 
 
 class CheckpointError(DoranError):
-    """A checkpoint directory cannot be read or written as asked."""
+    """A checkpoint directory cannot be read or written."""
 
 
 class TargetError(DoranError, ValueError):
-    """No module (or an unsupported one) answers to a target name; the message names the nearest ones."""
+    """A target name matches no module, or an unsupported one; the message names the nearest modules."""
 
 
 class MissingDependencyError(DoranError, ImportError):
-    """An optional package is needed for what was asked and is not installed."""
+    """The request needs an optional package that is not installed."""
 
 
 def require(module: str, *, package: str, extra: str | None, purpose: str) -> ModuleType:
@@ -103,7 +103,7 @@ def require(module: str, *, package: str, extra: str | None, purpose: str) -> Mo
 
     Args:
         module: import name, e.g. ``"matplotlib.pyplot"``.
-        package: the doran distribution whose feature asks, e.g. ``"doran-core"``.
+        package: the doran distribution that needs the module, e.g. ``"doran-core"``.
         extra: the extra of `package` that brings the module, or None when it has to be installed by its own name.
         purpose: what needs it, as the start of a sentence, e.g. ``"drawing the plot"``.
 
@@ -114,7 +114,7 @@ def require(module: str, *, package: str, extra: str | None, purpose: str) -> Mo
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
-            raise  # it is installed; something that it needs itself is not
+            raise  # the module is installed, but one of its own dependencies is missing
         top = module.partition(".")[0]
         install = f"pip install '{package}[{extra}]'" if extra else f"pip install {top}"
         raise MissingDependencyError(f"{purpose} needs {top}, which is not installed: {install}") from error

@@ -1,4 +1,4 @@
-"""The formulas of DoRAN as pure functions on tensors; the one place where each of them lives.
+"""The formulas of DoRAN as pure functions on tensors. Each formula stands here and nowhere else.
 
 Symbols (arXiv 2510.04331; DoRA is arXiv 2402.09353), in PyTorch's layout:
 
@@ -8,8 +8,8 @@ Symbols (arXiv 2510.04331; DoRA is arXiv 2402.09353), in PyTorch's layout:
     W' = c[:, None] * V
     y  = c * (W0 x + g B A x) + bias
 
-Nothing here imports anything but torch and ``support/accumulation.py``. Sums over a row are accumulated in float32,
-or in float64 where an operand is float64; never in half precision.
+Imports torch and ``support/accumulation.py`` only. Sums over a row are accumulated in float32, or in float64 if an
+operand is float64; never in half precision.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ __all__ = [
 ]
 
 CANCELLATION_THRESHOLD = 1e-2
-"""Below this ratio of ``||V||`` to ``||W0||`` the factored norm cancels: its relative error grows as
-eps / ratio^2, that of the direct norm as eps / ratio."""
+"""Below this ratio of ``||V||`` to ``||W0||``, use the direct norm: the factored norm's relative error grows as eps /
+ratio^2, the direct norm's as eps / ratio."""
 
 
 def _safe_sqrt(square: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def base_squared_norm(weight: Tensor) -> Tensor:
 
 
 def start_norm(squared_norm: Tensor) -> Tensor:
-    """``||W0 + g B A||`` per row where B is 0: what :func:`factored_row_norm` gives then, to the last bit.
+    """``||W0 + g B A||`` per row for B = 0: equals :func:`factored_row_norm` to the last bit.
 
     Args:
         squared_norm: ``||W0||^2``, ``[d_out]``.
@@ -131,7 +131,7 @@ def aligned_product(product: Tensor, A: Tensor, B: Tensor, scaling: float) -> Te
 
 
 def aligned_row_norm(squared_norm: Tensor, product: Tensor, aligned: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """``||W0 + g B A||`` per row from what the factors have in common with W0 and with V.
+    """``||W0 + g B A||`` per row from U and K, the products of W0 and V with A.
 
     ``n^2 = ||W0||^2 + g sum(B * (U + K), 1)``, which is
     ``||W0||^2 + 2 g sum(B * U, 1) + g^2 sum((B @ (A @ A.T)) * B, 1)``.
@@ -175,7 +175,7 @@ def cancelled_rows(norm: Tensor, squared_norm: Tensor) -> Tensor:
         squared_norm: ``||W0||^2``, ``[d_out]``.
     """
     lost = norm.detach().square() < CANCELLATION_THRESHOLD**2 * squared_norm
-    # Asking first is cheaper than an empty list of indices, and there is hardly ever one that is not.
+    # `any` is cheaper than an empty list of indices, and rows hardly ever cancel.
     return lost.nonzero()[:, 0] if bool(lost.any()) else lost.new_empty(0, dtype=torch.int64)
 
 
@@ -235,7 +235,8 @@ def output_scale(magnitude: Tensor, norm: Tensor, tau: Tensor | float) -> Tensor
 
 
 def per_row(groups: Tensor, rows: int) -> Tensor:
-    """tau of each row from one of each group of neighbouring rows (a head); a single one, or one a row, as it is.
+    """Expand tau per group of neighbouring rows (a head) to tau per row. A single tau, or one per row, is returned as
+    it is.
 
     Args:
         groups: ``[..., k]``, k a divisor of ``rows``.
@@ -348,7 +349,7 @@ def merged_weight(
         out: float64 memory for the result, so that a caller with many slices allocates once.
 
     Returns:
-        ``[d_out, d_in]`` in float64, so that there is one rounding, the caller's.
+        ``[d_out, d_in]`` in float64; the caller rounds once.
     """
     if out is None:
         out = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)

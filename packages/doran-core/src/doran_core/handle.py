@@ -1,4 +1,4 @@
-"""The handle of an adapted model: its trainable parameters, saving, loading, merging and taking the adapters out."""
+"""The handle of an adapted model: trainable parameters, saving, loading, merging, and removal of the adapters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def set_trained(trained: list[tuple[nn.Parameter, bool]]) -> None:
 
 
 def read_trainable(path: str | os.PathLike[str]) -> TrainableAdapter:
-    """Read a directory that must hold a trainable adapter.
+    """Read a directory that must contain a trainable adapter.
 
     Raises:
         AdapterFormatError: it does not.
@@ -58,7 +58,7 @@ def read_trainable(path: str | os.PathLike[str]) -> TrainableAdapter:
 
 
 class DoranHandle:
-    """What :func:`~doran_core.adapt` returns.
+    """The handle that :func:`~doran_core.adapt` returns.
 
     Attributes:
         model: the adapted model, changed in place.
@@ -85,7 +85,7 @@ class DoranHandle:
         self._removed = False
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainable parameters: those of the adapters and of ``modules_to_save``, each once."""
+        """The trainable parameters of the adapters and of ``modules_to_save``, each once."""
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -104,14 +104,14 @@ class DoranHandle:
         return parameter_groups(self.named_parameters(), weight_decay=weight_decay)
 
     def penalty(self) -> Tensor:
-        """The factors' penalty, the mean over the layers: add it to the loss. 0 if ``factor_penalty`` is 0."""
+        """The penalty on the factors, averaged over the layers, to add to the loss. 0 if ``factor_penalty`` is 0."""
         if self.config.factor_penalty == 0.0:
             return torch.zeros(())
         parts = [layer.doran_adapter.penalty() for layer in self.layers.values()]
         return torch.stack([part.to(parts[0].device) for part in parts]).mean()
 
     def tau(self) -> dict[str, Tensor]:
-        """tau of each layer as inference uses it, detached: ``[1]``, or ``[d_out]`` per head or row."""
+        """tau of each layer at inference, detached: ``[1]``, or ``[d_out]`` per head or row."""
         return {name: layer.doran_adapter.tau.value().detach() for name, layer in self.layers.items()}
 
     @contextmanager
@@ -131,7 +131,7 @@ class DoranHandle:
                     layer.merge()
 
     def merge(self, *, check_finite: bool = False) -> None:
-        """Put every W' in place of its W0. Memory: each W0 is kept for :meth:`unmerge`.
+        """Replace every W0 by its W'. Each W0 stays in memory for :meth:`unmerge`.
 
         Raises:
             NonFiniteError: if a merged weight is not finite and ``check_finite``; nothing stays merged then.
@@ -154,7 +154,7 @@ class DoranHandle:
             layer.unmerge()
 
     def remove(self, *, merged: bool = False) -> nn.Module:
-        """Take the adapters out; the handle is of no use afterwards.
+        """Remove the adapters. The handle cannot be used afterwards.
 
         Args:
             merged: leave W' in the layers instead of W0.
@@ -179,10 +179,10 @@ class DoranHandle:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take everything anew that is kept of the weights and parameters, ``||W0||^2`` included.
+        """Recompute everything cached from weights and parameters, including ``||W0||^2``.
 
-        To be called after writes that PyTorch does not count: through ``.data``, as some moving averages do, or from
-        outside of PyTorch. All others are noticed.
+        Call this after writes that PyTorch does not count: through ``.data``, as some moving averages do, or from
+            outside PyTorch. All other writes are noticed.
         """
         self._refuse_removed()
         for layer in self.layers.values():
@@ -202,7 +202,7 @@ class DoranHandle:
         warn_uncalled((layer.doran_adapter for layer in self.layers.values()), doing)
 
     def base_fingerprint(self) -> str | None:
-        """Fingerprint of the weights that are adapted; None if one is quantized or float16 and so not exact."""
+        """Fingerprint of the adapted weights; None if one is quantized or float16, whose values are not exact."""
         digests = []
         for name, layer in self.layers.items():
             digest = layer.base_digest()
@@ -221,15 +221,15 @@ class DoranHandle:
     ) -> Path:
         """Write the adapter directory, atomically.
 
-        Under FSDP2 and ZeRO-3 all processes call this, and rank 0 writes what one process would; under FSDP1 likewise,
-        inside ``FullyShardedDataParallel.summon_full_params(model)``. Under DDP call it in one process.
+        Under FSDP2 and ZeRO-3 all processes must call this, and rank 0 writes; under FSDP1 likewise, inside
+        ``FullyShardedDataParallel.summon_full_params(model)``. Under DDP call it in one process.
 
         Args:
             path: the directory.
             form: "trainable" to train on; "folded" (A, B and c, a valid PEFT DoRA adapter) to serve and share.
                 "compiled" is the former name of "folded".
             base_model: name or path of the base model, a hint for readers.
-            overwrite: replace what is there.
+            overwrite: replace an existing adapter.
 
         Raises:
             ConfigError: for another form.
@@ -242,7 +242,7 @@ class DoranHandle:
             form = "folded"
         if form not in ("trainable", "folded"):
             raise ConfigError(f"form: expected 'trainable' or 'folded', got {form!r}")
-        # All processes take part in gathering; the first one writes, and the others wait for it.
+        # All processes take part in gathering. The first one writes; the others wait.
         record = self._trainable(base_model) if form == "trainable" else self.folded(base_model)
         with first_process(self.parameters()) as writes:
             if writes and isinstance(record, TrainableAdapter):
@@ -252,7 +252,7 @@ class DoranHandle:
         return Path(path)
 
     def load(self, path: str | os.PathLike[str], *, allow_base_mismatch: bool = False) -> None:
-        """Take over the values of a saved trainable adapter of the same layers, in any order, and the same options.
+        """Load the values of a saved trainable adapter with the same layers, in any order, and the same options.
 
         Raises:
             AdapterFormatError: if it does not fit, or was made with options that give another function; nothing is
@@ -322,7 +322,7 @@ class DoranHandle:
         return extra
 
     def load_record(self, saved: TrainableAdapter, path: str | os.PathLike[str], allow_base_mismatch: bool) -> None:
-        """As :meth:`load`, from an adapter that was read already; `path` is for messages."""
+        """As :meth:`load`, from a record that was read already; `path` is for messages."""
         apply_adapter(
             saved,
             {name: layer.doran_adapter for name, layer in self.layers.items()},

@@ -1,4 +1,4 @@
-"""Which modules of a model are adapted: names, endings, a regex, or all linear layers."""
+"""Find the modules to adapt: by names, endings, a regex, or all linear layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
-    """Whether a module's name is meant: by a regex for all of it (a string), or a list of names and name endings."""
+    """Whether a module's name matches: a string is a regex for the full name; a list has names and name endings."""
     if patterns is None:
         return False
     if isinstance(patterns, str):
@@ -41,7 +41,7 @@ def find_targets(model: nn.Module, config: DoranConfig, known: Collection[str] =
     Args:
         model: the model.
         config: the options.
-        known: names that are adapted though the model may not call them: those of an adapter that is there already.
+        known: names to adapt even if the model may not call them: those of an existing adapter.
 
     Raises:
         TargetError: if no ``target_modules`` are given, one of them matches nothing (with the nearest names), or one
@@ -103,7 +103,8 @@ def refuse_read(name: str, read: Mapping[str, str]) -> None:
 def warn_left_out(
     model: nn.Module, names: Iterable[str], read: Mapping[str, str], adapted: Collection[str] = ()
 ) -> None:
-    """Say in one line what "all-linear" leaves out: layers that are not called, and weights that are in no layer.
+    """Warn in one line about layers that "all-linear" leaves out: those that are not called, and weights outside
+    layers.
 
     Args:
         model: the model.
@@ -132,7 +133,7 @@ def shortened(names: Sequence[str]) -> str:
 
 
 def warn_unused_patterns(config: DoranConfig, names: Collection[str]) -> None:
-    """Say in one line which entries of ``rank_pattern``, and of ``alpha_pattern``, decide for no adapted module."""
+    """Warn in one line about entries of ``rank_pattern`` and ``alpha_pattern`` that match no adapted module."""
     for field in ("rank_pattern", "alpha_pattern"):
         entries = sorted(getattr(config, field))
         unused = [entry for entry in entries if not any(pattern_matches_ending(entry, name) for name in names)]
@@ -165,16 +166,16 @@ def _named_targets(
 
 
 def _is_inside(name: str, modules: list[str] | None) -> bool:
-    """Whether the module is one of these or a part of one."""
+    """Whether the module is one of these or inside one."""
     parts = name.split(".")
     return any(matches(".".join(parts[:end]), modules) for end in range(1, len(parts) + 1))
 
 
 def nearest_names(unknown: str, modules: Iterable[str]) -> str:
-    """What to say after "X matches no module": the nearest name endings, or all of them if none is near.
+    """The advice after "X matches no module": the nearest name endings, or all endings if none is near.
 
     Args:
-        unknown: what was asked for.
+        unknown: the requested name.
         modules: full names of the modules that could be adapted.
     """
     names = list(modules)

@@ -1,4 +1,4 @@
-"""The adapter directory: records of what it can hold, and reading and writing them."""
+"""The adapter directory: records of its three forms, their readers and writers."""
 
 from typing import TYPE_CHECKING
 

@@ -27,14 +27,14 @@ def apply_adapter(
     base_fingerprint: str | None,
     path: Path,
 ) -> None:
-    """Take over the values of a saved adapter. Its layers may be in another order than the model's.
+    """Copy the values of a saved adapter into a model's layers, whose order may differ.
 
     Args:
-        saved: as it was read.
+        saved: the adapter's record.
         layers: the model's adapters by the names of their layers.
         trained: the model's ``modules_to_save`` by their names.
         config: the options that `layers` were made with.
-        base_fingerprint: of the model's adapted weights; None if it cannot be told, or need not fit.
+        base_fingerprint: fingerprint of the model's adapted weights; None skips the comparison.
         path: the adapter's directory, for messages.
 
     Raises:
@@ -65,7 +65,7 @@ def apply_adapter(
 
 
 def _check_same_function(here: DoranConfig, saved: DoranConfig, layers: Iterable[str], path: Path) -> None:
-    """Refuse values whose shapes may fit, but that would compute something else with the options at hand."""
+    """Refuse values whose shapes fit, but that compute another function with the model's options."""
     differing = [name for name in _FUNCTION_FIELDS if getattr(here, name) != getattr(saved, name)]
     if differing:
         detail = ", ".join(f"{name}: file {getattr(saved, name)!r}, here {getattr(here, name)!r}" for name in differing)
@@ -81,7 +81,7 @@ _FUNCTION_FIELDS = (
     *("tau_kind", "tau_granularity", "factors", "sharing", "share_output"),
     *("block_pattern", "activation", "depth", "experts"),
 )
-"""Options that a trained adapter's function depends on, besides the scaling and what shapes show."""
+"""Options that change a trained adapter's function and are visible neither in shapes nor in the scaling."""
 
 
 def _check_fits(where: str, module: nn.Module, values: Mapping[str, Tensor], path: Path) -> None:

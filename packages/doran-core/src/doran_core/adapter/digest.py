@@ -57,11 +57,11 @@ def with_scales_of(tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) 
 
 
 def fields_digest(fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
-    """Digest of JSON-ready fields, ``digest`` left out.
+    """Digest of JSON-ready fields, except ``digest`` itself.
 
     Args:
         fields: of one file, among them ``tensors_digest``.
-        beside: fields of another file that belongs to it.
+        beside: fields of the second file, if the adapter has one.
     """
     covered = {name: value for name, value in fields.items() if name != DIGEST}
     text = json.dumps([covered, beside], sort_keys=True, separators=(",", ":"))
@@ -83,7 +83,7 @@ def sealed(
 
 
 def check_fields_digest(where: StrPath, fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> None:
-    """Refuse fields that are not those that were written. Fields without a digest pass.
+    """Refuse fields that changed since they were written. Fields without a digest pass.
 
     Args:
         where: the file, for the message.
@@ -105,7 +105,7 @@ def check_fields_digest(where: StrPath, fields: Mapping[str, Any], beside: Mappi
 
 
 def check_tensors_digest(where: StrPath, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not those that the fields were written with. Fields without their digest pass.
+    """Refuse tensors that do not belong to these fields. Fields without a tensor digest pass.
 
     Args:
         where: the tensors' file, for the message.
@@ -127,7 +127,7 @@ def check_tensors_digest(where: StrPath, fields: Mapping[str, Any], tensors: Map
 
 
 def check_directory(directory: Path) -> None:
-    """Hold the two files of a trainable adapter against the digests that they record, for readers that are not doran's.
+    """Compare the files of a trainable adapter with their digests, for readers other than doran's.
 
     Raises:
         CorruptFileError: a digest differs, or a file is not what its name says.
@@ -146,7 +146,7 @@ def _check_open(directory: OpenDirectory) -> None:
 
 
 def seal_directory(directory: Path) -> None:
-    """Put the digests into the adapter_config.json of a trainable adapter that another writer has written.
+    """Add digests to an adapter_config.json that another program wrote.
 
     Without adapter_model.safetensors beside it, the configuration is left without digests.
 
@@ -165,7 +165,7 @@ def seal_directory(directory: Path) -> None:
 
 
 def directory_digest(directory: StrPath) -> str:
-    """A name for the bytes that an adapter directory of any form holds now, PEFT's own among them.
+    """Digest of the current files of an adapter directory of any form, also PEFT's own.
 
     Args:
         directory: an adapter directory; files that are not an adapter's do not count.

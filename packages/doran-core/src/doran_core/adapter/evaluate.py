@@ -1,4 +1,4 @@
-"""Any adapter form as plain factors: networks run, experts joined, one record per layer. Needs no base weights."""
+"""Evaluate an adapter of any form: plain factors A and B, one record per layer. Needs no base weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LayerFactors:
         magnitude: m ``[d_out]``, or None where `scale` is given.
         tau: ``[1]``, ``[d_out]`` or a number.
         scale: c ``[d_out]`` where it is known without the base (folded; LoRA, whose c is 1), else None.
-        kind: how the base keeps the weight, if the adapter says so.
+        kind: layout of the base's weight, if the adapter records it.
         stack: the parameter that the layer is one expert of; None for an ordinary layer.
         expert: its number in the stack.
     """
@@ -59,7 +59,7 @@ class LayerFactors:
         return self.B.shape[0], self.A.shape[1]
 
     def double(self) -> LayerFactors:
-        """The same in float64, for arithmetic on many slices of rows."""
+        """A copy in float64, for arithmetic on many slices of rows."""
 
         def widen(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.double()
@@ -85,8 +85,8 @@ def evaluate(
         adapter: of any form.
         d_in: columns of each module's weight; needed for a trainable adapter whose output layers are shared, or whose
             factors come from a generator of one's own.
-        factor_builder: makes the factors of an adapter that was trained with a generator of one's own; not used for
-            others.
+        factor_builder: makes the factors of an adapter that was trained with a custom generator; ignored for other
+            adapters.
 
     Raises:
         AdapterFormatError: a trainable adapter whose shared parts are missing or do not fit, or with a generator that
@@ -137,7 +137,7 @@ def _experts(layer: LayerFactors) -> Iterator[LayerFactors]:
 
 @torch.no_grad()
 def layer_factors(name: str, module: DoranAdapter, kind: Kind | None = None) -> LayerFactors:
-    """The record of one live adapter, on the CPU; masks and noise are off whatever its mode."""
+    """The record of one live adapter, on the CPU, without masks and noise."""
     with module.inference_mode_of_method():
         A, B = module.factor_pair()
     A, B, magnitude, tau = (tensor.detach().cpu() for tensor in (A, B, read(module.magnitude), module.tau.value()))

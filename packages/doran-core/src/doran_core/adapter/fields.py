@@ -1,4 +1,4 @@
-"""The fields of a trainable adapter_config.json: those that must be there, those that may, and no others."""
+"""The required and the optional fields of a trainable adapter_config.json. All others are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from doran_core.method.config import NOT_SAVED, DoranConfig
 __all__ = ["CONFIG_FIELDS", "TOKENS", "TOKENS_ADVICE", "check_fields", "peft_fields"]
 
 CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(DoranConfig)) - NOT_SAVED
-"""The method's options. A reader that filled in a default for one would compute another function."""
+"""The method's options. None has a default on reading: a wrong guess would compute another function."""
 
 _OWN_FIELDS = frozenset(
     {
@@ -48,11 +48,11 @@ TOKENS_ADVICE = (
 )
 
 _PEFT_PREFIX = "peft_"
-"""Names that start so are PEFT's to add (``peft_version``). Other fields of a later PEFT need a place in the list."""
+"""PEFT adds fields with this prefix (``peft_version``). Other fields of a later PEFT must be added to the list."""
 
 
 def check_fields(where: str, names: Collection[str]) -> None:
-    """Refuse a configuration that lacks an option of the method, or has a field that nobody knows.
+    """Refuse a configuration that lacks an option of the method, or has an unknown field.
 
     Args:
         where: the file, for messages.
@@ -86,7 +86,7 @@ def _is_known(name: str) -> bool:
 
 
 def _hint(name: str, missing: Collection[str]) -> str:
-    """What an unknown name may be meant for: a missing field before one that is there."""
+    """Hint at the field that an unknown name may stand for; missing fields come first."""
     known = sorted(CONFIG_FIELDS | _OWN_FIELDS | _RECORD_FIELDS | _PEFT_FIELDS)
     near = difflib.get_close_matches(name, sorted(missing), n=1) or difflib.get_close_matches(name, known, n=1)
     return f"unknown field {name!r}" + (f", nearest is {near[0]!r}" if near else "")

@@ -21,7 +21,7 @@ _PIECE_ON_DEVICE = 2**23
 """The same on an accelerator, where small pieces would wait for their launches."""
 
 _SMALLEST_NORM = math.sqrt(torch.finfo(torch.float32).tiny)
-"""Below it the squares that a float32 norm sums underflow, and PEFT's norm may be 0."""
+"""Below this norm, float32 squares underflow, and PEFT's norm may be 0."""
 
 
 def fold_module(
@@ -36,7 +36,7 @@ def fold_module(
 
     Args:
         name: the module's name in the base model.
-        adapter: the layer's trainable part; masks and noise are off whatever its mode.
+        adapter: the layer's trainable part; masks and noise do not apply.
         weight: W0 seen as ``[d_out, d_in]``.
         kind: how the base keeps the weight.
         kernel: ``(in_channels, kh, kw)`` of a conv2d.

@@ -1,4 +1,4 @@
-"""Names of tensors in adapter files: split into module and part on reading, put together on writing.
+"""Keys of adapter files: split into module and part on reading, joined on writing.
 
 Module names may hold anything, also ``lora_head`` or ``doran_adapter``: a key is a module's if it ends in a known part.
 """
@@ -37,7 +37,7 @@ PEFT_PARTS = (
 )
 _TRAINABLE_PARTS = ("magnitude", "tau.raw", "experts.coefficients")
 _FACTOR_PARTS = "factors."
-"""What comes after it is the factor generator's own affair."""
+"""The factor generator names its tensors after this prefix."""
 
 Form = Literal["trainable", "peft"]
 _T = TypeVar("_T")
@@ -49,14 +49,14 @@ def trainable_key(module: str, part: str) -> str:
 
 
 def strip_prefix(key: str) -> str:
-    """The key without PEFT's prefix and without torch.compile's part, if it has them."""
+    """The key without PEFT's prefix and torch.compile's part."""
     return plain_name(key.removeprefix(KEY_PREFIX))
 
 
 def is_saved_whole(parameter: str, modules_to_save: Iterable[str]) -> bool:
     """Whether a parameter belongs to a module that ``modules_to_save`` names.
 
-    PEFT takes modules by the end of their names: "classifier" is DistilBERT's "pre_classifier", too.
+    PEFT matches the end of names: "classifier" also matches DistilBERT's "pre_classifier".
     """
     endings = tuple(name for name in modules_to_save if name)
     return any(
@@ -65,9 +65,9 @@ def is_saved_whole(parameter: str, modules_to_save: Iterable[str]) -> bool:
 
 
 def without_wrappers_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without PEFT's further copies of an embedding in ``modules_to_save``: its original, and itself again.
+    """The tensors without PEFT's extra copies of an embedding in ``modules_to_save``.
 
-    It does so when the vocabulary was resized. A second copy that differs from the first stays, to be refused.
+    PEFT saves copies after the vocabulary was resized. A copy with other values stays, and a later check refuses it.
     """
     kept = {}
     for key, tensor in tensors.items():
@@ -112,7 +112,7 @@ def split_keys(where: object, tensors: Mapping[str, _T], form: Form) -> tuple[di
 def check_readable(
     where: object, keys: Iterable[str], form: Form, modules: Iterable[str], extra: Iterable[str]
 ) -> None:
-    """Refuse keys to write that would be read as other modules or extra tensors than they are.
+    """Refuse to write keys that a reader would assign to other modules or extra tensors.
 
     Args:
         where: what is written, for messages.
@@ -122,7 +122,7 @@ def check_readable(
         extra: names of the extra tensors.
 
     Raises:
-        UnexpectedKeyError: naming what would not be read back.
+        UnexpectedKeyError: names the keys that would not be read back.
     """
     found_modules, found_extra = split_keys(where, dict.fromkeys(keys), form)
     lost = sorted((found_modules.keys() ^ set(modules)) | (found_extra.keys() ^ set(extra)))

@@ -57,7 +57,7 @@ _NO_EFFECT = {
     "ensure_weight_tying",
 }
 _EXACT_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base weights as they are; the others change them."""
+"""Values of init_lora_weights that do not change the base weights. All others do."""
 
 
 def check_peft_options(path: Path, config: Mapping[str, Any]) -> None:

@@ -59,7 +59,7 @@ _logger = logging.getLogger("doran_core")
 
 
 def read_adapter(directory: StrPath) -> AnyAdapter:
-    """Read an adapter directory. One that is replaced meanwhile is read again, so that all files are of one save.
+    """Read an adapter directory. If it is replaced meanwhile, read again, so that all files come from one save.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors, and doran_scale.safetensors if folded.
@@ -117,11 +117,11 @@ def _read_bytes(folder: OpenDirectory, name: str) -> bytes:
 
 
 def require_adapter_files(directory: Path) -> None:
-    """Refuse a directory whose configuration or tensor file is absent or no regular file, before others open them.
+    """Refuse a directory whose configuration or tensor file is missing or no regular file, before PEFT opens it.
 
     Raises:
-        MissingKeyError: there is none; the message says if there is a pickle instead.
-        CorruptFileError: it is a pipe, a device or a directory.
+        MissingKeyError: a file is missing; the message says if a pickle is there instead.
+        CorruptFileError: a file is a pipe, a device or a directory.
     """
     for name in (CONFIG_FILE, TENSOR_FILE):
         with named_errors(directory / name):
@@ -205,7 +205,7 @@ def _read_trainable(folder: OpenDirectory, fields: dict[str, Any]) -> TrainableA
     check_trainable_modules(str(file), config, modules)
     _check_extra(file, extra, fields)
     kinds = _module_kinds(path, fields.get("module_kinds") or {})
-    # A fingerprint covers the names, and these are of a compiled model: it can be compared with none.
+    # The fingerprint covers a compiled model's names, so no comparison is possible.
     named_by_compile = any(plain_name(key) != key for key in loaded.tensors)
     adapter = TrainableAdapter(
         config=config,
@@ -222,7 +222,7 @@ def _read_trainable(folder: OpenDirectory, fields: dict[str, Any]) -> TrainableA
         created_by=_optional_text(path, fields, "created_by") or "unknown",
         digest=_optional_text(path, fields, DIGEST),
     )
-    # Digests come last: whatever else is wrong has a message that says more.
+    # Digests are checked last: the other checks have more helpful messages.
     check_fields_digest(path, fields)
     check_tensors_digest(file, fields, loaded.tensors)
     _check_header(file, loaded.metadata)
@@ -231,13 +231,13 @@ def _read_trainable(folder: OpenDirectory, fields: dict[str, Any]) -> TrainableA
 
 
 def _check_header(path: Path, metadata: Mapping[str, str]) -> None:
-    """Refuse header entries that no writer of trainable adapters makes: no digest covers them."""
+    """Refuse header entries that doran does not write, because no digest covers them."""
     if dict(metadata) not in ({}, {"format": "pt"}):
         raise CorruptFileError(f"{path}: metadata {dict(metadata)!r}, expected {{'format': 'pt'}} or none")
 
 
 def _say_if_unsealed(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Say of an adapter without digests, as format version 1 wrote them, that damage cannot be noticed."""
+    """Log that an adapter has no digests (format version 1), so damage cannot be detected."""
     if fields.get(DIGEST) is None or fields.get(TENSORS_DIGEST) is None:
         _logger.warning("%s: has no digest, so that damage to it cannot be noticed; saved anew it has one", folder)
 
@@ -276,7 +276,7 @@ def _check_extra(file: Path, extra: Mapping[str, Tensor], fields: Mapping[str, A
 
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings")
-"""PEFT saves these in full by itself when they were resized or are targets."""
+"""PEFT saves these in full if they were resized or are targets."""
 
 
 def _read_peft(folder: OpenDirectory, config: dict[str, Any]) -> tuple[PeftAdapter, LoadedFile]:
@@ -347,7 +347,7 @@ def _folded(folder: OpenDirectory, peft: PeftAdapter, tensor_file: LoadedFile) -
 def _check_sealed(
     path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
-    """Refuse a header without both digests, and files that are not those that they were taken of."""
+    """Refuse a header without both digests, and files that do not match them."""
     for name in (DIGEST, TENSORS_DIGEST):
         if name not in metadata:
             raise MissingKeyError(f"{path}: no {name!r} in its metadata")

@@ -1,4 +1,4 @@
-"""What an adapter directory holds, as plain records: file names, keys, and the three forms an adapter can have.
+"""The contents of an adapter directory as plain records: file names, keys, and the three forms of an adapter.
 
 Records do not validate themselves: :mod:`doran_core.adapter.validate` does, on reading and before writing.
 """
@@ -32,14 +32,14 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
-"""1: without digests, ties and stored names. Both versions are read; this one is written."""
+"""Version 1 has no digests, ties and stored names. Readers accept both versions; writers write this one."""
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 SCALE_FILE = "doran_scale.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, TENSOR_FILE, SCALE_FILE, "adapter_model.bin")
 """Files that belong to an adapter; writing one replaces them and no others."""
 KEY_PREFIX = "base_model.model."
-"""PEFT's prefix of every key. Written always, not required on reading."""
+"""PEFT's prefix of every key. Writers add it; readers do not require it."""
 
 Kind = Literal["linear", "conv1d", "conv2d", "conv", "embedding"]
 """How a module keeps its weight. In matrix terms ``[d_out, d_in]``: linear as it is; conv1d (GPT-2) and embedding
@@ -98,9 +98,9 @@ class FoldedAdapter:
         modules_to_save: names of the modules that `extra` belongs to.
         ties: of the whole base model: each tied parameter's source, by the model's names; {} if none are, None if
             unknown.
-        stored_names: the names in a checkpoint of those parameters whose names differ there; None if unknown.
-        created_by: what wrote it.
-        digest: of the files that it was read from, None if they record none. Writing computes it anew.
+        stored_names: names in a checkpoint of the parameters that have other names there; None if unknown.
+        created_by: the program that wrote the adapter.
+        digest: of the files that it was read from, or None. Writers compute a new one.
     """
 
     modules: dict[str, FoldedModule]
@@ -117,7 +117,7 @@ class FoldedAdapter:
 
 @dataclass(frozen=True)
 class TrainableAdapter:
-    """The trainable form: what a DoranAdapter of each module holds.
+    """The trainable form: the tensors of each module's DoranAdapter.
 
     Attributes:
         config: the method's options.
@@ -155,7 +155,7 @@ class PeftModule:
         B: ``[d_out, r]``, the scaling not included.
         scaling: g.
         magnitude: DoRA's m, ``[d_out]``; None for LoRA.
-        kind: None where the file does not tell (PEFT does not mark Conv1D): the base weight's shape decides.
+        kind: None if the file does not record it (PEFT does not mark Conv1D). Then the base weight's shape decides.
         kernel: ``(in_channels, kh, kw)`` of a conv2d, else None.
     """
 

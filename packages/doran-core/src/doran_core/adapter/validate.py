@@ -1,4 +1,4 @@
-"""The checks that every adapter passes on reading and before writing: dtypes, finite values, shapes, ranks."""
+"""Checks of every adapter, on reading and before writing: dtypes, finite values, shapes, ranks."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def check_folded_parts(where: str, module: str, B: Tensor, scale: Tensor, magnit
 
 
 def check_rows(where: str, module: str, zero_rows: Sequence[int]) -> None:
-    """Refuse rows of zeros, which the DoRA that a folded adapter is for PEFT turns into NaN."""
+    """Refuse rows of zeros: PEFT reads a folded adapter as DoRA, which makes such rows NaN."""
     if zero_rows:
         some = ", ".join(map(str, zero_rows[:8])) + (", ..." if len(zero_rows) > 8 else "")
         raise NonFiniteError(
@@ -99,9 +99,9 @@ def check_rows(where: str, module: str, zero_rows: Sequence[int]) -> None:
 
 
 def check_trainable_modules(where: str, config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Check what the configuration alone says about the modules' tensors.
+    """Check the modules' tensors against the configuration.
 
-    Which module owns what is shared, and the shapes of that, is checked when the adapters are rebuilt.
+    Shared tensors, their owners and shapes are checked later, when the adapters are rebuilt.
 
     Args:
         where: file or object, for messages.
@@ -190,7 +190,7 @@ def _first_expert(where: str, module: str, tensors: Mapping[str, Tensor], expert
 
 
 def own_generator_parts(config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    """Names of the tensors of a generator that is not DoRAN's, which only its author can check; none for DoRAN's own.
+    """Names of the tensors of a custom generator, which only its author can check; empty for DoRAN's own generators.
 
     Args:
         config: the options.
@@ -224,7 +224,7 @@ def _check_generated(where: str, config: DoranConfig, module: str, tensors: Mapp
 
 
 def _check_stored_once(where: str, config: DoranConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse a tensor that layers share and that two of them bring: which one counts would be a guess."""
+    """Refuse a shared tensor that two layers contain: choosing one would be a guess."""
     for start, group_of in shared_parts(config).items():
         holders: dict[tuple[object, str], str] = {}
         for name, tensors in modules.items():

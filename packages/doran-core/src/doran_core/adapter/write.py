@@ -1,4 +1,4 @@
-"""Write adapter directories: checked first, then whole or not at all."""
+"""Write adapter directories: all checks first, then one atomic step."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def write_trainable(adapter: TrainableAdapter, directory: StrPath, *, overwrite:
 
     Args:
         adapter: what to write.
-        directory: made if it is not there. Files in it that belong to no adapter stay.
-        overwrite: replace an adapter that is there already.
+        directory: created if missing. Files in it that belong to no adapter stay.
+        overwrite: replace an existing adapter.
 
     Returns:
         The directory.
@@ -137,7 +137,7 @@ def _write(adapter: FoldedAdapter, directory: StrPath, overwrite: bool, *, with_
 
 
 def _metadata(adapter: FoldedAdapter, tensor_file_sha256: str) -> dict[str, str]:
-    """Of the scale file, without its digests."""
+    """The scale file's metadata without its digests."""
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "form": "folded",
@@ -211,5 +211,5 @@ def _dora_config(adapter: FoldedAdapter) -> dict[str, Any]:
 
 
 def _is_plain_bias(name: str, adapter: FoldedAdapter) -> bool:
-    """Whether an extra tensor is a trained bias and not part of a module that is saved as a whole."""
+    """Whether an extra tensor is a trained bias, and not part of a module that is saved in full."""
     return name.endswith(".bias") and not is_saved_whole(name, adapter.modules_to_save or [])

@@ -19,7 +19,7 @@ _TABLE = "architectures.json"
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    """Two lists of the maps that occur, and by architecture which of each is its own and the flag's default."""
+    """Two lists of maps; each architecture has an index into both, and the flag's default."""
     table: dict[str, Any] = json.loads(files(__package__).joinpath(_TABLE).read_text(encoding="utf-8"))
     return table
 
@@ -53,8 +53,8 @@ def _entry(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def stored_candidates(config: Mapping[str, Any], parameter: str) -> list[str]:
     """Names that a checkpoint may have for a parameter which transformers renames on loading; none for the others.
 
-    The model that was adapted may be the whole of the checkpoint's architecture, a part of it, or one around it: then
-    their names differ by a prefix.
+    The adapted model may be the checkpoint's architecture, a part of it, or a model around it. In the last two cases
+    the names differ by a prefix.
 
     Args:
         config: the checkpoint's config.json.
@@ -76,7 +76,7 @@ def stored_candidates(config: Mapping[str, Any], parameter: str) -> list[str]:
 
 
 def renamed_start(rules: Mapping[str, str], pattern: str) -> str:
-    """A name whose start a rule names, with the other start; the longest start counts.
+    """Apply the rule with the longest matching start to a name.
 
     Args:
         rules: starts of names and what stands for them, whole parts between dots.

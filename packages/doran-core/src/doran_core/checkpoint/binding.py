@@ -1,4 +1,4 @@
-"""An adapter bound to the checkpoint that it adapts: each module with its weight on disk, sizes and base checked.
+"""Bind an adapter to its checkpoint: find each module's weight on disk, and check sizes and base.
 
 Merging and converting both start here. Weights are read in pieces of a few rows, so memory stays small.
 """
@@ -32,10 +32,10 @@ from doran_core.method.factors import FactorBuilder
 __all__ = ["BoundAdapter", "BoundModule", "bind", "checkpoint_fingerprint"]
 
 CHUNK_ELEMENTS = 2**18
-"""Elements of a weight handled at a time: 2 MiB in float64, in a core's cache between passes, or nearly."""
+"""Elements of a weight per piece: 2 MiB in float64, about the size of a core's cache."""
 
 _KNOWN_SCALE_TAU = 2.0**200
-"""A tau beside which no norm counts in float64, and which is a power of two: ``m = c tau`` gives exactly c."""
+"""A power of two so large that in float64 ``n + tau = tau``: with it ``m = c tau`` gives exactly c."""
 
 _MERGEABLE = ("F64", "F32", "F16", "BF16")
 
@@ -45,8 +45,8 @@ class BoundModule:
     """One adapted module and its weight on disk.
 
     Attributes:
-        factors: what the adapter says of it.
-        key: the tensor that the merge changes. For a tied weight it may be one that the checkpoint lacks.
+        factors: its evaluated factors.
+        key: the tensor that the merge changes. For a tied weight, the checkpoint may lack this key.
         file: where the weight lies.
         kind: how it is kept.
         slot: which matrix of a tensor that holds all experts it is; None where the tensor is its own.
@@ -95,7 +95,7 @@ class BoundModule:
         return min(d_out, max(1, CHUNK_ELEMENTS // d_in))
 
     def double(self) -> BoundModule:
-        """The same with its factors in float64, so that they are not widened again for every slice of rows."""
+        """A copy with factors in float64, converted once instead of once per slice."""
         return replace(self, factors=self.factors.double())
 
     def merged_rows(self, weight: Tensor, rows: slice, *, out: Tensor | None = None) -> Tensor:
@@ -148,7 +148,7 @@ def bind(
     allow_base_mismatch: bool = False,
     factor_builder: FactorBuilder | None = None,
 ) -> BoundAdapter:
-    """Find every adapted module in a checkpoint and check that it is the one that the adapter was made for.
+    """Find every adapted module in a checkpoint, and check that this is the adapter's base.
 
     Args:
         adapter: of any form.
@@ -263,7 +263,7 @@ def _check_ties_known(
     extra: Mapping[str, Tensor],
     where: StrPath,
 ) -> None:
-    """Refuse to change an embedding or output layer of a model of which nobody knows whether it ties them.
+    """Refuse to change an embedding or output layer if doran does not know whether the model ties them.
 
     Raises:
         CheckpointError: naming the parameter and the architecture.
@@ -307,7 +307,7 @@ def _check_distinct(places: Mapping[str, Sequence[_Place]], where: str) -> None:
 
 
 def _check_matrices(weights: Iterable[WeightFile], where: str) -> None:
-    """Refuse weights that are no matrix or hold nothing."""
+    """Refuse weights that are empty or cannot be seen as a matrix."""
     for file in weights:
         shape = file.entry.shape
         if len(shape) < 2 or 0 in shape:
@@ -316,7 +316,7 @@ def _check_matrices(weights: Iterable[WeightFile], where: str) -> None:
 
 
 def checkpoint_fingerprint(modules: list[BoundModule]) -> str:
-    """The fingerprint of the modules' weights, from the few values of each file that count."""
+    """The fingerprint of the modules' weights. Reads only the sampled values of each file."""
     weights: dict[str, list[BoundModule]] = {}  # the parts of a stack count as one, one below the other
     for module in modules:
         weights.setdefault(module.factors.stack or module.name, []).append(module)

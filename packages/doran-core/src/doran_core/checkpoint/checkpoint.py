@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint directory as keys and tensors, read in place: nothing is loaded before it is asked for."""
+"""A Hugging Face checkpoint directory as keys and tensors. Tensors are read from the files on demand."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Checkpoint:
 
     def _read(self) -> None:
         self.state: dict[str, list[int]] = {}
-        """Size, time and number of each file when its reading began, by its path."""
+        """Size, modification time and inode of each file when reading began, by path."""
         for name in (INDEX_FILE, _CONFIG):
             self._note(self.directory / name)
         self.index = self._read_index()
@@ -144,7 +144,7 @@ class Checkpoint:
             self.state[str(path)] = _state_of(path)
 
     def require_unchanged(self) -> None:
-        """Refuse what was made of a checkpoint whose files are not those any more that were there at first.
+        """Refuse a result if the checkpoint's files have changed since reading began.
 
         Raises:
             CheckpointError: naming the file.
@@ -162,7 +162,7 @@ class Checkpoint:
         self._note(path)
         try:
             layout = read_layout(path)
-            with safe_open(path, framework="pt"):  # what safetensors refuses is not to be copied into an output
+            with safe_open(path, framework="pt"):  # never copy a file into an output that safetensors refuses
                 return layout
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing, but {INDEX_FILE} names it") from error

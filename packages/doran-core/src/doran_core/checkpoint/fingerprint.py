@@ -53,7 +53,7 @@ def exact_digest(module: str, weight: Tensor) -> bytes | None:
 
 
 def samples_digest(module: str, shape: tuple[int, int], samples: Tensor) -> bytes:
-    """As :func:`weight_digest`, from the values that count alone."""
+    """As :func:`weight_digest`, from the sampled values only."""
     digest = hashlib.sha256(f"{module}\0{shape[0]}\0{shape[1]}\0".encode())
     digest.update(bytes_view(samples.to(torch.bfloat16).cpu().contiguous()))
     return digest.digest()

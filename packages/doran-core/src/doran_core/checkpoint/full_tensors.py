@@ -18,7 +18,7 @@ __all__ = ["by_base_names", "extra_keys", "without_copies"]
 def without_copies(
     extra: Mapping[str, Tensor], names: ModelNames, weights: Mapping[str, WeightFile], where: StrPath
 ) -> dict[str, Tensor]:
-    """The extra tensors that mean something: PEFT also saves the base weight of an adapted or tied embedding.
+    """The extra tensors that change the base. PEFT also saves copies: the base weight of an adapted or tied embedding.
 
     Args:
         extra: by the adapter's names.

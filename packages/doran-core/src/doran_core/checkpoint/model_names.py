@@ -15,11 +15,11 @@ __all__ = ["ModelNames", "TiedGroup"]
 
 @dataclass(frozen=True)
 class TiedGroup:
-    """Parameters that are one in the model.
+    """Tied parameters: one tensor with several names in the model.
 
     Attributes:
-        file: the tensor that stands for those which the checkpoint lacks.
-        keys: the name of each in the checkpoint, whether it is there or not, by its name in the model.
+        file: the checkpoint's tensor for all of them, also for names that the checkpoint lacks.
+        keys: by name in the model, the name in the checkpoint, which may lack some of them.
     """
 
     file: WeightFile
@@ -108,7 +108,7 @@ class ModelNames:
         return next(iter(self._candidates(parameter)))
 
     def is_tied(self, parameter: str) -> bool:
-        """Whether a parameter is one with another one, as far as is known."""
+        """Whether a parameter is tied to another, as far as known."""
         return parameter in self._by_parameter
 
     def _key(self, parameter: str) -> str:
@@ -141,7 +141,7 @@ class ModelNames:
 
 
 def _members(ties: Mapping[str, str]) -> Iterable[list[str]]:
-    """Groups of parameters that are one, the source first."""
+    """Groups of tied parameters, the source first."""
     groups: dict[str, list[str]] = {}
     for tied, source in ties.items():
         seen = {tied}

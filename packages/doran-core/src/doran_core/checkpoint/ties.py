@@ -11,15 +11,15 @@ __all__ = ["FLAG_IN_FORWARD", "base_parameter", "tied_parameters"]
 FLAG_IN_FORWARD = frozenset(
     ("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "t5gemma", "t5gemma_module", "udop", "umt5")
 )
-"""transformers' model types that also scale or choose their outputs by ``tie_word_embeddings``, or by a field made of
-it: the flag must stay as it is there, whatever is tied."""
+"""transformers' model types whose outputs depend on ``tie_word_embeddings``: a merge must not change the flag there,
+even if it unties weights."""
 
 _NOT_THE_BASE = ("doran_adapter", "modules_to_save")
 _WRAPPERS = ("base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module")
 
 
 def base_parameter(name: str) -> str | None:
-    """A parameter's name in the base model, without what adapters, PEFT and torch.compile put around its module.
+    """A parameter's name in the base model, without the parts that adapters, PEFT and torch.compile add.
 
     Args:
         name: in the adapted model.
@@ -34,9 +34,9 @@ def base_parameter(name: str) -> str | None:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Each parameter that is one with another, and its source, by the base model's names.
+    """Each tied parameter and its source, by the base model's names.
 
-    What the model declares (transformers' ``all_tied_weights_keys``) counts also while a merge has put one end apart.
+    The model's declaration (transformers' ``all_tied_weights_keys``) counts even while a merge has separated the ends.
 
     Args:
         model: adapted or not.
@@ -56,7 +56,7 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def _declared(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """What the outermost models that declare ties say."""
+    """The declared ties of the outermost models that declare any."""
     done: list[str] = []
     for name, module in model.named_modules():
         own: Mapping[str, str] | None = getattr(module, "all_tied_weights_keys", None)

@@ -46,13 +46,13 @@ def decide_kind(
     *,
     fan_in_fan_out: bool = False,
 ) -> Kind:
-    """The kind of a module whose adapter may not say it.
+    """The kind of a module, which the adapter may not record.
 
     Args:
         where: checkpoint and key, for the message.
         shape: of the stored weight.
         sizes: the adapter's ``(d_out, d_in)``.
-        declared: what the adapter says, or None.
+        declared: the adapter's record, or None.
         fan_in_fan_out: PEFT's flag; settles a square weight.
 
     Raises:

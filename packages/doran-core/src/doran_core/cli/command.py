@@ -1,4 +1,4 @@
-"""What a subcommand of `doran` is: a click command that returns an :class:`Outcome`, named by an entry point.
+"""A subcommand of `doran`: a click command that returns an :class:`Outcome`, found by an entry point.
 
 The entry points are those of the group "doran.commands". A module that holds one is imported for `doran --help`: it
 imports torch and the like only when the command runs.
@@ -22,15 +22,15 @@ from doran_core.cli.terminal import drop_output, json_for
 __all__ = ["GROUPS", "DoranCommand", "Outcome", "command", "only_flags", "reading_flags", "wants_json", "write_lines"]
 
 GROUPS = ("train", "adapters", "export", "serve", "shell")
-"""Headings of `doran --help`, in their order. A command of another group comes after them."""
+"""Headings of `doran --help`, in order. Commands of other groups come last."""
 
 _reading = False
 
 
 def reading_flags() -> bool:
-    """Whether the `doran` command is reading its command line, and has not begun to run.
+    """Whether `doran` is still parsing its command line.
 
-    A package that does something when it is imported leaves that to the command's run: doran_hf does not import PEFT.
+    Packages postpone import side effects meanwhile: doran_hf does not import PEFT.
     """
     return _reading
 
@@ -48,7 +48,7 @@ def only_flags(value: bool = True) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found or wrote.
+    """A command's result.
 
     Attributes:
         data: JSON-ready; printed by --json.
@@ -85,7 +85,7 @@ class DoranCommand(click.Command):
             if not as_json:
                 outcome = super().invoke(ctx)
                 return _print(lambda: show(outcome.shown))
-            with contextlib.redirect_stdout(sys.stderr):  # what libraries print on their way
+            with contextlib.redirect_stdout(sys.stderr):  # messages that libraries print
                 outcome = super().invoke(ctx)
         data = _finite(outcome.data)
         text = json_for(json.dumps(data, indent=2, ensure_ascii=False), json.dumps(data, indent=2))
@@ -115,10 +115,10 @@ def wants_json() -> bool:
 
 
 def _print(write: Callable[[], None]) -> None:
-    """Print to standard output. Where its reader has gone, as `head` goes, the rest is not wanted.
+    """Print to standard output. If the reader has closed it, as `head` does, drop the rest.
 
     Raises:
-        OSError: it leads to a full disk, say.
+        OSError: the output cannot be written; for example, the disk is full.
     """
     try:
         write()

@@ -21,7 +21,7 @@ __all__ = ["completion"]
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> Outcome:
-    """Print a shell's completion script. The script asks `doran` for what is installed at that moment."""
+    """Print a shell's completion script. The script asks the installed `doran` for completions."""
     from doran_core.cli.group import doran
     from doran_core.cli.main import COMPLETION_VARIABLE
 

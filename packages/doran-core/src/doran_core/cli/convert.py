@@ -13,7 +13,7 @@ __all__ = ["convert"]
 
 
 class _Form(click.Choice[str]):
-    """The forms, of which "folded" was called "compiled" before."""
+    """The forms. "compiled" is the former name of "folded"."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return super().convert("folded" if value == "compiled" else value, param, ctx)

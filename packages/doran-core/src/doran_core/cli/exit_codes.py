@@ -1,4 +1,4 @@
-"""What the `doran` command's exit codes mean. Imports nothing."""
+"""The `doran` command's exit codes and their meaning. Imports nothing."""
 
 from __future__ import annotations
 

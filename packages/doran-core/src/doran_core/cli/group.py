@@ -29,7 +29,7 @@ _EXAMPLES = (
 
 
 class _Installed(MutableMapping[str, click.Command]):
-    """Subcommands by name: the names are known at once, a command is imported when it is asked for."""
+    """Subcommands by name. Names come from entry points; a command is imported when it is used."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, click.Command] = {}
@@ -69,7 +69,7 @@ class _Group(click.Group):
             return None
         try:
             return self.commands[cmd_name]
-        except Exception as error:  # whatever a package raises when it is imported
+        except Exception as error:  # an import can raise anything
             raise click.UsageError(f"the command {cmd_name!r} is installed, but cannot be loaded: {error}") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -78,7 +78,7 @@ class _Group(click.Group):
         for name in self.list_commands(ctx):
             try:
                 found = self.get_command(ctx, name)
-            except click.UsageError as error:  # the other commands are still of use
+            except click.UsageError as error:  # the other commands still work
                 print(f"doran: warning: {error.message}", file=sys.stderr)
                 continue
             assert isinstance(found, DoranCommand)

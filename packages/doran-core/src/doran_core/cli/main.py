@@ -63,7 +63,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"error: {error}", exit_codes.CHECK_FAILED
     if isinstance(error, DoranError):
         return f"error: {error}", exit_codes.SYSTEM if _is_from_system(error) else exit_codes.USAGE
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not to be imported here
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's: by name, not imported
         return f"error: out of memory: {text}", exit_codes.SYSTEM
     if isinstance(error, OSError):
         return f"error: {text}", exit_codes.SYSTEM
@@ -76,7 +76,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _is_from_system(error: BaseException | None) -> bool:
-    """Whether the machine refused what was asked, whatever was made of its error on the way."""
+    """Whether the machine refused the request: an OSError or out of memory, also as the cause of another error."""
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SYSTEM):
             return True

@@ -1,4 +1,4 @@
-"""Options that several subcommands have, and how their values are understood."""
+"""Options of several subcommands, and the conversion of their values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE = click.Path(dir_okay=False)
 
 
 def adapter_options(function: Any) -> Any:
-    """Decorator: what every subcommand that evaluates an adapter may be told about the adapter."""
+    """Decorator: the options of every subcommand that evaluates an adapter."""
     function = click.option(
         "--factor-builder",
         metavar="MODULE:NAME",
@@ -50,7 +50,7 @@ def load_factor_builder(given: str | None) -> FactorBuilder | None:
     sys.path.insert(0, here)
     try:
         builder = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's own code raises
+    except Exception as error:  # the user's code can raise anything
         raise ConfigError(f"--factor-builder {given}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)

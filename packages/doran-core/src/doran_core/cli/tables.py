@@ -25,7 +25,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def printable(self) -> Table:
-        """The same with each cell on one line and nothing in it that steers a terminal."""
+        """A copy with each cell on one line and control characters escaped."""
         rows = [[printable(cell).replace("\n", "\\n") for cell in row] for row in self.rows]
         return Table([printable(name) for name in self.header], rows)
 
@@ -67,5 +67,5 @@ def _draw(table: Table) -> None:
         left = column == 0 or not table.header
         drawn.add_column(Text(name) if table.header else "", justify="left" if left else "right", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*map(Text, row))  # as it is: brackets are no markup here
+        drawn.add_row(*map(Text, row))  # as plain text: brackets are no markup here
     Console().print(drawn)

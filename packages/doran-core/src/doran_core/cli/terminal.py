@@ -10,13 +10,14 @@ from pathlib import Path
 __all__ = ["drop_output", "json_for", "open_streams", "printable"]
 
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but for tab and newline, and those that change the direction of writing."""
+"""Control characters other than tab and newline, and characters that change the writing direction."""
 
 
 def open_streams() -> None:
-    """Make standard output and error usable, whatever the caller made of them.
+    """Make standard output and error usable, even if the caller closed them.
 
-    A closed one leads nowhere, instead of into the next file that is opened. What an encoding cannot show is escaped.
+    A closed stream is redirected to the null device; else the next opened file would take its number. Characters that
+    the encoding lacks are escaped.
     """
     for number in range(3):
         try:
@@ -32,7 +33,7 @@ def open_streams() -> None:
 
 
 def printable(text: str) -> str:
-    """The text with escapes in place of characters that steer a terminal: metadata may hold any."""
+    """The text with control characters escaped, because metadata may contain them."""
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -51,5 +52,5 @@ def json_for(text: str, escaped: str) -> str:
 
 
 def drop_output() -> None:
-    """Lead standard output nowhere: Python flushes it once more when it ends, and would meet the same error."""
+    """Redirect standard output to the null device: Python flushes it at exit, and would raise the same error again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

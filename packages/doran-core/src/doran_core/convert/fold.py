@@ -27,8 +27,8 @@ def fold_adapter(
 ) -> FoldedAdapter:
     """Fold an adapter directory of any form against its base checkpoint.
 
-    An adapter that is folded already is returned as it is, once its base is checked. The result computes the same
-    function: ``c = m / (||W0 + g B A|| + tau)`` in float64, rounded to float32 once.
+    A folded adapter is returned unchanged after a check of its base. The result computes the same function:
+    ``c = m / (||W0 + g B A|| + tau)`` in float64, rounded to float32 once.
 
     Args:
         adapter_dir: trainable, folded, or a PEFT LoRA or DoRA adapter.
@@ -91,14 +91,14 @@ def from_peft(peft_dir: StrPath, base_dir: StrPath, *, progress: Progress | None
 
 
 def _stored_names(bound: BoundAdapter) -> dict[str, str]:
-    """The names in a checkpoint of those parameters whose names differ there."""
+    """Names in a checkpoint of the parameters that have other names there."""
     parameters = [*(m.parameter for m in bound.modules), *bound.adapter_extra, *(bound.names.ties or {})]
     names = {parameter: bound.names.nominal(parameter) for parameter in parameters}
     return {parameter: name for parameter, name in names.items() if name != parameter}
 
 
 def _fingerprint(modules: list[BoundModule]) -> str | None:
-    """Of the base at hand; None for float16, whose values may be a rounded copy's."""
+    """The base's fingerprint; None for float16, which may be a rounded copy."""
     return None if any(m.file.entry.dtype == "F16" for m in modules) else checkpoint_fingerprint(modules)
 
 

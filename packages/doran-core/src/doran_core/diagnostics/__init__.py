@@ -1,4 +1,4 @@
-"""What an adapter has learned, as plain data: spectra, effective ranks, tau and norms per layer, similarities."""
+"""Measurements of an adapter as plain data: spectra, effective ranks, tau and norms per layer, similarities."""
 
 from doran_core.diagnostics.factors import delta_similarity, effective_rank, singular_values
 from doran_core.diagnostics.gradient import GradientProbe, GradientSplit, ProbedLayer, gradient_split

@@ -64,7 +64,7 @@ def gradient_split(gradient: Tensor, direction: Tensor, tau: Tensor | float) -> 
 
 @dataclass(frozen=True)
 class ProbedLayer:
-    """A layer to watch: the module whose call takes x ``[..., d_in]`` to ``[..., d_out]``, its base, its adapter."""
+    """A layer to watch: the module that maps x ``[..., d_in]`` to ``[..., d_out]``, its base, its adapter."""
 
     module: nn.Module
     view: BaseView

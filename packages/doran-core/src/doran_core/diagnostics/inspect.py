@@ -49,7 +49,7 @@ class LayerReport:
         singular_values: of ``g B A``.
         effective_rank: see :func:`~doran_core.diagnostics.effective_rank`.
         tau: of the trainable form; None elsewhere.
-        scale: c; None where it takes the base to know it and none is given.
+        scale: c; None if computing c needs the base and no base is given.
         norm: ``n = ||W0 + g B A||`` per row; needs the base.
         tau_share: mean of ``tau / (n + tau)``, the part of the parallel gradient that the norm lets pass.
         change: ``||W' - W0|| / ||W0||``; needs the base.
@@ -110,7 +110,7 @@ def inspect_adapter(
 
     Args:
         directory: the adapter.
-        base_dir: its base checkpoint, for what depends on the base weights.
+        base_dir: its base checkpoint, for the measurements that need base weights.
         allow_base_mismatch: accept base weights with another fingerprint.
         factor_builder: the one given to :func:`doran_core.adapt`, for an adapter that was trained with one.
 

@@ -1,4 +1,4 @@
-"""Draw an adapter report: what was learned in each block, one line per kind of projection. Needs matplotlib."""
+"""Draw an adapter report by block, with one line per kind of projection. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["plot_report", "require_plotting"]
 
 
 def require_plotting() -> None:
-    """Raise before any work is done if there is nothing to draw with.
+    """Raise before any work is done if matplotlib is missing.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -26,7 +26,7 @@ def require_plotting() -> None:
 
 
 def plot_report(report: AdapterReport, path: StrPath) -> Path:
-    """Draw tau, output scale, norm, effective rank, change and spectrum, as far as the report knows them.
+    """Draw tau, output scale, norm, effective rank, change and spectrum, as far as the report has them.
 
     Lines are means of a layer and bands reach from its least to its largest value; in the spectrum they are the median
     layer and all layers.
@@ -89,14 +89,14 @@ _PANELS: list[tuple[str, Callable[[LayerReport], Spread | float | None]]] = [
 
 
 def _by_projection(layers: list[LayerReport]) -> dict[str, list[tuple[int, LayerReport]]]:
-    """Layers by the last part of their names, each with the number of its block from 0 on, in the given order."""
+    """Layers by the last part of their names, numbered from 0 in the given order."""
     blocks: dict[str, int] = {}
     groups: dict[str, list[tuple[int, LayerReport]]] = {}
     for layer in layers:
         number = blocks.setdefault(block_of(layer.name) or layer.name, len(blocks))
         groups.setdefault(layer.name.rpartition(".")[2], []).append((number, layer))
     if any(len({number for number, _ in group}) < len(group) for group in groups.values()):
-        return {"layers": list(enumerate(layers))}  # names do not tell the layers of a block apart
+        return {"layers": list(enumerate(layers))}  # several layers of a block have the same last part
     return groups
 
 
@@ -131,7 +131,7 @@ def _draw_spectra(axis: Any, groups: dict[str, list[tuple[int, LayerReport]]]) -
 
 
 def _draw_similarities(axis: Any, similarities: Sequence[LayerSimilarity]) -> None:
-    """The mean cosine of the updates of layers that are so many layers apart."""
+    """The mean cosine between the updates of layers, by their distance in layers."""
     for group in similarities:
         distances = range(1, len(group.layers))
         means = [

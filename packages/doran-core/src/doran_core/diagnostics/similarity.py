@@ -1,4 +1,4 @@
-"""How alike the layers of one kind are: cosines between their updates and between their factors, as plain numbers."""
+"""Similarity of the layers of one kind: cosines between their updates and between their factors."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def factor_similarity(factors: Sequence[Tensor]) -> Tensor:
 
 
 def layer_similarities(layers: Sequence[LayerFactors]) -> list[LayerSimilarity]:
-    """The similarities within every projection that has two layers or more of one size and rank.
+    """The similarities within every projection that has at least two layers of one size and rank.
 
-    Of a projection with more than 256 layers 256 are compared, evenly spaced, the first and the last among them.
+    If a projection has more than 256 layers, 256 evenly spaced ones are compared, including the first and the last.
 
     Args:
         layers: evaluated factors, in the order that rows and columns are to have.
@@ -76,7 +76,7 @@ def layer_similarities(layers: Sequence[LayerFactors]) -> list[LayerSimilarity]:
 
 
 _MOST = 256
-"""Layers of one projection that are compared: time and size of the result grow with their square."""
+"""Most layers of one projection to compare: time and size of the result grow with the square."""
 
 
 def _some(layers: list[LayerFactors]) -> list[LayerFactors]:

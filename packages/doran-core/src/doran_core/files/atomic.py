@@ -1,6 +1,6 @@
 """Files and directories that appear whole or not at all: written beside their place, synced, then renamed.
 
-The one place for it in all packages. What a killed writer leaves is swept by the next one in the same directory.
+All packages write through this module. The next writer of a directory deletes the leftovers of a killed one.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def new_directory(
     owned: Collection[str] | None = None,
     error: type[DoranError] = CheckpointError,
 ) -> Iterator[Path]:
-    """Give a temporary directory beside `target`; on a clean exit it becomes `target` in one step.
+    """Yield a temporary directory beside `target`; on a clean exit, rename it to `target` in one step.
 
-    An error inside leaves `target` as it was and removes the temporary directory. When an existing target is replaced,
-    other programs' files stay: also those that they write while this goes on.
+    An error leaves `target` as it was and removes the temporary directory. Replacing an existing target keeps other
+    programs' files, also those that they write meanwhile.
 
     Args:
         target: directory to make. Missing parents are made.
@@ -50,23 +50,23 @@ def new_directory(
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary(target, directory=True) as staging:
             yield staging
-            sync_tree(staging)  # before other programs' files, of which there may be many, come into it
+            sync_tree(staging)  # sync before other programs' files are added, of which there may be many
             carried = carry_over(target, staging, owned or ()) if owned is not None else {}
             if target.is_dir():
                 shutil.copymode(target, staging)
             sync_path(staging)
             if owned is None:
-                staging.rename(target)  # which fails if another writer has put something there
+                staging.rename(target)  # fails if another writer has put something there
             else:
                 swap_in(staging, target, owned, carried, overwrite)
             sync_path(target.parent)
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write a file that appears in one step, whole and on the disk.
+    """Write a file atomically, and sync it.
 
     Raises:
-        CheckpointError: it cannot be written. What was there before stays then.
+        CheckpointError: the file cannot be written; an existing file stays as it was.
     """
     with writing(path, CheckpointError):
         with temporary(path, directory=False) as part:
@@ -77,7 +77,7 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Make a whole directory `target`, which must be absent or empty; the two are beside each other.
+    """Rename the complete directory `staging` to `target`, which must be absent or empty. Both have the same parent.
 
     Raises:
         OSError: `target` holds something, or cannot be written.
@@ -89,7 +89,7 @@ def publish(staging: Path, target: Path) -> None:
 
 @contextmanager
 def writing(target: Path, error: type[DoranError]) -> Iterator[None]:
-    """Within this, what the disk refuses is one error that names `target`.
+    """Inside this context, every error of the disk becomes one error that names `target`.
 
     Raises:
         DoranError: of the class `error`. Its cause tells a full disk from a forbidden one.
@@ -103,12 +103,12 @@ def writing(target: Path, error: type[DoranError]) -> Iterator[None]:
     except OSError as failed:
         names = [name for name in (failed.filename, failed.filename2) if name is not None]
         if names and not _disk_is_full(failed) and not any(_is_beside(name, target) for name in names):
-            raise  # something else that was read meanwhile
+            raise  # an error on another file, which was read meanwhile
         reason = "the disk is full" if _disk_is_full(failed) else failed.strerror or str(failed)
         if failed.errno == errno.ENOTEMPTY or failed.filename == str(target.resolve()):
             reason = f"something else was put there meanwhile ({reason})"
         raise error(f"cannot write {target}: {reason}") from failed
-    except Exception as failed:  # libraries raise their own errors from a full disk
+    except Exception as failed:  # on a full disk, libraries raise errors of their own
         if not _disk_is_full(failed):
             raise
         raise error(f"cannot write {target}: the disk is full") from failed
@@ -121,7 +121,7 @@ def _is_beside(path: str | bytes | int, target: Path) -> bool:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether that is what an exception, or one that it was raised from, reports."""
+    """Whether an exception or one of its causes reports a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return True
@@ -139,7 +139,7 @@ def check_place(target: Path, error: type[DoranError] = CheckpointError) -> Path
     given, target = target, target.resolve()
     try:
         here = Path.cwd()
-    except OSError:  # it is gone already
+    except OSError:  # the current directory was deleted
         here = None
     if not target.name or (here is not None and (target == here or target in here.parents) and target.is_dir()):
         raise error(f"cannot write {str(given) or '.'!r}: it is the current directory or holds it; name a new one")

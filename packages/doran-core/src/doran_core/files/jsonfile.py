@@ -13,10 +13,10 @@ from doran_core.files.opening import read_file
 __all__ = ["JSON_LIMIT", "json_text", "parse_json", "parse_object", "read_json", "write_json"]
 
 JSON_LIMIT = 64 * 2**20
-"""Bytes of a configuration or an index; those of the largest models have a few million."""
+"""Most bytes of a configuration or an index. The largest models have a few million."""
 
 _DIGITS = 20
-"""Of an integer: more than 64 bits have is no size and no version."""
+"""Most digits of an integer: 64 bits need no more."""
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
@@ -43,11 +43,11 @@ def parse_object(data: bytes | str) -> Any:
     """JSON as other programs read it, too: each name once in an object, all text in Unicode, integers of 64 bits.
 
     Raises:
-        ValueError, RecursionError: it is something else.
+        ValueError, RecursionError: the text is not such JSON.
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     value = json.loads(text, parse_int=_integer, object_pairs_hook=_distinct)
-    if "\\ud" in text or "\\uD" in text:  # half of a surrogate pair would fail wherever it is printed or written
+    if "\\ud" in text or "\\uD" in text:  # a lone surrogate fails when it is printed or written
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 

@@ -52,12 +52,12 @@ DTYPES: dict[str, torch.dtype] = {
 """safetensors' dtype names and torch's dtypes, of the tensors that can be read."""
 
 _OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
-"""Bits of an element of safetensors' other dtypes, whose tensors can be copied."""
+"""Bits per element of safetensors' other dtypes, whose tensors can only be copied."""
 
 _MAX_HEADER = 100 * 2**20  # the limit that safetensors itself sets
 _MAX_DIMENSIONS = 32
 _MAX_SIZE = 2**48
-"""Of one dimension: beyond it torch's own arithmetic overflows, even where another dimension is 0."""
+"""Largest size of one dimension: beyond it, torch's arithmetic overflows even if another dimension is 0."""
 _ALIGNMENT = 8
 
 

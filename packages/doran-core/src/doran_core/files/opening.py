@@ -1,6 +1,6 @@
 """Opens every file that doran reads: regular files only, sizes limited, one save at a time, errors that name the file.
 
-Everything that doran reads from a file which somebody else may have written comes through here.
+doran reads every file that somebody else may have written through this module.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ __all__ = ["OpenDirectory", "is_plain_name", "named_errors", "open_regular", "re
 _T = TypeVar("_T")
 
 _TRIES = 100
-"""How often a directory that is replaced while it is read is read again."""
+"""How often to read a directory again that is replaced while it is read."""
 
 _LONGEST_NAME = 255
-"""Bytes of a file's name on the usual file systems."""
+"""Longest file name on common file systems, in bytes."""
 
 _FROM_CONTENTS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, AssertionError)
-"""What contents that no check foresaw make Python and torch raise. RecursionError is a RuntimeError."""
+"""Errors that Python and torch raise on malformed contents that pass all checks. RecursionError is a RuntimeError."""
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name from outside may become the name of an entry in a directory of ours.
+    """Whether an untrusted name may become the name of a directory entry.
 
-    It does not start with a dot (temporary and hidden entries do), leads nowhere else, and every file system takes it.
+    Such a name has no leading dot (temporary and hidden entries do), no path separator, and a length that every file
+    system accepts.
     """
     if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
         return False
@@ -44,11 +45,11 @@ def is_plain_name(name: str) -> bool:
 
 @contextmanager
 def named_errors(where: object, error: type[DoranError] = CorruptFileError) -> Iterator[None]:
-    """Within this, every error that the contents of a file cause names the file.
+    """Inside this context, every error about a file's contents names the file.
 
     Args:
         where: the file or directory.
-        error: class of the error for what no check foresaw.
+        error: class of the error if no check caught the fault.
 
     Raises:
         DoranError: one raised inside, with `where` in front if its message does not name it; or `error`.
@@ -97,7 +98,7 @@ def open_regular(path: Path | str, where: Path | None = None, *, dir_fd: int | N
 
 
 Check = Callable[[Path, int], object]
-"""Looks at an open file before it is read as a whole; called with its path and descriptor."""
+"""Checks an open file before it is read in full; called with path and descriptor."""
 
 
 def read_file(
@@ -137,7 +138,7 @@ def _too_large(path: Path, limit: int) -> CorruptFileError:
 
 
 class OpenDirectory:
-    """A directory held open: all that is read through it belongs together, even if another one takes its place.
+    """An open directory: all files read through it come from one save, even if another directory takes its path.
 
     Args:
         path: the directory.
@@ -160,7 +161,7 @@ class OpenDirectory:
             os.close(self._fd)
 
     def holds(self, name: str) -> bool:
-        """Whether it has an entry of this name, also one that cannot be read."""
+        """Whether the directory has an entry of this name, readable or not."""
         try:
             os.stat(self._place(name), dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -183,7 +184,7 @@ class OpenDirectory:
                 yield data
 
     def is_current(self) -> bool:
-        """Whether its path still leads to it."""
+        """Whether the path still leads to this directory."""
         if self._fd is None:
             return True
         try:
@@ -200,7 +201,8 @@ _HAS_DIR_FD = os.open in os.supports_dir_fd and hasattr(os, "O_DIRECTORY")
 
 
 def read_directory(path: Path, read: Callable[[OpenDirectory], _T]) -> _T:
-    """What `read` makes of a directory, all of it from one save: where the directory is replaced meanwhile, read again.
+    """Call `read` on a directory, and call it again if the directory is replaced meanwhile, so that all files come
+    from one save.
 
     Args:
         path: the directory. A writer that replaces it puts another one in its place, as doran's do.

@@ -22,11 +22,11 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 Carried = dict[Path, int]
-"""What was carried into a new directory: inode by path relative to it."""
+"""Entries that were carried into a new directory: inode by relative path."""
 
 
 def carry_over(source: Path, target: Path, owned: Collection[str]) -> Carried:
-    """Link, or copy, all but the owned entries of one directory into another that is not published yet."""
+    """Link or copy all entries except the owned ones into a directory that is not published yet."""
     carried: Carried = {}
     for path in _others(source, owned):
         relative = path.relative_to(source)
@@ -42,7 +42,7 @@ def carry_over(source: Path, target: Path, owned: Collection[str]) -> Carried:
 
 
 def _others(source: Path, owned: Collection[str]) -> list[Path]:
-    """What is in a directory and does not belong to the writer, folders before what is in them."""
+    """Entries of a directory that the writer does not own, each folder before its contents."""
     found: list[Path] = []
     with suppress(FileNotFoundError, NotADirectoryError):
         for path in source.iterdir():
@@ -82,11 +82,11 @@ def swap_in(
         except OSError:
             if not target.is_dir():
                 raise
-    with locked(target):  # of the directory that is about to be swept aside
+    with locked(target):  # of the old directory
         try:
             _exchange(staging, target)
             old = staging
-        except (OSError, AttributeError):  # no exchanging rename: an instant without a target, never with half of one
+        except (OSError, AttributeError):  # no atomic exchange: for an instant there is no target
             old = staging.with_name(f"{staging.name.removesuffix(SUFFIX)}.old{SUFFIX}")
             target.rename(old)
             try:
@@ -105,7 +105,7 @@ def _has_entries(target: Path) -> bool:
 
 
 def _put_back(old: Path, target: Path) -> None:
-    """Another writer was first, and may not be overwritten."""
+    """Another writer came first, and its files may not be overwritten."""
     with suppress(OSError, AttributeError):
         _exchange(old, target)
         return
@@ -114,7 +114,7 @@ def _put_back(old: Path, target: Path) -> None:
 
 
 def _empty(old: Path, target: Path, owned: Collection[str], carried: Carried) -> None:
-    """Move out of the old directory what other programs wrote last, until nothing more comes and it can be removed."""
+    """Move the last files of other programs out of the old directory, until it is empty and can be removed."""
     for name in owned:
         path = old / name
         if path.is_dir() and not path.is_symlink():

@@ -1,6 +1,6 @@
 """Hidden temporary files and folders of writers: locked while the writer lives, swept after a writer was killed.
 
-A writer holds a lock on what it writes for as long as it lives: whatever can be locked was left by one that was killed.
+A writer holds a lock on its files as long as it lives. So a file that can be locked was left by a killed writer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if sys.platform != "win32":
 __all__ = ["SUFFIX", "locked", "temporary"]
 
 SUFFIX = ".doran-tmp"
-"""Ends the names of what is being written. With the dot in front nobody takes them for adapters."""
+"""Suffix of names that are being written. With the leading dot, no reader takes them for adapters."""
 
 _PATIENCE = 5.0
 """Seconds to wait for another writer's lock, which is held for milliseconds."""
@@ -28,7 +28,8 @@ _PATIENCE = 5.0
 
 @contextmanager
 def temporary(target: Path, *, directory: bool) -> Iterator[Path]:
-    """A new hidden file or directory beside `target`, locked as long as it is written. Sweeps what has no writer."""
+    """Create a hidden file or directory beside `target`, locked while it is written. Deletes leftovers without a
+    writer."""
     path = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}{SUFFIX}")
     with locked(target.parent):
         _sweep(target.parent)
@@ -53,7 +54,7 @@ def _sweep(parent: Path) -> None:
         if not (entry.name.startswith(".") and entry.name.endswith(SUFFIX)):
             continue
         path = Path(entry.path)
-        with suppress(OSError):  # its writer lives, or another one sweeps it, too
+        with suppress(OSError):  # its writer lives, or another process is deleting it
             lock = _lock(path)
             if lock is None:
                 return
@@ -86,7 +87,7 @@ def _lock(path: Path) -> int | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a directory, or go on without it where somebody keeps it, or there are no locks."""
+    """Hold a directory's lock; continue without it if another process keeps it, or there are no locks."""
     end, lock = time.monotonic() + _PATIENCE, None
     while time.monotonic() < end:
         try:

@@ -29,9 +29,9 @@ __all__ = ["DoranAdapter"]
 class DoranAdapter(nn.Module):
     """One layer's DoRAN: ``y = c * (W0 x + g B A x) + bias`` with ``c = m / (||W0 + g B A|| + tau)``.
 
-    It does not hold the base layer: each call gets a :class:`~doran_core.layers.base.BaseView` of it, so the same
-    object serves plain modules, PEFT layers and files. Its parameters are float32, and stay so when the model around
-    it is cast to half precision: a rounded magnitude would move the model away from the pretrained one.
+    The adapter does not contain the base layer: each call gets a :class:`~doran_core.layers.base.BaseView` of it. So
+        the same class serves plain modules, PEFT layers and files. Its parameters stay float32 when the model is cast
+        to half precision: a rounded magnitude would move the model away from the pretrained one.
 
     Args:
         config: the method's options.
@@ -59,8 +59,8 @@ class DoranAdapter(nn.Module):
         self.called = False
         self._is_reused = config.factor_penalty > 0.0 or (config.sharing == "model" and config.factors == "generated")
         self._ddp_fails = False
-        # PyTorch's fused encoder layers read weights past the modules that hold them, unless a module in them has a
-        # hook: a seldom called one has it here, for a hook doubles what a call costs.
+        # PyTorch's fused encoder layers bypass modules, unless a module in them has a hook. A seldom called module gets
+        # the hook, because a hook doubles the cost of a call.
         self.tau.register_forward_pre_hook(_no_operation)
         self.runtime = Runtime()
         self.traced_side: traced.WeightSide | None = None
@@ -80,7 +80,7 @@ class DoranAdapter(nn.Module):
         self.reset_base(view)
         A, B = self.factor_pair()
         self._check_start(A, B)
-        direct = self.config.norm_method == "direct"  # it sums in another order
+        direct = self.config.norm_method == "direct"  # the direct norm sums in another order
         norm = self.norm(view, A, B) if direct else functional.start_norm(self.squared_norm_of_base(view))
         if not bool(norm.isfinite().all()):
             raise NonFiniteError(f"{self.spec.name}: the base weight has NaN or infinite values")
@@ -88,7 +88,7 @@ class DoranAdapter(nn.Module):
         self.magnitude.copy_(norm + self.tau.value())
 
     def _refuse_sharded(self, view: BaseView) -> None:
-        """Refuse to begin on a model that FSDP2 or a tensor parallel plan has sharded, or inside zero.Init."""
+        """Refuse a model that FSDP2 or a tensor parallel plan has sharded, and refuse to run inside zero.Init."""
         if any(is_dtensor(parameter) for parameter in view.layer.parameters(recurse=False)):
             raise TargetError(
                 f"{self.spec.name}: its weight is a DTensor. Adapt the model before fully_shard; DoRAN does not adapt "
@@ -102,12 +102,12 @@ class DoranAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_base(self, view: BaseView) -> None:
-        """Take ``||W0||^2`` anew, and the weight's digest. Done by itself when the weight has changed.
+        """Recompute ``||W0||^2`` and the weight's digest. Runs automatically after a visible change of the weight.
 
-        Of a hidden weight (quantized, sharded, offloaded) that it has changed cannot be seen; where it is sharded or
-        offloaded it is gathered here, by all processes.
+        Changes of a hidden weight (quantized, sharded, offloaded) are not visible. A sharded or offloaded weight is
+        gathered here, by all processes.
         """
-        with torch.inference_mode(False), view.whole_weight() as weight:  # it is for training, too
+        with torch.inference_mode(False), view.whole_weight() as weight:  # training needs it, too
             squared_norm = view.squared_norm() if weight is None else self._squared_norm(weight)
             self.base_squared_norm = squared_norm.to(self.magnitude.device)
             self.base_digest = None if weight is None else exact_digest(self.spec.name, weight)
@@ -128,7 +128,7 @@ class DoranAdapter(nn.Module):
             raise ConfigError(f"{spec.name}: B of {generator} is not 0 at the start, so it would change the base model")
 
     def factor_pair(self) -> tuple[Tensor, Tensor]:
-        """``(A [r, d_in], B [d_out, r])`` of this pass, experts and their mask included, the scaling g not."""
+        """``(A [r, d_in], B [d_out, r])`` of this pass, with experts and their mask, without the scaling g."""
         A, B = self.factors()
         return (A if self.experts is None else self.experts(A)), B
 
@@ -155,21 +155,22 @@ class DoranAdapter(nn.Module):
         return norm
 
     def squared_norm_of_base(self, view: BaseView) -> Tensor:
-        """``||W0||^2``, ``[d_out]``: the one at hand, or a new one if the weight has changed."""
+        """``||W0||^2``, ``[d_out]``: cached, or recomputed if the weight has changed."""
         self.refresh(view)
         squared_norm = self.base_squared_norm
         assert squared_norm is not None
         return squared_norm
 
     def refresh(self, view: BaseView) -> None:
-        """Take ``||W0||^2`` anew if it is missing or that of another weight; a compiled graph takes it as it is."""
+        """Recompute ``||W0||^2`` if it is missing or belongs to another weight. A compiled graph uses the cached
+        value."""
         missing = self.base_squared_norm is None or self.base_squared_norm.is_meta
         version = None if torch.compiler.is_compiling() else view.weight_version()
         if missing or version not in (None, self._base_version):
             self.reset_base(view)
 
     def _repair_cancelled(self, norm: Tensor, squared_norm: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """The direct norm for the rows in which V nearly cancels."""
+        """The direct norm for the rows in which the update nearly cancels W0."""
         rows = functional.cancelled_rows(norm, squared_norm)
         if rows.numel() == 0:
             return norm
@@ -182,7 +183,7 @@ class DoranAdapter(nn.Module):
     def scale_and_factors(self, view: BaseView) -> tuple[Tensor, Tensor, Tensor]:
         """``(c [d_out], A [r, d_in], B' [d_out, r])`` of this pass: ``y = c * W0 x + B' A x + bias``.
 
-        Autocast is off here: it would take the norm's products in half precision.
+        Autocast is off here, because it would compute the norm's products in half precision.
         """
         with without_autocast(self.magnitude):
             A, B = self.factor_pair()
@@ -195,16 +196,16 @@ class DoranAdapter(nn.Module):
         Args:
             view: of the base layer.
             x: the base layer's input.
-            base_output: what the base layer made of it, bias included. None leaves the call to the adapter, which can
-                then often spare a copy of the output.
+            base_output: the base layer's output for x, bias included. With None the adapter calls the base layer, and
+                often saves a copy of the output.
 
         Returns:
             Shape and dtype of the base layer's output.
 
         Raises:
-            BackendError: an implementation was asked for by name (doran_core.kernels) and cannot run here.
+            BackendError: the implementation selected by name (doran_core.kernels) cannot run here.
         """
-        vars(self)["called"] = True  # nn.Module's own way of setting takes ten times as long
+        vars(self)["called"] = True  # ten times as fast as nn.Module's setattr
         if self._is_reused and not torch.compiler.is_compiling():
             self._refuse_second_backward()
         if torch.compiler.is_compiling():
@@ -248,7 +249,7 @@ class DoranAdapter(nn.Module):
         return self.config.factor_penalty * factor_penalty(A, B)
 
     def inference_mode_of_method(self) -> _Evaluating:
-        """A context in which masks and noise are off, whatever the mode of the module."""
+        """A context without masks and noise, in train and eval mode."""
         return _Evaluating(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoranAdapter:
@@ -261,11 +262,11 @@ class DoranAdapter(nn.Module):
 
 
 def _no_operation(module: nn.Module, args: object) -> None:
-    """A hook that is only there to be seen."""
+    """A hook that does nothing. Its presence turns off PyTorch's fused path."""
 
 
 class _KeepPrecision:
-    """Lets ``module.to(...)`` move tensors, but not round them to half precision."""
+    """Lets ``module.to(...)`` move tensors without rounding them to half precision."""
 
     def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.fn = fn
@@ -278,7 +279,7 @@ class _KeepPrecision:
 
 
 class _Evaluating:
-    """Puts a module in eval mode and each of its parts back afterwards."""
+    """Puts a module in eval mode, and restores each submodule's mode afterwards."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -1,4 +1,4 @@
-"""Views that show any supported base layer as one matrix ``[d_out, d_in]``, which is all that DoRAN needs of it.
+"""Views of base layers as one matrix ``[d_out, d_in]``. DoRAN needs nothing else of a base layer.
 
 A view holds a reference and no state, so it can be made at any time and never goes stale. Making one checks the layer.
 """
@@ -30,13 +30,13 @@ class BaseView(ABC):
 
     Attributes:
         layer: the base layer.
-        layer_type: its class when the view was made; a parametrization changes it.
+        layer_type: the layer's class when the view was made; a parametrization changes the class.
         kind: what sort of layer it is.
         d_out: rows of the matrix.
         d_in: columns of it.
         channel_dim: the output's dimension of size ``d_out``.
-        parameter: the name that the layer has for its weight.
-        experts: how many matrices a stack has; None for one matrix.
+        parameter: the name of the layer's weight.
+        experts: the number of matrices of a stack; None for one matrix.
     """
 
     kind: ModuleKind = "linear"
@@ -63,7 +63,7 @@ class BaseView(ABC):
         return bias if is_whole(bias, self.d_out) else self._bias_of_call(bias)
 
     def _bias_of_call(self, bias: Tensor) -> Tensor:
-        """A sharded or offloaded bias, as the layer's answer to zeros."""
+        """A sharded or offloaded bias, computed as the layer's output for zeros."""
         if bias.requires_grad:
             raise TargetError(f"{type(self.layer).__name__}: a sharded bias cannot be trained here; use bias='none'")
         with torch.no_grad():
@@ -72,8 +72,8 @@ class BaseView(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the base layer lives."""
-        hook = getattr(self.layer, "_hf_hook", None)  # accelerate's: the weight comes there for each call
+        """The base layer's device."""
+        hook = getattr(self.layer, "_hf_hook", None)  # accelerate moves the weight for each call
         place = getattr(hook, "execution_device", None)
         tensors = [*self.layer.parameters(), *self.layer.buffers()]
         if tensors and tensors[0].is_meta and place is not None:
@@ -82,34 +82,34 @@ class BaseView(ABC):
 
     @property
     def is_plain(self) -> bool:
-        """Whether calling the layer is ``F.linear(x, weight, bias)`` and nothing else: no hook sees the call."""
+        """Whether a call of the layer only computes ``F.linear(x, weight, bias)``, without hooks."""
         return False
 
     def weight(self) -> Tensor | None:
-        """W0 as a view ``[d_out, d_in]``; None where the layer gives no access to it, or not outside its own forward.
+        """W0 as a view ``[d_out, d_in]``; None if the layer gives no access to W0, or only inside its own forward.
 
-        The latter is so where it is sharded or offloaded: :meth:`whole_weight` has it.
+        Sharded and offloaded layers are of the second kind: use :meth:`whole_weight`.
         """
         weight = held(self.layer, self.parameter)
         return self.matrix(weight) if is_whole(weight, self.d_out * self.d_in) else None
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The layer's weight, as it is stored, as ``[d_out, d_in]``; the inverse of :meth:`stored`."""
+        """The stored weight as ``[d_out, d_in]``; the inverse of :meth:`stored`."""
         return weight
 
     @contextmanager
     def whole_weight(self) -> Iterator[Tensor | None]:
-        """W0 ``[d_out, d_in]``, gathered if it must be, which all processes then have to do; None if it is quantized.
+        """W0 ``[d_out, d_in]``; None if quantized. A sharded W0 is gathered, so all processes must call this.
 
         Raises:
-            TargetError: FSDP1 holds a part of it.
+            TargetError: FSDP1 has sharded the weight.
         """
         with gathered(self.layer):
             self.refuse_flattened()
             yield self.matrix(whole(held(self.layer, self.parameter), type(self.layer).__name__))
 
     def refuse_flattened(self) -> None:
-        """Raise TargetError where FSDP1 has the layer's parameters in shards, which are flat."""
+        """Raise TargetError if FSDP1 has sharded the layer's parameters into its flat parameter."""
         weight = self.layer._parameters.get(self.parameter)
         if weight is not None and weight.dim() == 1 and is_flattened(weight):
             raise TargetError(
@@ -119,14 +119,15 @@ class BaseView(ABC):
 
     @abstractmethod
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """``B A`` applied to the layer's input x in x's place: the shape of the base output."""
+        """``B A`` applied to the layer's input x. The result has the shape of the base output."""
 
     def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix ``[d_out, d_in]`` in the shape in which the layer keeps its weight."""
+        """A matrix ``[d_out, d_in]`` in the layer's stored shape."""
         return matrix
 
     def weight_version(self) -> tuple[int, int, torch.dtype] | None:
-        """Changes when W0 is replaced, moved, cast or written to; None where it is hidden, or FSDP puts it there anew.
+        """A value that changes when W0 is replaced, moved, cast or written to; None if W0 is hidden, or FSDP replaces
+        it in each pass.
 
         PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one.
         """
@@ -144,7 +145,7 @@ class BaseView(ABC):
         return self._product_of_call(A)
 
     def _product_of_call(self, A: Tensor) -> Tensor:
-        """:meth:`product` where W0 is hidden: the layer called with A's rows, so that hooks which gather W0 run."""
+        """:meth:`product` for a hidden W0: calls the layer with A's rows, so that hooks that gather W0 run."""
         return self._apply_base(A.to(self.compute_dtype())).to(functional.accumulation_dtype(A)).T
 
     def _apply_base(self, rows: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class BaseView(ABC):
         return output if bias is None else output - bias
 
     def compute_dtype(self) -> torch.dtype:
-        """The floating dtype of the layer's own arithmetic."""
+        """The floating dtype in which the layer computes."""
         declared = getattr(self.layer, "compute_dtype", None)
         if isinstance(declared, torch.dtype):
             return declared
@@ -171,7 +172,7 @@ class BaseView(ABC):
 
 
 class _LinearView(BaseView):
-    """nn.Linear and its like: weight ``[d_out, d_in]``."""
+    """nn.Linear and compatible layers: weight ``[d_out, d_in]``."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer, *whole_shape(held(layer, "weight")))
@@ -233,7 +234,7 @@ class _OpaqueLinearView(BaseView):
 
 
 class _LookedUpView(BaseView):
-    """Views of layers that cannot be called with A's rows."""
+    """A view of a layer that cannot be called with A's rows."""
 
     def _product_of_call(self, A: Tensor) -> Tensor:
         if A.requires_grad and torch.is_grad_enabled():
@@ -249,7 +250,7 @@ class _LookedUpView(BaseView):
 class _EmbeddingView(_LookedUpView):
     """nn.Embedding as the matrix that maps one-hot tokens to vectors: ``[dim, num_embeddings]``, as PEFT's DoRA.
 
-    With ``embed_scale``, a number that the layer multiplies what it looks up by (Gemma, BART).
+    ``embed_scale`` is a number by which the layer multiplies its output (Gemma, BART).
     """
 
     kind = "embedding"
@@ -272,7 +273,8 @@ class _EmbeddingView(_LookedUpView):
 class _ConvView(_LookedUpView):
     """nn.Conv1d, 2d or 3d as the matrix ``[out_channels, in_channels / groups * kernel]``: the weight as it is stored.
 
-    With several groups A is used on the channels of each, and B's rows belong to the group of their output channel.
+    With several groups, A is applied to the channels of each group, and B's rows belong to the group of their output
+    channel.
     """
 
     def __init__(self, layer: Convolution) -> None:

@@ -30,7 +30,7 @@ __all__ = [
 
 
 def layer_spec(name: str, view: BaseView, config: DoranConfig) -> LayerSpec:
-    """What the config makes of a layer of this name and size."""
+    """The LayerSpec of a layer of this name and size."""
     return LayerSpec(
         name=name,
         block=block_of(name, config.block_pattern),
@@ -43,7 +43,7 @@ def layer_spec(name: str, view: BaseView, config: DoranConfig) -> LayerSpec:
 
 
 def make_factor_builder(config: DoranConfig) -> FactorBuilder:
-    """The builder that the config asks for. One builder serves one model: it remembers the sharing groups."""
+    """The factor builder for the config. Use one builder per model, because it keeps the sharing groups."""
     return StaticFactors if config.factors == "static" else SharedTrunks(config).build
 
 
@@ -54,7 +54,7 @@ class AdaptedLayer(nn.Module):
         base_layer: the frozen layer; its parameters are set not to require gradients.
         config: the method's options.
         name: the layer's name in the model; it decides rank, scaling and block.
-        factor_builder: makes the factors; pass one builder to all layers that are to share a trunk.
+        factor_builder: makes the factors; pass the same builder to all layers that share a trunk.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def view(self) -> BaseView:
-        """The base layer as a matrix. Checked anew when the layer is another one, not at each call."""
+        """The base layer as a matrix. The layer is checked once, and again only after it was replaced."""
         layer = self._modules["base_layer"]
         assert layer is not None
         if torch.compiler.is_compiling():
@@ -92,12 +92,12 @@ class AdaptedLayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the base layer's weight now is W'."""
+        """Whether the base layer's weight is W' at the moment."""
         return self._swap.active
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for code that looks at a layer's dtype or device."""
+        """The base layer's weight, for code that reads a layer's dtype or device."""
         weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
         return weight
 
@@ -113,11 +113,11 @@ class AdaptedLayer(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """Rows of it."""
+        """Rows of the weight seen as a matrix."""
         return self.doran_adapter.spec.d_out
 
     def adapter_in_use(self) -> tuple[DoranAdapter, BaseView] | None:
-        """What the next call computes with: the adapter and the base layer; None while it is merged or disabled."""
+        """Adapter and base view for the next call; None while merged or disabled."""
         return None if self.merged or not self.enabled else (self.doran_adapter, self.view)
 
     def original_weight(self) -> Tensor | None:
@@ -144,7 +144,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self, *, check_finite: bool = False) -> None:
-        """Put W' in place of W0 and keep W0, so that :meth:`unmerge` is exact.
+        """Replace W0 by W' and keep W0, so that :meth:`unmerge` is exact.
 
         Raises:
             NonFiniteError: if W' is not finite in the layer's dtype and ``check_finite``.
@@ -159,7 +159,7 @@ class AdaptedLayer(nn.Module):
         self._swap.put(view, merged, name, check_finite=check_finite)
 
     def release(self, trained: Collection[int]) -> None:
-        """Let a merged weight train if W0 did, before the base layer goes on alone.
+        """Make a merged weight trainable if W0 was, before the adapter is removed.
 
         Args:
             trained: ``id`` of the parameters that trained before the layer was adapted.

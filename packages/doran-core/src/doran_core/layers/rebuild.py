@@ -39,9 +39,9 @@ def build_adapters(
 
     Args:
         config: the options that they were made with.
-        tensors: for each module name, in the model's order, its tensors by their names in :class:`DoranAdapter`.
-        d_in: columns of each module's weight; needed where they are not in the file: with ``share_output``, and for a
-            generator of one's own.
+        tensors: by module name, in the model's order, the tensors by their names in :class:`DoranAdapter`.
+        d_in: columns of each module's weight; needed if the file lacks them: with ``share_output``, and for a custom
+            generator.
         factor_builder: that of :func:`doran_core.adapt`, if they were trained with one.
 
     Returns:
@@ -71,7 +71,7 @@ def build_adapters(
         with torch.random.fork_rng(devices=[]):
             factors = builder(spec)
             adapters[module] = adapter_class(config, spec, factors).eval()
-    # Only now does each trunk hold every shared output of its group.
+    # Load after all adapters exist: only then does each trunk have all shared outputs of its group.
     for module, adapter in adapters.items():
         _load(adapter, tensors[module], module)
     return adapters
@@ -95,7 +95,7 @@ def _load(adapter: DoranAdapter, tensors: Mapping[str, Tensor], module: str) -> 
 
 @torch.no_grad()
 def _check_pair(adapter: DoranAdapter, module: str) -> None:
-    """Refuse a generator that gives factors of other sizes than the layer's."""
+    """Refuse a generator whose factors do not have the layer's sizes."""
     A, B = adapter.factor_pair()
     spec, shapes = adapter.spec, [list(A.shape), list(B.shape)]
     expected = [[*spec.stacked, spec.rank, spec.d_in], [*spec.stacked, spec.d_out, spec.rank]]

@@ -1,4 +1,4 @@
-"""W' in place of W0 in a base layer, and W0 back again."""
+"""Replace W0 by W' in a base layer, and restore W0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["WeightSwap"]
 
 
 class WeightSwap:
-    """Exchanges a layer's weight parameter for another one and back.
+    """Exchanges a layer's weight parameter, and restores it.
 
     W0 stays in its own Parameter, out of the layer, while W' is in: so it comes back bit for bit, a weight that two
     modules share (an embedding and the head tied to it) is changed for this layer alone, and the tie is there again
@@ -58,10 +58,10 @@ class WeightSwap:
 
     @staticmethod
     def check(view: BaseView, name: str) -> None:
-        """Refuse a weight that is not here to be exchanged.
+        """Refuse a weight that this process does not have in full.
 
         Raises:
-            TargetError: naming what would bring it here.
+            TargetError: names the call that gathers the weight.
         """
         view.refuse_flattened()
         weight = view.layer._parameters.get(view.parameter)
@@ -73,7 +73,7 @@ class WeightSwap:
 
     @torch.no_grad()
     def put(self, view: BaseView, merged: Tensor, name: str, *, check_finite: bool = False) -> None:
-        """Put W' ``[d_out, d_in]`` in, rounded to the layer's dtype.
+        """Set W' ``[d_out, d_in]``, rounded to the layer's dtype.
 
         Raises:
             TargetError: if the layer gives no access to its weight.
@@ -98,7 +98,7 @@ class WeightSwap:
             self._original = current
 
     def release(self, view: BaseView, trained: Collection[int]) -> None:
-        """Make W', if it is in, train where W0 is among the parameters with these ids."""
+        """Make W' trainable if W0 is among the parameters with these ids."""
         if self._original is not None:
             cast(Tensor, getattr(view.layer, view.parameter)).requires_grad_(id(self._original) in trained)
 
@@ -115,7 +115,7 @@ class WeightSwap:
         self._original = None
 
     def refuse_loading(self, name: str, state_dict: Mapping[str, object], prefix: str) -> None:
-        """Refuse base weights while W' is in: they would be lost when W0 comes back.
+        """Refuse to load base weights while W' is in: unmerging would discard them.
 
         Args:
             name: the adapted layer's name, for the error.

@@ -1,4 +1,4 @@
-"""Layers whose weight a model reads instead of calling them: an adapter around one would do nothing."""
+"""Layers whose weight a model reads without calling the layer: an adapter around one would have no effect."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ READ_BY_CLASS: dict[str, tuple[str, ...]] = {
     "TDNNLayer": ("kernel",),
     "WavLMAttention": ("k_proj", "out_proj", "q_proj", "v_proj"),
 }
-"""For classes of transformers, their linear layers and convolutions whose weight is read, in one way of computing at
-least. doran-hf's tests compare this with transformers' sources."""
+"""By transformers class: linear layers and convolutions whose weight is read on at least one code path. doran-hf's
+tests compare this table with transformers' sources."""
 
 
 def read_not_called(model: nn.Module) -> dict[str, str]:
-    """Layers of a model whose weight is read and which are not called.
+    """Layers of a model whose weight is read without calling the layer.
 
     Returns:
         For each name the reason, as the end of a sentence.
@@ -77,7 +77,7 @@ def read_not_called(model: nn.Module) -> dict[str, str]:
 
 
 def _stand_ins(model: nn.Module) -> dict[str, str]:
-    """The modules "shared" of T5, BART and their kin: they hold the weight that other embeddings are called with."""
+    """The module "shared" of T5 and BART-like models: other embeddings use its weight and are called in its place."""
     embeddings = {name: module for name, module in plain_modules(model).items() if isinstance(module, nn.Embedding)}
     found = {}
     for name, module in embeddings.items():
@@ -88,10 +88,10 @@ def _stand_ins(model: nn.Module) -> dict[str, str]:
 
 
 def pad_encoders(model: nn.Module, adapted: Iterable[nn.Module]) -> None:
-    """Let every nn.TransformerEncoder around adapted layers compute on padded tensors.
+    """Make every nn.TransformerEncoder around adapted layers compute on padded tensors.
 
-    At inference with a padding mask it hands nested tensors to its layers, which only PyTorch's fused layer takes. Its
-    check for that layer does not see what keeps adapted layers out of it.
+    At inference with a padding mask, the encoder passes nested tensors to its layers, and only PyTorch's fused layer
+    accepts them. The encoder's check for that layer does not notice adapters.
     """
     inside = {id(module) for module in adapted}
     for encoder in model.modules():
@@ -111,11 +111,11 @@ _NESTED = "use_nested_tensor_unadapted"
 
 
 def warn_uncalled(adapters: Iterable[DoranAdapter], doing: str) -> None:
-    """Name, in one warning, the adapted layers that the model's passes have left out, if there were passes.
+    """Warn once about adapted layers that no forward pass has called, if there were passes.
 
     Args:
         adapters: those of a model.
-        doing: what is about to happen, for the message: "merging changes their weights all the same".
+        doing: the coming action, for the message: "merging changes their weights all the same".
     """
     all_of_them = list(adapters)
     uncalled = [adapter.spec.name for adapter in all_of_them if not adapter.called]

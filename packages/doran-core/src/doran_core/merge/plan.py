@@ -1,6 +1,6 @@
-"""What a merge will write: for every output shard its header and where each tensor's bytes come from.
+"""The plan of a merge: for every output shard, its header and the source of each tensor's bytes.
 
-A plan reads headers only. Where keys, dtypes and shapes of a shard stay, its header stays to the byte.
+Planning reads headers only. If a shard keeps its keys, dtypes and shapes, its header stays the same to the byte.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONVERTIBLE = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Copied:
-    """The bytes of a base tensor, converted if the output's dtype is another one."""
+    """The bytes of a base tensor, converted if the output has another dtype."""
 
     file: WeightFile
 
@@ -73,12 +73,12 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All output shards, and whether output layer and input embedding, tied in the base, come apart."""
+    """All output shards, and whether the merge unties the output layer and the input embedding."""
 
     shards: list[ShardPlan]
     untied: bool
     keys_changed: bool
-    """Keys, shards' sizes or dtypes differ from the base's, so that the index must be written anew."""
+    """Whether keys, shard sizes or dtypes differ from the base's, so that the index must be rewritten."""
 
 
 def make_plan(
@@ -137,7 +137,7 @@ def _extra_tensors(
     adapters: Sequence[tuple[float, BoundAdapter]],
     merged: Mapping[str, object],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Full tensors that replace one of the base, and those that the base does not have."""
+    """Full tensors that replace a base tensor, and full tensors that the base lacks."""
     replaced: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
     for weight, bound in adapters:
@@ -166,7 +166,7 @@ def _extra_tensors(
 
 
 def _untie(checkpoint: Checkpoint, names: ModelNames, contents: dict[str, Content]) -> bool:
-    """Give weights that the base ties tensors of their own, if the merge changes one end of a tie alone.
+    """Give tied weights separate tensors if the merge changes only one end of the tie.
 
     ``tie_word_embeddings`` unties all at once, so that then all need one. Where the flag also decides what the model
     computes it stays, and transformers unties what differs: only the changed groups need tensors.
@@ -187,7 +187,7 @@ def _untie(checkpoint: Checkpoint, names: ModelNames, contents: dict[str, Conten
 
 
 def _lacking_prefix(adapters: Sequence[tuple[float, BoundAdapter]]) -> str:
-    """The prefix, as "bert.", of the adapted model's names that the base checkpoint lacks, or ""."""
+    """The prefix, such as "bert.", that the adapted model's names have and the base checkpoint's lack; or ""."""
     names = {adapter.names.nominal(m.parameter): m.key for _, adapter in adapters for m in adapter.modules}
     prefixes = {name.removesuffix(key) for name, key in names.items() if name.endswith(f".{key}")}
     return prefixes.pop() if len(prefixes) == 1 else ""
@@ -215,7 +215,7 @@ def _shards(
 
 
 def _usual_dtype(checkpoint: Checkpoint) -> str:
-    """The floating dtype that most tensors have; what the base lacks is stored in it."""
+    """The floating dtype of most tensors. Tensors that the base lacks are stored in it."""
     entries = (entry for layout in checkpoint.shards for entry in layout.entries.values())
     counts = Counter(entry.dtype for entry in entries if entry.dtype in _CONVERTIBLE)
     return counts.most_common(1)[0][0] if counts else "F32"

@@ -32,7 +32,7 @@ __all__ = ["AdapterInput", "merge_checkpoint"]
 AdapterInput = StrPath | tuple[StrPath, float]
 Progress = Callable[[int, int], None]
 
-_MERGE_FORMAT = 1  # raise it when the same inputs give other bytes, so that no half of an old merge is continued
+_MERGE_FORMAT = 1  # bump this when output bytes change, so that old partial merges are not resumed
 _TRIES = 10
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,16 +49,15 @@ def merge_checkpoint(
 ) -> Path:
     """Merge adapters into a Hugging Face checkpoint and write the result as a new checkpoint directory.
 
-    Streamed: memory stays at a few pieces of one tensor. Adapted weights are computed in float64 and rounded once;
-    all other bytes are copied. Config, tokenizer and other small files come along. The output appears whole, by one
-    rename; a killed merge goes on where it stopped when it is called again with the same arguments.
+    The merge is streamed: only a few pieces of a tensor are in memory. Adapted weights are computed in float64 and
+        rounded once; all other bytes are copied, and so are config, tokenizer and other small files. The output
+        appears complete, by one rename. After a kill, a call with the same arguments resumes.
 
-    Several adapters with weights w_i give ``W0 + sum_i w_i (W'_i - W0)``. Where each weight is adapted by one adapter
-    of weight 1, that is exactly each adapter's own function. Where adapters overlap, or a weight is not 1, it is a
-    sum of changes to the weights, well defined, but no longer the function of any DoRAN adapter: magnitude and
-    direction do not add up separately.
+    Several adapters with weights w_i give ``W0 + sum_i w_i (W'_i - W0)``. If each base weight has one adapter of
+    weight 1, the result computes exactly each adapter's function. Otherwise it is a weighted sum of changes, which no
+    DoRAN adapter computes, because norms do not add.
 
-    A tied output layer gets a weight of its own when only one of the two ends is adapted.
+    A tied output layer gets its own weight if only one end of the tie is adapted.
 
     Args:
         base_dir: the checkpoint, safetensors, single or sharded.
@@ -110,10 +109,10 @@ def merge_checkpoint(
 
 
 def _read_with_digest(folder: Path) -> tuple[AnyAdapter, str]:
-    """An adapter, and the digest of the very files that it was read from."""
+    """An adapter, and the digest of the files that it was read from."""
     for _ in range(_TRIES):
         with named_errors(folder, AdapterFormatError):
-            before = directory_digest(folder) if folder.is_dir() else ""  # the reader says that there is none
+            before = directory_digest(folder) if folder.is_dir() else ""  # read_adapter reports a missing one
         adapter = read_adapter(folder)
         if directory_digest(folder) == before:
             return adapter, before
@@ -142,7 +141,7 @@ def _identity(
     dtype: torch.dtype | None,
     factor_builder: FactorBuilder | None,
 ) -> dict[str, Any]:
-    """What decides the bytes of the result; JSON-ready. Of a factor builder it can tell the name only."""
+    """All inputs that decide the output's bytes, JSON-ready. A factor builder counts by name only."""
     return {
         "merge_format": _MERGE_FORMAT,
         "torch": torch.__version__,
@@ -172,7 +171,7 @@ def _write(
 
 
 def _write_shards(shards: Sequence[ShardPlan], staging: Staging, counter: _Counter) -> None:
-    """Write shards in order; while one is forced to the disk, the next one is computed."""
+    """Write shards in order. While one is synced, the next is computed."""
     running: list[ShardWriter] = []
 
     def finish_first() -> None:

@@ -37,7 +37,7 @@ _WEIGHT_SUFFIXES = (
 )
 _ADAPTER_NAMES = re.compile(r"adapter_.*|doran_scale.*")
 _LARGEST = 2**28
-"""Bytes of a tokenizer or the like; those of the largest vocabularies have some ten million."""
+"""Most bytes of a tokenizer or similar file. The largest vocabularies have some ten million."""
 _HEADS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
 
@@ -78,7 +78,7 @@ def _is_left_behind(path: Path) -> bool:
 
 
 def _module_folders(directory: Path) -> list[str]:
-    """Folders that a sentence-transformers model needs beside its transformer, as its modules.json lists them."""
+    """Folders of a sentence-transformers model beside its transformer, as listed in its modules.json."""
     path = directory / "modules.json"
     with named_errors(path, CheckpointError):
         try:
@@ -118,7 +118,7 @@ def _set_dtype(config: dict[str, Any], name: str, *, top: bool) -> None:
 
 
 def _set_head(config: dict[str, Any], bound: BoundAdapter) -> None:
-    """An adapter that brings a classifier which the base lacks makes the checkpoint a classifier."""
+    """An adapter with a classifier that the base lacks turns the checkpoint into a classifier."""
     head = _HEADS.get(bound.adapter.task_type or "")
     labels = [t.shape[0] for name, t in bound.extra.items() if name.endswith(".weight") and t.dim() == 2]
     if head is None or not labels or not config.get("architectures"):

@@ -1,4 +1,4 @@
-"""The hidden directory beside the output in which a merge grows, and from which a killed one goes on.
+"""The hidden directory beside the output in which a merge is written, and from which a killed merge resumes.
 
     .OUT.doran-merge/manifest.json   what is being merged; another merge's leftovers are discarded
     .OUT.doran-merge/lock            held while a merge runs
@@ -24,7 +24,7 @@ __all__ = ["Staging", "open_staging", "staging_path"]
 
 
 def staging_path(out_dir: Path) -> Path:
-    """Where the merge into `out_dir` grows."""
+    """The staging directory of a merge into `out_dir`."""
     return out_dir.with_name(f".{out_dir.name}.doran-merge")
 
 
@@ -38,7 +38,7 @@ class Staging:
         manifest = root / "manifest.json"
         self.finished = False
         if _saved_identity(manifest) == identity:
-            # A merge that was killed after its last rename left the manifest, and no model.
+            # A merge that was killed after its last rename leaves the manifest, but no model.
             self.finished = not self.model.exists() and out_dir.is_dir() and any(out_dir.iterdir())
         else:
             shutil.rmtree(self.model, ignore_errors=True)
@@ -55,13 +55,13 @@ class Staging:
         return path.exists() and path.stat().st_size == size
 
     def part(self, name: str) -> Path:
-        """Where to write a file until it is whole."""
+        """The path for writing a file until it is complete."""
         part = self.model / f"{name}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
         return part
 
     def complete(self, name: str) -> None:
-        """Give a file that is whole its final name, once it is on the disk."""
+        """Sync a complete file and give it its final name."""
         sync_path(self.part(name))
         (self.model / f"{name}.part").rename(self.model / name)
 
@@ -84,7 +84,7 @@ def open_staging(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Staging
 
     Raises:
         CheckpointError: another merge writes to the same output, or the output is there already.
-        OSError: what the disk refuses.
+        OSError: a disk operation fails.
     """
     check_place(out_dir)
     root = staging_path(out_dir)
@@ -118,7 +118,7 @@ def _open_lock(root: Path) -> int:
 def _lock(fd: int, out_dir: Path) -> None:
     try:
         import fcntl
-    except ImportError:  # not a POSIX system: no lock, the rest holds
+    except ImportError:  # not a POSIX system: no lock, all else works
         return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """Writes one shard by its plan: untouched bytes are copied by the operating system, adapted tensors are computed.
 
-Each copied range and each tensor is a task of its own for a pool of threads, and at most a few pieces of a tensor
-per thread are in memory, whatever the size of the shard.
+Each copied range and each tensor is one task of a thread pool. Memory is bounded by a few pieces of a tensor per
+thread, for shards of any size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def merge_threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for a merge: one per core, each with torch's own parallelism off, as the pieces are small."""
+    """Threads for a merge: one per core, without torch's own parallelism, because the pieces are small."""
     before = torch.get_num_threads()
     count = min(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MOST_THREADS
@@ -48,11 +48,11 @@ def merge_threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)  # threads that start later take the number that was set last
+        torch.set_num_threads(before)  # threads that start later use the number that was set last
 
 
 class ShardWriter:
-    """One shard on its way to the disk; making it starts the work.
+    """The writer of one shard. The constructor starts the work.
 
     Args:
         plan: what to write.
@@ -93,13 +93,13 @@ class ShardWriter:
                 for task in done:
                     task.result()
                 if pending:
-                    os.fsync(self._fd)  # again and again, so that the disk works while the threads do
+                    os.fsync(self._fd)  # sync repeatedly, so that disk and threads work in parallel
             os.fsync(self._fd)
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Stop what has not begun, and let nothing outlive the open file."""
+        """Cancel tasks that have not begun, and wait for the others before the file is closed."""
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
@@ -113,13 +113,13 @@ class ShardWriter:
 
 
 def _allocate(fd: int, size: int) -> None:
-    """Reserve the file's blocks, so that a full disk is noticed before the work is done."""
+    """Reserve the file's blocks, so that a full disk is noticed at once."""
     try:
         os.posix_fallocate(fd, 0, size)
     except (AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        os.ftruncate(fd, size)  # a filesystem that cannot reserve
+        os.ftruncate(fd, size)  # the file system cannot reserve blocks
 
 
 @dataclass
@@ -203,7 +203,7 @@ def _write_converted(fd: int, entry: TensorEntry, content: Copied, dtype: torch.
 
 
 def _write_merged(fd: int, entry: TensorEntry, content: Merged, dtype: torch.dtype, advance: Advance) -> None:
-    """Slice by slice, all through one buffer: fresh memory for each would cost more than the arithmetic."""
+    """Slice by slice through one buffer: allocating memory per slice would cost more than the arithmetic."""
     row_bytes = entry.nbytes // entry.shape[0]
     buffer = torch.empty((content.updates[0][1].slice_rows, *entry.shape[1:]), dtype=dtype)
     for rows, merged in _merged_rows(content):
@@ -215,7 +215,7 @@ def _write_merged(fd: int, entry: TensorEntry, content: Merged, dtype: torch.dty
 
 
 def _write_transposed(fd: int, entry: TensorEntry, content: Merged, dtype: torch.dtype, advance: Advance) -> None:
-    """Rows of the matrix are columns of the file: gather them, then write once."""
+    """Rows of the matrix are columns in the file: collect them, then write once."""
     stored = torch.empty(entry.shape, dtype=dtype)
     matrix = to_matrix(stored, content.updates[0][1].kind)
     for rows, merged in _merged_rows(content):
@@ -227,7 +227,7 @@ def _write_transposed(fd: int, entry: TensorEntry, content: Merged, dtype: torch
 
 def _require_finite(values: Tensor, entry: TensorEntry, content: Merged) -> None:
     """Refuse merged values that are infinite or NaN in the dtype of the output."""
-    # One pass: the sum of finite values is finite in float64, but for float64 itself.
+    # One pass over the data: a sum of finite values is finite in float64, unless the values themselves are float64.
     if math.isfinite(float(values.sum(dtype=torch.float64))) or bool(values.isfinite().all()):
         return
     module = content.updates[0][1]

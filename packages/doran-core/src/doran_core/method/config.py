@@ -1,4 +1,4 @@
-"""The options of the method: one frozen, self-validating record, the same fields in memory and on disk."""
+"""The options of the method: one frozen, self-validating record with the same fields in memory and on disk."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from doran_core.support.patterns import check_ending, name_pattern, pattern_matc
 __all__ = ["ALL_LINEAR", "NOT_SAVED", "Activation", "DoranConfig", "is_number", "is_positive_int", "pattern_value"]
 
 ALL_LINEAR = "all-linear"
-"""Value of ``target_modules`` that stands for every linear layer."""
+"""Value of ``target_modules`` for every linear layer."""
 
 Activation = Literal["leaky_relu", "relu", "gelu", "silu", "tanh", "identity"]
 
 NOT_SAVED = frozenset({"generator_init"})
-"""Options of the start alone: an adapter's file has the values that came of them, and not the options."""
+"""Options that only decide first values. An adapter's file has the trained values, and not these options."""
 
 _LEAST_EMBEDDING = 16
 
@@ -33,10 +33,10 @@ class DoranConfig:
         rank: r, rows of A.
         alpha: the low-rank update is scaled by ``g = alpha / rank``.
         use_rslora: ``g = alpha / sqrt(rank)`` instead (arXiv 2312.03732).
-        rank_pattern: other ranks for the modules whose name a key matches (a full regex, or one after a dot).
-        alpha_pattern: likewise for alpha.
+        rank_pattern: ranks of modules by regex; a regex matches the full name, or the part after a dot.
+        alpha_pattern: alphas of modules, likewise.
         target_modules: names or name endings, one regex for the whole name, or "all-linear".
-        exclude_modules: names or name endings, or one regex, that are not adapted after all.
+        exclude_modules: names or name endings, or one regex, of modules to leave out.
         modules_to_save: other modules trained in full and saved with the adapter, such as a classifier.
         dropout: dropout on the low-rank branch's input.
         norm_grad: "full" differentiates through the norm; "detached" does not, as DoRA.
@@ -54,14 +54,14 @@ class DoranConfig:
         sharing: embeddings and first layers shared by the adapted layers of a "block" (paper), by the whole
             "model" (then a learned embedding tells the blocks apart), or by none.
         share_output: share the last layer, W2, too, between layers of equal size.
-        embedding_dim: e, width of the embeddings; None means the largest rank, and at least 16. The number takes the
-            place of None at once, and is saved.
+        embedding_dim: e, width of the embeddings; None means the largest rank, and at least 16. The constructor
+            replaces None by the number.
         hidden_dim: h, width of the hidden layers; None means the rank, the least that can express any A and B.
         depth: linear layers in a generator, the last included (paper: 2).
         activation: between the generator's layers (paper: leaky_relu).
-        generator_init: first values of embeddings and hidden layers: "identity" makes the features start close to the
-            identity, so that A and B start as LoRA's; "normal" draws them from N(0, 1), the studies' "old start".
-            Not saved with an adapter.
+        generator_init: first values of embeddings and hidden layers. With "identity" the features start close to the
+            identity, so A and B start as in LoRA. "normal" draws from N(0, 1), the "old start" of the studies. Not
+            saved with an adapter.
         block_pattern: a regex that finds the block in a module's name (its group 1, or the whole match); by default
             the name up to its last number, "model.layers.3" of "model.layers.3.self_attn.q_proj".
         factor_penalty: weight of the mean square of the generated factors, for the loss.
@@ -151,7 +151,7 @@ class DoranConfig:
             raise ConfigError(f"DoranConfig.{name}: expected {what} {list(choices)}, got {value!r}")
 
     def _normalise_names(self, name: str, *, regex: bool) -> None:
-        """Take any collection of names as a list of its own; a string, where it may stand, is a regex."""
+        """Copy any collection of names into a list. A string is a regex, where one is allowed."""
         value = getattr(self, name)
         if value is None or (isinstance(value, str) and regex):
             if isinstance(value, str) and value != ALL_LINEAR:
@@ -175,7 +175,7 @@ class DoranConfig:
 
     @property
     def embedding_width(self) -> int:
-        """``embedding_dim``, which is a number once the configuration is made."""
+        """``embedding_dim`` as a number: the constructor has replaced None."""
         assert self.embedding_dim is not None
         return self.embedding_dim
 
@@ -190,7 +190,7 @@ class DoranConfig:
         return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that a file keeps, as JSON-ready data: all but those in :data:`NOT_SAVED`."""
+        """The fields for a file, JSON-ready: all except those in :data:`NOT_SAVED`."""
         return {
             entry.name: dict(value) if isinstance(value := getattr(self, entry.name), Mapping) else value
             for entry in dataclasses.fields(self)
@@ -212,16 +212,16 @@ class DoranConfig:
 
 
 _LARGEST = 2**31
-"""Of a size or a depth: more than any model has, and less than what overflows in torch."""
+"""Bound of sizes and depths: more than any model has, and less than overflows in torch."""
 
 
 def is_positive_int(value: object) -> TypeGuard[int]:
-    """Whether it is an integer from 1 on that can be a size."""
+    """Whether a value is a positive integer that can be a size."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number that float64 holds."""
+    """Whether a value is a finite number that float64 can represent."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max if isinstance(value, int) else math.isfinite(value)
@@ -237,7 +237,7 @@ def _require_regex(pattern: object, name: str, check: Callable[[str], object] = 
 
 
 def pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The first pattern that matches the name, in full or from a dot on, as in PEFT."""
+    """The value of the first pattern that matches the name in full or after a dot, as in PEFT."""
     for pattern, value in patterns.items():
         if pattern_matches_ending(pattern, module):
             return value

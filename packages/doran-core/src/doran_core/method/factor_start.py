@@ -20,7 +20,7 @@ __all__ = ["first_output_weight", "first_values", "identity_start", "normal_star
 Activation = Callable[[Tensor], Tensor]
 
 _OFF = 0.02
-"""Bound of what the entries off the support add to a singular value of H, relative to it."""
+"""Relative bound on the effect of the entries off the support on a singular value of H."""
 _BISECTIONS = 60
 
 
@@ -49,7 +49,7 @@ def normal_start(rank: int, widths: Sequence[int]) -> list[Tensor]:
 
 
 def identity_start(rank: int, widths: Sequence[int], activation: Activation) -> list[Tensor]:
-    """Embedding and weights with which the features are as close to the identity as activation and widths allow.
+    """Embedding and weights that make the features as close to the identity as activation and widths allow.
 
     With hidden width h, a multiple of r, each row of H has h / r units of its own, of value r / h; else their numbers
     differ by one, and their values make the rows equally long. With h or e below r, H cannot have rank r. A bounded
@@ -65,7 +65,7 @@ def identity_start(rank: int, widths: Sequence[int], activation: Activation) -> 
     Returns:
         The embedding ``[r, e]`` and the hidden weights ``[wide, narrow]``, in float32.
     """
-    if len(widths) == 1:  # no hidden layer: the embedding is the features, times e
+    if len(widths) == 1:  # no hidden layer: the features are the embedding, divided by e
         return [_support(rank, widths[0]).float()]
     if widths[0] < rank:
         warnings.warn(
@@ -126,7 +126,7 @@ def _dual(features: Tensor) -> Tensor:
 
 
 def _inverse(activation: Activation, target: Tensor) -> Tensor:
-    """Where the activation has these values, not below 0; of one that does not reach them, a multiple of them."""
+    """Inputs at which the activation has these values (not below 0), or a multiple of them if they are out of reach."""
     largest = target.amax()
     if activation(2.0 * largest) < largest:
         target = target * (activation(torch.ones_like(largest)) / largest)

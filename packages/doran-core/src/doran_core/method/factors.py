@@ -1,7 +1,7 @@
-"""Where A and B come from: static parameters, or the paper's small networks with shared trunks.
+"""Sources of A and B: static parameters, or the paper's small networks with shared trunks.
 
-A generator of your own is any ``nn.Module`` whose call without arguments returns ``(A, B)``, see
-:class:`FactorGenerator`; hand a function that builds one to ``adapt(..., factor_builder=...)``.
+A custom generator is any ``nn.Module`` whose call without arguments returns ``(A, B)``, see :class:`FactorGenerator`.
+Pass a function that builds it to ``adapt(..., factor_builder=...)``.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a generator may know of the layer that it serves.
+    """The facts about a layer that its generator gets.
 
     Attributes:
         name: the module's name in the model.
         block: the block that it belongs to, "" if its name has no number.
         d_in: columns of the weight seen as ``[d_out, d_in]``.
-        d_out: rows of it.
+        d_out: rows of the weight.
         rank: r.
         scaling: g.
-        experts: how many matrices ``[d_out, d_in]`` the layer is a stack of, each with factors of its own; None for an
-            ordinary layer.
+        experts: number of matrices ``[d_out, d_in]`` in a stack, each with its own factors; None for an ordinary
+            layer.
     """
 
     name: str
@@ -66,13 +66,13 @@ class LayerSpec:
 
     @property
     def stacked(self) -> tuple[int, ...]:
-        """The dimension that the tensors of a stack have before those of an ordinary layer, if any."""
+        """The extra first dimension of a stack's tensors, if any."""
         return () if self.experts is None else (self.experts,)
 
 
 @runtime_checkable
 class FactorGenerator(Protocol):
-    """What DoRAN asks of a source of factors: an ``nn.Module`` that can be called without arguments."""
+    """The interface of a source of factors: an ``nn.Module`` that can be called without arguments."""
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """``(A [r, d_in], B [d_out, r])``; B must be 0 at the start, so that training starts at the base model."""
@@ -102,8 +102,8 @@ class StaticFactors(nn.Module):
         return carried(self.A), carried(self.B)
 
 
-# What gathers sharded or offloaded parameters does so around the forward of the module that holds them: each is used
-# in that forward, and nowhere else.
+# FSDP, ZeRO and accelerate gather parameters around the forward of the module that owns them. So each parameter is used
+# in that forward only.
 
 
 class _Weights(nn.ParameterList):
@@ -116,7 +116,7 @@ class _Weights(nn.ParameterList):
 
 
 class _SharedOutputs(nn.ParameterDict):
-    """Last layers that a group shares, by their size."""
+    """Shared last layers of a group, by size."""
 
     __call__ = nn.Module.__call__  # which nn.ParameterDict refuses
 
@@ -149,7 +149,7 @@ class _HiddenLayers(nn.Module):
 
     @torch.no_grad()
     def start(self, offset: Tensor | None) -> Tensor:
-        """H in float64 on the CPU, the same bits whatever device the network has moved to; meta on the meta device."""
+        """H in float64 on the CPU, with the same bits for every device of the network; meta on the meta device."""
         if self.embedding.is_meta:
             return self.forward(offset)
         embedding = self.embedding.double().cpu()
@@ -165,7 +165,7 @@ class _HiddenLayers(nn.Module):
 
 
 class FactorTrunk(SharedNetwork):
-    """What the layers of a sharing group share: embeddings, first layers and, if asked for, last layers.
+    """The shared parts of a sharing group: embeddings, first layers and, with ``share_output``, last layers.
 
     Args:
         rank: r of the group; layers of another rank belong to another group.
@@ -185,7 +185,7 @@ class FactorTrunk(SharedNetwork):
         return self.A(offset), self.B(offset)
 
     def add_shared_outputs(self, d_in: int, d_out: int) -> None:
-        """Make the shared W2 for layers of this size, unless the group has them already."""
+        """Create the shared W2 for layers of this size, unless the group has them."""
         w2_A, w2_B = self.first_outputs(d_in, d_out, None)
         if str(d_in) not in self.output_A:
             self.output_A[str(d_in)] = w2_A
@@ -256,7 +256,7 @@ class GeneratedFactors(NetworkHolder):
             trunk = self.trunk
             return trunk.output_A(self.d_in, hidden_A), trunk.output_B(self.d_out, hidden_B).T
         w2_A, w2_B = read(self.w2_A), read(self.w2_B)
-        # A trunk may lie on another device, or in another precision, than this layer.
+        # A trunk may have another device or precision than this layer.
         if w2_A.dim() == 3:
             return hidden_A.to(w2_A) @ w2_A.mT, w2_B @ hidden_B.to(w2_B).mT
         return F.linear(hidden_A.to(w2_A), w2_A), F.linear(w2_B, hidden_B.to(w2_B))
@@ -283,9 +283,10 @@ class GeneratedFactors(NetworkHolder):
 
 
 class BlockEmbedding(SharedNetwork):
-    """The vector ``[e]`` that tells one block from the others in a model-wide trunk.
+    """The vector ``[e]`` that identifies a block in a model-wide trunk.
 
-    It starts at 0, so that every block's features start close to the identity; the blocks' gradients part them.
+    The vector starts at 0, so every block's features start close to the identity; the blocks' gradients then make them
+    differ.
     """
 
     def __init__(self, config: DoranConfig) -> None:

@@ -1,4 +1,4 @@
-"""Which trainable parameters weight decay may pull towards 0."""
+"""Optimizer groups: the trainable parameters with weight decay, and those without."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from doran_core.support.sharding import is_flattened, whole_shape
 __all__ = ["is_decayed", "is_exempt", "parameter_groups"]
 
 _OWN = ("magnitude", "raw", "coefficients", "vector")
-"""Last parts of the names of an adapter's parameters that decay would not regularize: 0 is no neutral value of them.
+"""Last parts of the names of adapter parameters without decay: for them 0 is no neutral value.
 
 A magnitude of 0 removes the row, a raw tau of 0 is a tau of 0.69 whatever the weight's norm, an expert's coefficient
 starts at 1, and a block's vector is a position, not a weight.
@@ -22,12 +22,12 @@ starts at 1, and a block's vector is a position, not a weight.
 
 
 def is_exempt(name: str) -> bool:
-    """Whether a parameter's name is that of a part of an adapter that is never to decay."""
+    """Whether a parameter belongs to an adapter and must not decay."""
     return name.rpartition(".")[2] in _OWN
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay makes sense of a trainable parameter of this name: a matrix, and none of `_OWN`.
+    """Whether weight decay makes sense for a trainable parameter: a matrix whose name is not in `_OWN`.
 
     Raises:
         ConfigError: FSDP1 has flattened the parameter.

@@ -1,7 +1,7 @@
-"""A network that several layers hold at once: one module under many names, whose tensors a state dict holds once.
+"""A network shared by several layers: one module under many names, stored once in a state dict.
 
-Every layer of a sharing group registers the group's networks. So ``parameters()`` gives each once as long as any layer
-is there, a copy of a layer takes its networks along, and a layer taken out leaves them with the others.
+Every layer of a sharing group registers the group's networks. So ``parameters()`` yields each once, a copied layer has
+its networks, and removing a layer leaves the networks with the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SharedNetwork(nn.Module):
         self._written_to: weakref.ref[Any] | None = None
         self._prefix = ""
         self._missing: list[str] | None = None
-        """The list of missing keys of the present loading; kept to know the next loading by."""
+        """The list of missing keys of the current load; another list means another load."""
         self._pending: list[str] = []
         self._is_loaded = False
         self.register_load_state_dict_post_hook(_accept_other_names)  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ def _is_sharded_network(module: nn.Module) -> bool:
 
 
 def _accept_other_names(network: SharedNetwork, incompatible: Any) -> None:
-    """Of the names of a network that a state dict may use, one is enough: the others are not missing."""
+    """One name of a network in a state dict is enough: its other names are not missing."""
     missing: list[str] = incompatible.missing_keys
     if network._missing is not missing:
         network._missing, network._pending, network._is_loaded = missing, [], False

@@ -13,9 +13,9 @@ from doran_core.support.patterns import name_pattern
 __all__ = ["BLOCK_EMBEDDING", "TRUNK", "SharedTrunks", "block_of", "shared_parts", "sharing_group", "with_shared"]
 
 TRUNK = "factors.trunk."
-"""Start of the names of what a sharing group shares, among a layer's tensors."""
+"""Prefix of the names of a group's shared tensors, in a layer's tensors."""
 BLOCK_EMBEDDING = "factors.block_embedding."
-"""Likewise for the vector of a block, with ``sharing="model"``."""
+"""The same for a block's vector, with ``sharing="model"``."""
 
 _T = TypeVar("_T")
 
@@ -38,17 +38,18 @@ def block_of(name: str, pattern: str | None = None) -> str:
 
 
 def sharing_group(name: str, config: DoranConfig) -> tuple[str, int]:
-    """What the layers that share a trunk with the layer of this name have in common, by the names alone."""
+    """The key of a layer's sharing group, from its name only."""
     return _group(config, name, block_of(name, config.block_pattern), config.rank_for(name))
 
 
 def _group(config: DoranConfig, name: str, block: str, rank: int) -> tuple[str, int]:
-    """Layers of one block with different ranks are groups of their own: embeddings have one row per rank."""
+    """The key of a layer's sharing group. Layers of different ranks form separate groups, because embeddings have r
+    rows."""
     return {"block": block, "model": "", "none": name}[config.sharing], rank
 
 
 def shared_parts(config: DoranConfig) -> dict[str, Callable[[str], object]]:
-    """What layers share, by the start of its names among a layer's tensors: the function from layer to group."""
+    """By prefix of shared tensors, the function from a layer to its group."""
     return {
         TRUNK: lambda layer: sharing_group(layer, config),
         BLOCK_EMBEDDING: lambda layer: block_of(layer, config.block_pattern),

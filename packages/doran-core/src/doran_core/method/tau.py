@@ -19,7 +19,7 @@ _HALF_NORMAL_MEAN = math.sqrt(2.0 / math.pi)
 """Mean of |N(0, 1)|."""
 
 _SMALLEST = 1e-8
-"""Least initial value: softplus has no finite inverse at 0; ask for the kind "zero" instead."""
+"""Least initial value: softplus has no finite inverse at 0. For tau = 0 use the kind "zero"."""
 
 
 def tau_size(config: DoranConfig, d_out: int, where: str, experts: int | None = None) -> int:
@@ -29,7 +29,7 @@ def tau_size(config: DoranConfig, d_out: int, where: str, experts: int | None = 
         config: the method's options.
         d_out: output rows of the layer, or of one expert.
         where: the layer's name, for error messages.
-        experts: how many matrices the layer is a stack of; None for an ordinary layer.
+        experts: number of matrices in a stack; None for an ordinary layer.
 
     Raises:
         ConfigError: if ``head_dim`` does not divide ``d_out``, or the layer is a stack of experts, which has no heads.
@@ -98,9 +98,10 @@ class Tau(nn.Module):
         self.raw.copy_(_inverse_softplus(start.double().clamp_min(_SMALLEST)))
 
     def value(self) -> Tensor:
-        """What inference adds to the norm: ``[1]``, per head or row ``[d_out]``, and a scalar 0 for the kind zero.
+        """The value that inference adds to the norm: ``[1]``, per head or row ``[d_out]``, and a scalar 0 for the kind
+        zero.
 
-        Of a stack ``[1]``, per expert ``[experts, 1]`` or per row ``[experts, d_out]``.
+        For a stack: ``[1]``, per expert ``[experts, 1]`` or per row ``[experts, d_out]``.
         """
         return torch.zeros(()) if self.raw is None else self.value_of(read(self.raw))
 
@@ -115,7 +116,7 @@ class Tau(nn.Module):
         return groups if groups.shape[-1] == 1 else groups.reshape(self.experts, -1)
 
     def forward(self) -> Tensor | float:
-        """What this pass adds to the norm: a fresh draw in training for the kind gaussian, else the value."""
+        """The value that this pass adds to the norm: in training, a new draw for the kind gaussian."""
         if self.raw is None:
             return 0.0
         if self.kind == "gaussian" and self.training:

@@ -1,1 +1,1 @@
-"""What has nothing to do with the method: lazy imports, sharded tensors, name patterns, wide sums, progress."""
+"""Helpers independent of the method: lazy imports, sharded tensors, name patterns, wide sums, progress."""

@@ -1,4 +1,4 @@
-"""Names of modules and tensors without what torch.compile puts into them.
+"""Names of modules and tensors without torch.compile's additions.
 
 ``_orig_mod`` is private to PyTorch: a compiled module keeps the module that it was given under that name. It goes when
 a compiled module has the names of the original, as ``module.compile()`` leaves them.
@@ -12,7 +12,7 @@ __all__ = ["plain_modules", "plain_name"]
 
 
 def plain_name(name: str) -> str:
-    """A module's or tensor's name as it is without torch.compile."""
+    """A module's or tensor's name without torch.compile's part."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 

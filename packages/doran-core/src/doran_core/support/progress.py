@@ -1,4 +1,4 @@
-"""A progress bar for the terminal, and plain lines where there is none. No dependency."""
+"""A progress bar for terminals, plain lines elsewhere. No dependency."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _LINE_INTERVAL = 10.0
 
 
 class ProgressBar:
-    """Shows (done, total) as it is called with them. On a terminal one line redrawn, elsewhere a line now and then.
+    """Shows (done, total). On a terminal one line is redrawn; elsewhere a line is printed now and then.
 
     Args:
-        label: what is being done.
-        unit: "B" for bytes, shown as GB and MB; else the name of what is counted.
+        label: the running action.
+        unit: "B" for bytes, shown as GB and MB; else the name of the counted things.
         stream: where to write; standard error by default.
     """
 

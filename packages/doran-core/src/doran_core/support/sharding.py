@@ -1,4 +1,4 @@
-"""Tensors that are not whole in this process: sharded by FSDP or DeepSpeed ZeRO, or offloaded by accelerate.
+"""Tensors that this process does not have in full: sharded by FSDP or DeepSpeed ZeRO, or offloaded by accelerate.
 
 No import of those libraries: a sharded or offloaded tensor shows by its type or by the marks that they put on it.
 """
@@ -48,7 +48,7 @@ def is_flattened(tensor: Tensor) -> bool:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a DTensor: FSDP2's parameters outside their unit's forward pass, and tensor parallel ones."""
+    """Whether a tensor is a DTensor: FSDP2's parameters outside their unit's forward pass, and tensor parallel ones."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "full_tensor")
 
 
