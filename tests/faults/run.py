@@ -22,6 +22,7 @@ from kills import kill_writers
 from legal import write_all
 from pressure import full_disks, limits, readers_and_writers, two_writers
 from readers import warm_up
+from real import write_model
 
 BAD = ("crashes", "hangs", "other_errors", "silent", "wrong", "left_over", "lost", "mixed", "raised")
 
@@ -42,6 +43,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="doran-legal-") as folder:
         legal = Path(folder)
         write_all(legal)
+        write_model(legal)
         (legal / "warm").mkdir()
         warm_up(legal, legal / "warm")
         steps = {

@@ -19,12 +19,14 @@ from kills import kill_writers
 from legal import write_all
 from pressure import full_disks, readers_and_writers, two_writers
 from readers import warm_up
+from real import write_model
 
 
 @pytest.fixture(scope="module")
 def legal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("legal")
     write_all(folder)
+    write_model(folder)
     warm_up(folder, tmp_path_factory.mktemp("warm"))
     return folder
 

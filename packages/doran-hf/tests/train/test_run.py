@@ -184,6 +184,19 @@ def test_killed_and_run_again_it_ends_as_if_it_had_not_been(capsys: pytest.Captu
     assert read_states("run/layers.parquet") == read_states("whole/layers.parquet")
 
 
+def test_killed_before_its_first_file_or_after_its_last_it_is_finished() -> None:
+    changes: dict[str, Any] = {"trainer__max_steps": 2, "trainer__save_steps": 1}
+    Path("run").mkdir()
+    Path("run/.config.yaml.0123abcd.doran-tmp").write_text("base: b")
+    run(**changes)
+    names = sorted(str(path) for path in Path("run").rglob("*"))
+    assert not [name for name in names if "doran-tmp" in name or "checkpoint" in name]
+
+    Path("run/checkpoints/checkpoint-2").mkdir(parents=True)  # killed between metrics.json and their removal
+    run(**changes)
+    assert sorted(str(path) for path in Path("run").rglob("*")) == names
+
+
 def test_killed_after_its_last_step_it_does_not_train_on(capsys: pytest.CaptureFixture[str]) -> None:
     """As if by a kill during the last evaluation: the last checkpoint is there, the adapter and the metrics are not."""
     changes: dict[str, Any] = {"trainer__max_steps": 4, "trainer__save_steps": 4, "keep_checkpoints": True}

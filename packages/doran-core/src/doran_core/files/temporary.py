@@ -17,13 +17,18 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["SUFFIX", "locked", "temporary"]
+__all__ = ["SUFFIX", "is_temporary", "locked", "temporary"]
 
 SUFFIX = ".doran-tmp"
 """Suffix of names that are being written. With the leading dot, no reader takes them for adapters."""
 
 _PATIENCE = 5.0
 """Seconds to wait for another writer's lock, which is held for milliseconds."""
+
+
+def is_temporary(name: str) -> bool:
+    """Whether an entry of a directory is being written, or was left by a writer that was killed."""
+    return name.startswith(".") and name.endswith(SUFFIX)
 
 
 @contextmanager
@@ -51,7 +56,7 @@ def temporary(target: Path, *, directory: bool) -> Iterator[Path]:
 
 def _sweep(parent: Path) -> None:
     for entry in os.scandir(parent):
-        if not (entry.name.startswith(".") and entry.name.endswith(SUFFIX)):
+        if not is_temporary(entry.name):
             continue
         path = Path(entry.path)
         with suppress(OSError):  # its writer lives, or another process is deleting it

@@ -48,6 +48,8 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
     """
     run = None if dry_run else RunDirectory(config, overwrite=overwrite)
     if run is not None and run.done and not overwrite:
+        if not config.keep_checkpoints:  # of a run that was killed before it removed them
+            run.remove_checkpoints()
         print(f"{run.path} is done; --overwrite trains again")
         return run.read("metrics.json") or {}
     set_seed(config.seed)

@@ -22,6 +22,7 @@ from doran_core.errors import CheckpointError, ConfigError, CorruptFileError
 from doran_core.files.atomic import write_file
 from doran_core.files.jsonfile import json_text, read_json
 from doran_core.files.opening import named_errors, read_file
+from doran_core.files.temporary import is_temporary
 from doran_hf.layer_table import FILE_NAME
 from doran_hf.train.config import CONFIG_LIMIT, TrainConfig
 from doran_hf.train.fields import parse_yaml
@@ -75,7 +76,8 @@ class RunDirectory:
                     "Choose another output, or remove that run with --overwrite"
                 )
             return
-        if self.path.is_dir() and any(self.path.iterdir()):
+        # A run may have been killed while it wrote its first file.
+        if self.path.is_dir() and not all(is_temporary(entry.name) for entry in self.path.iterdir()):
             raise CheckpointError(f"output: {self.path} is not empty and holds no run of doran train")
 
     def begin(self) -> None:
