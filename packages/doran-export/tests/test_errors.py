@@ -107,6 +107,13 @@ def test_encoder_decoder(model: Path) -> None:
     refuse(UnsupportedModelError, "encoder-decoder", model)
 
 
+def test_mixture_of_experts(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = transformers.MixtralConfig(**TEXT | sizes, architectures=["MixtralForCausalLM"])
+    path = saved(transformers.MixtralForCausalLM(config), tmp_path / "mixtral")
+    refuse(UnsupportedModelError, "mixture of experts .num_local_experts=2", path, exporter="torch")
+
+
 def test_quantized(model: Path) -> None:
     change_config(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     refuse(UnsupportedModelError, "quantized", model)

@@ -19,7 +19,7 @@ from doran_export.errors import UnsupportedModelError
 from doran_export.files import read_json
 from doran_export.tasks import Task, task_for
 
-__all__ = ["Source", "load_model", "load_tokenizer", "load_weights", "open_source"]
+__all__ = ["Source", "load_model", "load_tokenizer", "load_weights", "open_source", "refuse_experts"]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -68,6 +68,21 @@ def _open_source(path: Path, task: str | None) -> Source:
     names = config.architectures
     found = task_for(names[0] if names else None, task, where=str(path / "config.json"))
     return Source(path, config, found)
+
+
+def refuse_experts(source: Source) -> None:
+    """Refuse a mixture-of-experts model, whose routing torch.export does not bring into an ONNX graph.
+
+    Raises:
+        UnsupportedModelError: naming the field of the configuration that says so.
+    """
+    text = source.config.get_text_config()
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if (getattr(text, name, None) or 0) > 1:
+            raise UnsupportedModelError(
+                f"{source.path} is a mixture of experts ({name}={getattr(text, name)}), which the torch exporter "
+                "cannot trace: try exporter='genai', or serve the merged checkpoint"
+            )
 
 
 def load_model(source: Source) -> PreTrainedModel:
