@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ sys.path.insert(0, str(ROOT / "packages/doran-core/tests"))
 
 import made  # noqa: E402
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
-from doran_core.adapter import read_adapter, write_folded  # noqa: E402
+from doran_core import DoranConfig  # noqa: E402
+from doran_core.adapter import TrainableAdapter, read_adapter, write_folded, write_trainable  # noqa: E402
 from doran_core.convert import fold_adapter, to_peft_dora  # noqa: E402
+from doran_core.layers.modules import layer_spec, make_factor_builder  # noqa: E402
+from doran_core.layers.stack import StackAdapter, StackView  # noqa: E402
+from doran_core.method.shared_network import tensors_by_layer  # noqa: E402
 
 __all__ = ["CONFIG", "SEALED", "adapters", "meaning", "write_all"]
 
@@ -32,19 +38,24 @@ TRAINABLE: dict[str, dict[str, Any]] = {
         "block_pattern": r"layers\.(\d+)",
     },
 }
-SEALED = (*TRAINABLE, "folded", "folded-static")
+SEALED = (*TRAINABLE, "experts", "named", "folded", "folded-static")
 """The forms that doran writes with digests: what is accepted of them means what was saved."""
 
 
 def write_all(folder: Path) -> None:
     """All legal inputs, in folders of their own."""
-    weights = made.base_weights()
+    weights = made.base_weights() | {_STACK: torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(3))}
     made.write_base(folder / "base", weights, config=CONFIG)
     made.write_base(folder / "base-single", weights, shards=1, config=CONFIG)
     half = {name: value.bfloat16() for name, value in weights.items()}
     made.write_base(folder / "base-half", half, shards=3, config=CONFIG)
     for name, options in TRAINABLE.items():
         made.write_adapter(folder / name, weights, **options)
+    write_trainable(_experts(weights[_STACK]), folder / "experts")
+    named, _ = made.trainable_record(weights)
+    names = {"model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.q_proj.weight"}
+    ties = {"lm_head.weight": "model.embed_tokens.weight"}
+    write_trainable(replace(named, ties=ties, stored_names=names), folder / "named")
     extra = {"model.norm.weight": torch.ones(24)}
     made.write_adapter(folder / "extra", weights, extra=extra, modules_to_save=["norm"])
     for name, source in (("folded", "generated"), ("folded-static", "static")):
@@ -59,6 +70,22 @@ def write_all(folder: Path) -> None:
     (folder / "yaml").mkdir()
     text = "base: base\noutput: run\ndata:\n  train: x.jsonl\nadapter:\n  rank: 4\ntrainer:\n  max_steps: 3\n"
     (folder / "yaml" / "doran.yaml").write_text(text)
+
+
+_STACK = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+def _experts(weight: torch.Tensor) -> TrainableAdapter:
+    """An adapter of two experts in one tensor."""
+    owner = nn.Module()
+    owner.gate_up_proj = nn.Parameter(weight, requires_grad=False)
+    view = StackView(owner, "gate_up_proj", transposed=False, name=_STACK)
+    config = DoranConfig(rank=2, target_modules=["gate_up_proj"])
+    spec = layer_spec(_STACK, view, config)
+    torch.manual_seed(4)
+    adapter = StackAdapter(config, spec, make_factor_builder(config)(spec))
+    adapter.initialise(view)
+    return TrainableAdapter(config, tensors_by_layer({_STACK: adapter}), task_type="CAUSAL_LM")
 
 
 def adapters(folder: Path) -> list[Path]:

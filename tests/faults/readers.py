@@ -18,6 +18,8 @@ from doran_core import load
 from doran_core.adapter import read_adapter, write_folded
 from doran_core.adapter.digest import directory_digest
 from doran_core.checkpoint.checkpoint import Checkpoint
+from doran_core.cli import exit_codes
+from doran_core.cli.main import main
 from doran_core.convert import fold_adapter
 from doran_core.diagnostics import inspect_adapter
 from doran_core.errors import DoranError
@@ -33,9 +35,10 @@ def warm_up(legal: Path, out: Path) -> None:
     """Every reader on a legal input that it accepts: by then all is imported, before any clock runs."""
     for number, reader in enumerate([*ADAPTER_READERS.values(), *BASE_READERS.values(), *YAML_READERS.values()]):
         base = reader in BASE_READERS.values()
-        source = "base" if base else "yaml" if reader is _yaml else "generated"
+        source = "base" if base else "yaml" if reader in YAML_READERS.values() else "generated"
         (out / str(number)).mkdir()
-        reader(legal / source, legal, out / str(number))
+        with contextlib.suppress(DoranError):  # the configuration's base and texts are not there
+            reader(legal / source, legal, out / str(number))
     (out / "lora").mkdir()
     with contextlib.suppress(DoranError):
         _store(legal / "peft-embedding", legal, out / "lora")
@@ -110,6 +113,20 @@ def _listed(adapter: Path, legal: Path, out: Path) -> None:
     assert list(found) == ["good"], found
 
 
+def _publish(adapter: Path, legal: Path, out: Path) -> None:
+    from doran_serve import publish_adapter
+
+    assert directory_digest(publish_adapter(adapter, out / "adapters" / "new")) == directory_digest(adapter)
+
+
+def _command(*words: str | Path) -> None:
+    """The `doran` command: an exit code that means something, or DoranError in place of its message."""
+    code = main([str(word) for word in words])
+    if code in (exit_codes.CHECK_FAILED, exit_codes.USAGE, exit_codes.SYSTEM):
+        raise DoranError(f"exit code {code}")
+    assert code == exit_codes.OK, f"exit code {code}: {' '.join(map(str, words))}"
+
+
 def _export(base: Path, legal: Path, out: Path) -> None:
     from doran_export.loading import open_source
 
@@ -133,6 +150,11 @@ ADAPTER_READERS: dict[str, Reader] = {
     "peft": _peft,
     "store": _store,
     "find_adapters": _listed,
+    "publish": _publish,
+    "doran inspect": lambda adapter, legal, out: _command("inspect", adapter, "--json"),
+    "doran convert": lambda adapter, legal, out: _command(
+        *("convert", adapter, "--base", legal / "base", "--to", "folded", "--out", out / "converted")
+    ),
 }
 BASE_READERS: dict[str, Reader] = {
     "checkpoint": lambda base, legal, out: [Checkpoint(base).config()],
@@ -141,4 +163,7 @@ BASE_READERS: dict[str, Reader] = {
     "inspect on": lambda base, legal, out: inspect_adapter(legal / "peft-lora", base),
     "export": _export,
 }
-YAML_READERS: dict[str, Reader] = {"train configuration": _yaml}
+YAML_READERS: dict[str, Reader] = {
+    "train configuration": _yaml,
+    "doran train": lambda folder, legal, out: _command("train", folder / "doran.yaml", "--dry-run"),
+}

@@ -20,11 +20,12 @@ import torch
 from inputs import throw
 from kills import kill_writers
 from legal import write_all
+from memory import memory
 from pressure import full_disks, limits, readers_and_writers, two_writers
 from readers import warm_up
 from real import write_model
 
-BAD = ("crashes", "hangs", "other_errors", "silent", "wrong", "left_over", "lost", "mixed", "raised")
+BAD = ("crashes", "hangs", "other_errors", "silent", "wrong", "left_over", "lost", "mixed", "raised", "over")
 
 
 def main() -> int:
@@ -52,6 +53,7 @@ def main() -> int:
             "two writers": lambda: two_writers(legal, options.races / 4),
             "full disks": lambda: full_disks(legal),
             "limits": lambda: limits(legal),
+            "memory": lambda: memory(legal),
             "inputs": lambda: throw(
                 legal, options.inputs, options.seed, options.seconds, options.failures, options.workers
             ),

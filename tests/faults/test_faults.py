@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from inputs import throw
 from kills import kill_writers
 from legal import write_all
+from memory import memory
 from pressure import full_disks, readers_and_writers, two_writers
 from readers import warm_up
 from real import write_model
@@ -65,3 +66,8 @@ def test_two_writers(legal: Path) -> None:
 def test_full_disks(legal: Path) -> None:
     found = full_disks(legal)
     assert (found["raised"], found["left_over"]) == (0, 0)
+
+
+def test_memory(legal: Path) -> None:
+    found = memory(legal)
+    assert found["over"] == 0, found

@@ -1,0 +1,111 @@
+"""What readers take of memory for a large adapter, sound or damaged, in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import resource
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import made
+import torch
+from readers import ADAPTER_READERS
+
+from doran_core import DoranConfig
+from doran_core.adapter import FoldedAdapter, TrainableAdapter, write_folded, write_trainable
+from doran_core.adapter.schema import FoldedModule
+from doran_core.errors import DoranError
+
+__all__ = ["memory"]
+
+_RANK, _WIDTH = 256, 24_576  # 24 MiB a factor
+_SLACK = 24 * 2**20
+"""Bytes beside the tensors: modules that are imported late, what the allocator keeps."""
+_READERS = ("read", "digest", "publish", "store")
+"""Those that read. `inspect` and `merge` compute with what they have read."""
+
+
+def memory(legal: Path) -> dict[str, Any]:
+    """Read adapters of 48 MiB of every form, whole, with a bit flipped and cut off.
+
+    Returns:
+        reads; over: those that took more than twice the file's size; largest: times the size that a read took.
+    """
+    report: dict[str, Any] = {"reads": 0, "over": 0, "largest": 0.0}
+    with tempfile.TemporaryDirectory(prefix="doran-memory-") as folder:
+        for write in (_trainable, _folded, _lora):
+            for harm in ("whole", "flipped", "cut"):
+                adapter = Path(folder, f"{write.__name__}-{harm}")
+                write(adapter)
+                file = adapter / "adapter_model.safetensors"
+                size = file.stat().st_size
+                _damage(file, size, harm)
+                for name in _READERS:
+                    with tempfile.TemporaryDirectory(dir=folder) as out:
+                        grown = _grown(ADAPTER_READERS[name], adapter, legal, Path(out))
+                    report["reads"] += 1
+                    report["largest"] = max(report["largest"], round(grown / size, 2))
+                    if grown > 2 * size + _SLACK:
+                        report["over"] += 1
+                        print(f"{name} of {adapter.name}: {grown >> 20} MiB for a file of {size >> 20} MiB")
+    return report
+
+
+def _factors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "A": torch.randn(_RANK, _WIDTH, generator=generator),
+        "B": torch.randn(_WIDTH, _RANK, generator=generator),
+    }
+
+
+def _trainable(target: Path) -> None:
+    parts = _factors()
+    tensors = {"factors.A": parts["A"], "factors.B": parts["B"], "magnitude": torch.ones(_WIDTH)}
+    config = DoranConfig(rank=_RANK, factors="static", tau_kind="zero", target_modules=["q_proj"])
+    write_trainable(TrainableAdapter(config, {made.TARGETS[0]: tensors}, task_type="CAUSAL_LM"), target)
+
+
+def _folded(target: Path) -> None:
+    parts = _factors()
+    scale = torch.ones(_WIDTH)
+    module = FoldedModule(made.TARGETS[0], scale=scale, magnitude=scale, **parts)
+    write_folded(FoldedAdapter({module.name: module}), target)
+
+
+def _lora(target: Path) -> None:
+    made.write_peft(target, made.lora_tensors(made.TARGETS[0], _WIDTH, _WIDTH, rank=_RANK), r=_RANK)
+
+
+def _damage(file: Path, size: int, harm: str) -> None:
+    with file.open("r+b") as opened:
+        if harm == "flipped":
+            opened.seek(size // 2)
+            byte = opened.read(1)[0]
+            opened.seek(size // 2)
+            opened.write(bytes([byte ^ 1]))
+        elif harm == "cut":
+            opened.truncate(size // 2)
+
+
+def _grown(reader: Callable[[Path, Path, Path], Any], adapter: Path, legal: Path, out: Path) -> int:
+    """Bytes by which a process that reads grows at most."""
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+    process = context.Process(target=_read, args=(reader, adapter, legal, out, found))
+    process.start()
+    process.join(120)
+    if process.exitcode != 0:
+        raise RuntimeError(f"a reader of {adapter.name} ended with {process.exitcode}")
+    return int(found.get())
+
+
+def _read(reader: Callable[[Path, Path, Path], Any], adapter: Path, legal: Path, out: Path, found: Any) -> None:
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(DoranError):
+        reader(adapter, legal, out)
+    found.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
