@@ -30,6 +30,7 @@ _.on_log
 _.on_pre_optimizer_step
 _.on_save
 _.on_step_begin
+_.on_step_end
 _.on_train_begin
 _.on_train_end
 _.other_param_names
@@ -50,6 +51,12 @@ _.cpu_linear
 _.lora_b
 _.persistent
 _.resolve_lora
+
+# Called or read by TRL, by name.
+_._llm_weights_sleeping
+_.init_communicator
+_.sync_weights
+tags
 
 # Attributes that other libraries read: ONNX Runtime's sessions, transformers' tokenizers.
 _.intra_op_num_threads
