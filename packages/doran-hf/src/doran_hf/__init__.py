@@ -9,5 +9,5 @@ __getattr__, __dir__, __all__ = lazy_names(  # the names of __init__.pyi
     __name__, distribution="doran-hf", first="doran_hf.registration"
 )
 
-if not reading_flags():  # PEFT takes seconds to import, and a command's help needs none of it
+if not reading_flags():  # PEFT takes seconds to import, and a command's help does not need it
     import_module("doran_hf.registration")

@@ -1,8 +1,8 @@
 """AdaptedWeight stands in an experts module for a stacked parameter, and gives products with W' without forming it.
 
 transformers computes experts in several ways (eager, batched_mm, grouped_mm, and each model's own loop). All of them
-take the parameter apart by expert and multiply: so a stand-in that knows these few operations serves all of them. For
-tokens x of one expert ``x W'^T = c * (x W0^T) + (x A^T) B'^T``. Any other operation is refused.
+index the parameter by expert and multiply, so a stand-in with these few operations serves all of them. For tokens x of
+one expert ``x W'^T = c * (x W0^T) + (x A^T) B'^T``. Any other operation is refused.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm"} | _GROUPED
 
 @dataclass(frozen=True, eq=False)
 class AdaptedWeight:
-    """``W' = c (W0 + g B A)`` of all experts, of one, or of one for each row of tokens.
+    """``W' = c (W0 + g B A)`` of all experts, of one expert, or of one expert per row of tokens.
 
     Attributes:
         base: W0 as the module stores it, or transposed.
         scale: c, ``[..., d_out]``, float32 or wider.
         A: ``[..., r, d_in]``.
-        B: B' with c and g in it, ``[..., d_out, r]``.
+        B: B', which includes c and g, ``[..., d_out, r]``.
         rows_first: whether the last two dimensions of `base` are ``[d_out, d_in]``; else ``[d_in, d_out]``.
-        dropout: of the low-rank branch's input; 0 outside of training.
+        dropout: dropout on the low-rank branch's input; 0 outside training.
         where: the parameter's name, for messages.
     """
 
@@ -160,7 +160,7 @@ class AdaptedWeight:
         return scaled
 
     def _aligned(self) -> tuple[Tensor, Tensor]:
-        """A and B of a rank whose rows take a multiple of 16 bytes, as torch's grouped product wants."""
+        """A and B padded to a rank whose rows take a multiple of 16 bytes, as torch's grouped product requires."""
         lacking = -self.A.shape[-2] % max(1, 16 // self.dtype.itemsize)
         return (F.pad(self.A, (0, 0, 0, lacking)), F.pad(self.B, (0, lacking))) if lacking else (self.A, self.B)
 

@@ -26,8 +26,8 @@ def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
     """Fingerprint of the weights that this adapter adapts.
 
     Returns:
-        The fingerprint; of sharded or offloaded weights as they were when the adapter was made. None where memory does
-        not hold the checkpoint's values: float16, quantized, or not loaded at all (meta device).
+        The fingerprint; for sharded or offloaded weights, that of the time when the adapter was made. None if memory
+        does not have the checkpoint's values: float16, quantized, or not loaded (meta device).
     """
     digests = []
     for layer in doran_layers(model, adapter_name):
@@ -39,7 +39,7 @@ def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
 
 
 def _by_compiled_names(model: nn.Module, adapter_name: str) -> str | None:
-    """The same with torch.compile's names, under which earlier versions saved adapters of compiled models."""
+    """The fingerprint with torch.compile's names, under which earlier versions saved adapters of compiled models."""
     digests = []
     for name, layer in model.named_modules():
         if isinstance(layer, DoranLayer) and adapter_name in layer.doran_adapter:
@@ -52,7 +52,8 @@ def _by_compiled_names(model: nn.Module, adapter_name: str) -> str | None:
 
 
 def module_kinds(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Kinds of the adapted layers that are not plain linear ones, by module name; of a stack as a checkpoint has it."""
+    """Kinds of the adapted layers that are not plain linear ones, by module name; for a stack, the checkpoint's
+    layout."""
     kinds: dict[str, str] = {layer.name: layer.view.kind for layer in doran_layers(model, adapter_name)}
     for name, stored in _stored_stacks(model, adapter_name).items():
         kinds[name] = "conv1d" if stored.transposed else "linear"
@@ -87,10 +88,10 @@ def base_ties(model: nn.Module) -> dict[str, str]:
 
 
 def stored_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """The names that the base's checkpoint has for what this adapter may change, where transformers renames on loading.
+    """Checkpoint names of the parameters that this adapter may change, if transformers renames them on loading.
 
-    Adapted weights, tied parameters and modules_to_save, by the base model's names. Empty for a model that is not
-    transformers', and where nothing is renamed.
+    Covers adapted weights, tied parameters and modules_to_save, by the base model's names. Empty for models outside
+    transformers, and if no name changes.
     """
     base = _base(model)
     if not isinstance(base, PreTrainedModel):
@@ -118,7 +119,7 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 def check_base(model: nn.Module, adapter_name: str, config: DoranConfig) -> None:
-    """Refuse a base model other than the one that a loaded adapter was made for.
+    """Refuse a base model that is not the loaded adapter's.
 
     Raises:
         BaseMismatchError: naming both fingerprints.

@@ -30,13 +30,13 @@ _MEASURES = [entry.name for entry in dataclasses.fields(LayerState) if entry.nam
 class LayerMetricsCallback(TrainerCallback):
     """Records tau, norm, scale, effective rank and gradient split of each layer whenever the Trainer logs.
 
-    Passed as ``Trainer(callbacks=[...])`` it fills :attr:`states`, the parquet file and, with the mean, least and
-    largest tau, the Trainer's log history. Trainer calls the callbacks of TensorBoard, W&B and the like before those it
-    was given, so for these to get the numbers of each layer, too, call :meth:`attach` instead.
+    As ``Trainer(callbacks=[...])``, the callback fills :attr:`states` and the parquet file, and adds the mean, least
+    and largest tau to the Trainer's log history. Trainer calls its own callbacks (TensorBoard, W&B, ...) first. Call
+    :meth:`attach` instead so that they get the numbers of each layer, too.
 
-    The gradient is that of the first forward and backward pass of a logged step, as it comes (a gradient scaler's
-    factor included). It is seen with ``logging_strategy="steps"``, without ``torch_compile``, and on linear layers
-    whose weight can be read. A logged step costs one more product of the size of the weight's gradient per layer.
+    The gradient comes from the first forward and backward pass of a logged step, including a gradient scaler's factor.
+    Recording it needs ``logging_strategy="steps"``, no ``torch_compile``, and linear layers whose weight can be read.
+    A logged step costs one more product of the size of the weight's gradient per layer.
 
     Attributes:
         states: all records, from the first step on.
@@ -61,10 +61,10 @@ class LayerMetricsCallback(TrainerCallback):
         self._written = 0
 
     def attach(self, trainer: Any) -> LayerMetricsCallback:
-        """Add this callback to a Trainer, in front of those that report, and return it.
+        """Add this callback to a Trainer, before the reporting callbacks, and return it.
 
-        Each layer's numbers then go to whatever the Trainer reports to, as ``doran/tau/model.layers.0...``; the
-        progress bar and the console do not print them.
+        All reporting callbacks then get each layer's numbers, as ``doran/tau/model.layers.0...``. The progress bar and
+        the console do not print them.
         """
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
@@ -77,7 +77,7 @@ class LayerMetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the start, or take over what a resumed run has recorded."""
+        """Record the start, or load the records of a resumed run."""
         self.states, self._written = [], 0
         if state.global_step and self._file is not None and self._file.is_file():
             self.states = [row for row in read_states(self._file) if row.step <= state.global_step]
@@ -98,7 +98,7 @@ class LayerMetricsCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take what was seen, while the weights are still those of the gradient."""
+        """Take the gradients, while the weights are still those of the gradient."""
         self._end_probe()
 
     def on_log(
@@ -123,7 +123,7 @@ class LayerMetricsCallback(TrainerCallback):
             self._write(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the file, so that a run resumed from this checkpoint finds all that came before."""
+        """Write the file, so that a run resumed from this checkpoint has all earlier records."""
         self._write(state)
 
     def on_train_end(
@@ -154,7 +154,7 @@ class LayerMetricsCallback(TrainerCallback):
 
 
 class _Hide(TrainerCallback):
-    """Stands between those that report and those that print, and takes the numbers of single layers out of the logs."""
+    """Removes the numbers of single layers from the logs, between the reporting and the printing callbacks."""
 
     def on_log(
         self,

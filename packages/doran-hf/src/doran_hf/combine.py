@@ -19,7 +19,7 @@ from doran_hf.layer import DoranLayer, check_adapter, doran_layers
 __all__ = ["add_weighted_adapter"]
 
 _SMALLEST_SCALE = 1e-3
-"""Of a row's combined scale: below it the row of W0 is nearly gone, and B's row, divided by it, loses its accuracy."""
+"""Least combined scale of a row. Below it W0's row nearly vanishes, and dividing B's row by it loses accuracy."""
 
 
 @torch.no_grad()
@@ -36,14 +36,14 @@ def add_weighted_adapter(
         tuner: the model's tuner.
         adapters: names of the adapters to combine.
         weights: one for each; any sign.
-        adapter_name: of the new adapter, which is neither active nor trained until asked for.
+        adapter_name: name of the new adapter, which is inactive and untrained.
         combination_type: "cat", PEFT's name for this.
 
     Raises:
         ConfigError: an unknown or repeated name, another number of weights, a name that is taken, another type of
             combination, or adapters that train more than their layers.
         DoranError: adapters are merged.
-        NonFiniteError: a combined scale that is 0 or nearly so; nothing is added.
+        NonFiniteError: a combined scale is 0 or nearly 0; no adapter is added.
     """
     _check(tuner, adapters, weights, adapter_name, combination_type)
     shares = dict(zip(adapters, weights, strict=True))

@@ -33,7 +33,7 @@ _BIASES = ("none", "all", "doran_only")
 
 @dataclass
 class DoranConfig(AdapterOptions, PeftConfig):
-    """Configuration of a DoRAN adapter for ``get_peft_model`` and all that takes a ``PeftConfig``.
+    """Configuration of a DoRAN adapter for ``get_peft_model`` and everything else that takes a ``PeftConfig``.
 
     The fields of :class:`doran_core.DoranConfig` mean the same here and are described there; each field's metadata has
     a short help text. The others are PEFT's:
@@ -47,22 +47,22 @@ class DoranConfig(AdapterOptions, PeftConfig):
         layers_to_transform: indices of the blocks to adapt, with a list of target_modules.
         layers_pattern: name of the list of blocks, for layers_to_transform.
         trainable_token_indices: tokens whose embeddings train, too; for the input embedding, or by module name.
-        layer_replication: pairs ``[start, end]`` of layers to build the model from, one after the other, before it is
-            adapted: copies share the base weights and have adapters of their own.
+        layer_replication: pairs ``[start, end]`` of layers from which to build the model, in order, before it is
+            adapted. Copies share base weights and have their own adapters.
         ensure_weight_tying: an embedding in modules_to_save or trainable_token_indices stays tied to the output layer.
-        fan_in_fan_out: accepted for LoRA's sake. Conv1D is recognised by itself; no other layer stores its weight so.
-        format_version: of the adapter file.
-        created_by: what wrote it.
-        base_fingerprint: of the base weights that a loaded adapter was made for. A base with another fingerprint is
-            refused; set it to None to load all the same.
+        fan_in_fan_out: accepted for compatibility with LoRA, and ignored: Conv1D is recognised.
+        format_version: format version of the adapter file.
+        created_by: the program that wrote it.
+        base_fingerprint: fingerprint of the adapter's base weights. A base with another fingerprint is refused; None
+            skips the check.
         module_kinds: kinds of the adapted layers that are not linear, written on saving for readers without the model.
         ties: each tied parameter of the base model and its source, likewise.
-        stored_names: the names that the base's checkpoint has for parameters which transformers renames, likewise.
-        stored_experts: the names that the base's checkpoint has for the single experts of stacked weights, likewise.
-        tensors_digest, digest: of the saved files, against damage; written on saving and checked on loading.
+        stored_names: checkpoint names of parameters that transformers renames, likewise.
+        stored_experts: checkpoint names of the single experts of stacked weights, likewise.
+        tensors_digest, digest: digests of the saved files, to detect damage; written on saving and checked on loading.
 
     Raises:
-        ConfigError: a value that a field may not hold, naming field and value.
+        ConfigError: an invalid value; names field and value.
         FormatVersionError: an adapter_config.json of a newer format.
     """
 
@@ -133,16 +133,16 @@ class DoranConfig(AdapterOptions, PeftConfig):
         return CoreConfig(**{name: _listed(value) for name, value in values.items()})
 
     def record(self, **facts: Any) -> None:
-        """Set what :meth:`to_dict`, and so saving, reports of the model at hand.
+        """Set the facts about the model that :meth:`to_dict`, and so saving, reports.
 
-        Kept apart from the fields: this object may go on to configure an adapter for another base.
+        Facts are not fields, because this object may configure another adapter for another base later.
         """
         self._saved_facts = facts
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved: JSON-ready, name lists in a fixed order, facts of the model included."""
+        """The fields for a file: JSON-ready, with sorted name lists and the model's facts."""
         values: dict[str, Any] = super().to_dict() | self._saved_facts
-        # doran_core refuses the first two, as it should, and versions before target_parameters the others.
+        # doran_core refuses the first two; versions before target_parameters refuse the others
         for name in ("trainable_token_indices", "layer_replication", "target_parameters", "stored_experts"):
             if not values.get(name):
                 values.pop(name, None)
@@ -157,7 +157,7 @@ class DoranConfig(AdapterOptions, PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> DoranConfig:
-        """As PEFT's; the configuration has to be complete, and the tensors beside it must be safetensors.
+        """As PEFT's method. The configuration must be complete, and the tensors beside it must be safetensors.
 
         Raises:
             MissingKeyError: the adapter has no safetensors file. PEFT would go on and load a pickle.
@@ -177,8 +177,8 @@ class DoranConfig(AdapterOptions, PeftConfig):
         """The fields of a saved configuration, checked as doran_core checks them.
 
         Raises:
-            AdapterFormatError: naming file and field. What is missing is never filled in: defaults would compute
-                another function.
+            AdapterFormatError: names file and field. Missing fields get no defaults, which could compute another
+                function.
             CorruptFileError: it, or the tensors beside it, are not what was saved.
         """
         path = Path(path_json_file)
@@ -187,7 +187,7 @@ class DoranConfig(AdapterOptions, PeftConfig):
             fields.pop("runtime_config", None)  # PEFT: of no meaning in a file
             if (method := fields.get("peft_type")) != DoranPeftType.DORAN:
                 raise ConfigError(f"{path}: peft_type {method!r}, expected DORAN")
-            _check_version(fields.get("format_version", FORMAT_VERSION))  # first: a later format may have other fields
+            _check_version(fields.get("format_version", FORMAT_VERSION))  # first: later formats may differ
             beside = {entry.name for entry in dataclasses.fields(cls)} - CONFIG_FIELDS - NOT_SAVED - {"format_version"}
             check_fields(str(path), fields.keys() - beside)
             cls(**fields)
@@ -196,14 +196,14 @@ class DoranConfig(AdapterOptions, PeftConfig):
 
     @classmethod
     def from_lora(cls, lora: LoraConfig, **overrides: Any) -> DoranConfig:
-        """The DoRAN configuration that adapts what a LoRA or DoRA configuration adapts, with its rank and scaling.
+        """Convert a LoRA or DoRA configuration: same modules, rank and scaling.
 
         Args:
             lora: with ``use_dora`` or without.
             overrides: any fields of DoranConfig, e.g. ``tau_kind="fixed"``.
 
         Raises:
-            ConfigError: if the LoRA configuration sets an option that DoRAN has no counterpart of, naming it.
+            ConfigError: the LoRA configuration sets an option that DoRAN lacks; names the option.
         """
         values = {ours: getattr(lora, theirs) for theirs, ours in _FROM_LORA.items()}
         values["bias"] = "doran_only" if lora.bias == "lora_only" else lora.bias
@@ -277,7 +277,7 @@ def _check_replication(pairs: object) -> None:
 
 
 def _check_layer_lists(names: object) -> None:
-    """PEFT puts these into a regular expression of its own."""
+    """PEFT inserts these names into a regular expression."""
     given = [names] if isinstance(names, str) else names or []
     if not isinstance(given, list) or not all(isinstance(name, str) and _LIST_NAME.fullmatch(name) for name in given):
         raise ConfigError(f"DoranConfig.layers_pattern: expected names of lists of layers, got {names!r}")
@@ -287,7 +287,7 @@ _LIST_NAME = re.compile(r"[\w.]*")
 
 
 def _names(field_name: str, value: object) -> str | set[str] | None:
-    """Module names as PEFT wants them: a set, a string, or None."""
+    """Module names in PEFT's types: a set, a string, or None."""
     if value is None or isinstance(value, str):
         return ALL_LINEAR if isinstance(value, str) and value.lower() == ALL_LINEAR else value
     if isinstance(value, Mapping) or not isinstance(value, list | tuple | set | frozenset):

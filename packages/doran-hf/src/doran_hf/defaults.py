@@ -7,24 +7,24 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 __all__ = ["DEFAULT_TARGETS"]
 
 _OURS: dict[str, list[str]] = {
-    # PEFT's LoRA defaults of these families go beyond query and value.
+    # PEFT's LoRA defaults for these families include more than query and value.
     "btlm": ["c_attn"],
     "nemotron_h": ["q_proj", "v_proj"],
     "phi": ["q_proj", "v_proj"],
     "rwkv": ["receptance", "value"],
     "rwkv7": ["r_proj", "v_proj"],
-    # Decoders with experts: their attention. DeepSeek's queries and values may go through a smaller space.
+    # Mixture-of-experts decoders: attention only. DeepSeek may compress queries and values.
     **{key: ["q_proj", "q_b_proj", "kv_b_proj"] for key in ["deepseek_v2", "deepseek_v3"]},
     **{
         key: ["q_proj", "v_proj"]
         for key in ["ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"]
     },
-    # Families that PEFT has no LoRA default for. Vision models have both spellings, by their age.
+    # Families without a LoRA default in PEFT. Vision models have either spelling, by their age.
     "dinov2": ["q_proj", "v_proj", "query", "value"],
     "distilbert": ["q_lin", "v_lin"],
     "vit": ["q_proj", "v_proj", "query", "value"],
 }
 
 DEFAULT_TARGETS: dict[str, str | list[str]] = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, **_OURS}
-"""For each ``model_type`` the name endings, or one regex, of its query and value projections. Where a model has them
-in one fused projection, that one. Not all names of a list need to be in a model."""
+"""By ``model_type``: name endings, or one regex, of the query and value projections, or of the fused projection. A
+model need not have all names of a list."""

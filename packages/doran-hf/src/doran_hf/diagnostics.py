@@ -16,7 +16,7 @@ __all__ = ["LayerState", "factor_penalty", "layer_states", "probed_layers", "tau
 
 @dataclass(frozen=True)
 class LayerState:
-    """One adapted layer at one step; the gradient's parts are None where no gradient was seen.
+    """One adapted layer at one step; the gradient's parts are None if no gradient was recorded.
 
     Attributes:
         step: the optimizer step that is over.
@@ -56,7 +56,7 @@ def _adapters(model: nn.Module, adapter_name: str | None) -> list[tuple[DoranLay
 
 
 def tau_by_layer(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
-    """tau of every adapted layer, as inference uses it.
+    """tau of every adapted layer, at inference.
 
     Args:
         model: with DoRAN adapters, wrapped by PEFT or not.
@@ -72,9 +72,10 @@ def tau_by_layer(model: nn.Module, adapter_name: str | None = None) -> dict[str,
 
 
 def factor_penalty(model: nn.Module, adapter_name: str | None = None) -> Tensor | None:
-    """The penalty on the factors, ``DoranConfig.factor_penalty`` included: a scalar to add to the loss.
+    """The penalty on the factors, multiplied by ``DoranConfig.factor_penalty``: a scalar to add to the loss.
 
-    Models whose output has a loss add it to that loss by themselves in training; this is for your own loss.
+    In training, models whose output has a loss add the penalty automatically. Use this function if you compute the
+    loss yourself.
 
     Args:
         model: with DoRAN adapters, wrapped by PEFT or not.
@@ -109,11 +110,11 @@ def probed_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str
 def layer_states(
     model: nn.Module, step: int, splits: dict[str, GradientSplit] | None = None, adapter_name: str | None = None
 ) -> list[LayerState]:
-    """The numbers of every adapted layer, in the model's order.
+    """The state of every adapted layer, in the model's order.
 
     Args:
         model: with DoRAN adapters, wrapped by PEFT or not.
-        step: to write into the records.
+        step: the step number for the records.
         splits: from a :class:`doran_core.diagnostics.GradientProbe`, by module name.
         adapter_name: which adapter; None for the active one.
     """

@@ -1,7 +1,7 @@
 """DoRAN on the stacked parameters of an experts module: DoranExperts around it, a DoranStack for each parameter.
 
-The module stays what it is, and whatever transformers' registry of experts implementations says computes it: for a call
-it is shown an :class:`~doran_hf.adapted_weight.AdaptedWeight` in place of each adapted parameter.
+The module stays unchanged, and the implementation from transformers' registry computes it. During a call, an
+:class:`~doran_hf.adapted_weight.AdaptedWeight` stands in for each adapted parameter.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from doran_hf.layer import DoranLayer
 __all__ = ["DoranExperts", "DoranStack"]
 
 _PER_EXPERT = 4
-"""With fewer routed tokens an expert on average, some experts probably get none, and the norms are taken for the others
-alone. With more, finding out costs more than it spares."""
+"""Routed tokens per expert, on average. Below this, some experts probably get none, and only the others' norms are
+computed. Above it, finding out costs more than it saves."""
 
 
 class DoranStack(DoranLayer):
     """One stacked parameter ``[experts, d_out, d_in]`` (or transposed) and its adapters.
 
-    It is not called: :class:`DoranExperts` asks it for what stands in the parameter's place.
+    A stack is not called. :class:`DoranExperts` gets the parameter's stand-in from it.
 
     Args:
         holder: the experts module.
@@ -65,7 +65,7 @@ class DoranStack(DoranLayer):
         return self._holder[0]
 
     def adapter_in_use(self) -> None:
-        """None: what computes ordinary layers together leaves stacks alone."""
+        """None: the batched computation of ordinary layers skips stacks."""
         return
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -77,7 +77,7 @@ class DoranStack(DoranLayer):
         raise TargetError(f"{self.name}: stacked expert weights are not called; call their module")
 
     def stand_in(self, chosen: Tensor | None) -> AdaptedWeight | None:
-        """What stands in the parameter's place in this pass; None for the parameter itself.
+        """The parameter's stand-in for this pass; None to use the parameter itself.
 
         Args:
             chosen: indices of the experts that get tokens; None for all.
@@ -155,7 +155,7 @@ class DoranExperts(nn.Module):
             return self.base_layer(*args, **kwargs)
         module = copy.copy(
             self.base_layer
-        )  # its parameters and hooks are the same; what is set here, is set here alone
+        )  # a shallow copy: it shares parameters and hooks, and attributes set here stay here
         vars(module).update(stand_ins)
         return module(*args, **kwargs)
 
@@ -171,7 +171,7 @@ class DoranExperts(nn.Module):
             raise TargetError(f"{self.name}: DoRAN does not adapt experts under expert parallelism; load without it")
 
     def _chosen(self, inputs: tuple[Any, ...]) -> Tensor | None:
-        """The experts that get tokens, where the routing is at hand and short; None for all."""
+        """The experts that get tokens, if the routing is available and short; None for all."""
         routes = [x for x in inputs if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool]
         count = next(iter(self.stacks().values())).view.experts
         if len(routes) != 1 or routes[0].numel() >= _PER_EXPERT * count:
@@ -182,14 +182,14 @@ class DoranExperts(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The experts module, with W' in place of W0 if asked for. PEFT calls it."""
+        """The experts module, with W' in place of W0 if requested. PEFT calls this."""
         if merge:
             for stack in self.stacks().values():
                 stack.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
 
     def drop_empty(self) -> bool:
-        """Take out the stacks without adapters; whether none is left."""
+        """Remove the stacks without adapters; return whether no stack is left."""
         for name, stack in self.stacks().items():
             if not stack.doran_adapter:
                 del self._modules[name]

@@ -35,7 +35,7 @@ def expert_share(model: nn.Module) -> float:
 
 
 def warn_of_experts(model: nn.Module, targets: str | list[str] | set[str] | None) -> None:
-    """Warn where target modules ask for all of a model, or for experts by name, and expert weights stay unadapted."""
+    """Warn if targets name all layers, or experts by name, and expert weights stay unadapted."""
     wanted = targets == ALL_LINEAR or any(_EXPERTS.search(target) for target in _texts(targets))
     share = expert_share(model) if wanted else 0.0
     if share > 0.0:

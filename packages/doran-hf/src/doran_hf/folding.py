@@ -18,17 +18,17 @@ from doran_hf.layer import DoranLayer, check_adapter, doran_layers
 __all__ = ["save_folded"]
 
 _BESIDE = ("modules_to_save", "trainable_token_indices", "layer_replication")
-"""Fields of PEFT's that train or change what an engine's requests share."""
+"""PEFT fields that change parameters shared by all requests of an engine."""
 
 
 @torch.no_grad()
 def save_folded(model: Any, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
-    """Write an adapter as it is now in the folded form: A, B and c of each layer, which vLLM loads at once.
+    """Write the current adapter in the folded form: A, B and c of each layer, which vLLM loads directly.
 
-    `save_pretrained` writes what training goes on from; an engine would fold that against the checkpoint's files. Here
-    the norm is taken from the weights in memory; of a quantized base as in training, by the layer's own product. The
-    model trains on, and is not merged. A loop calls this before each rollout, and hands the directory to
-    ``doran_serve.reload_adapter``.
+    `save_pretrained` writes the trainable form, which an engine must fold with the checkpoint's files. This function
+    computes the norm from the weights in memory (for a quantized base through the layer's own product, as in
+    training). The model is not merged and trains on. An RL loop calls this before each rollout and passes the
+    directory to ``doran_serve.reload_adapter``.
 
     Args:
         model: a PeftModel. Under FSDP2 and ZeRO-3 all processes call this, each with a directory of its own.
@@ -82,7 +82,7 @@ def _folded(layer: DoranLayer, adapter_name: str, kind: Any) -> FoldedModule:
     with layer.whole_weight() as weight, gathered(layer.doran_adapter, recurse=True):
         if weight is not None:
             return fold_module(layer.name, adapter, weight, kind=kind)
-        # Quantized: the norm of training, whose product with W0 is the layer's own.
+        # Quantized: compute the norm as in training, with the layer's own product.
         with adapter.inference_mode_of_method():
             A, B = adapter.factor_pair()
         norm = adapter.norm(view, A, B)

@@ -18,17 +18,18 @@ from doran_hf.layer import check_adapter, doran_layers
 __all__ = ["hotswap_adapter"]
 
 _MAY_DIFFER = {"target_modules", "exclude_modules", "dropout", "expert_mask", "expert_dropout", "factor_penalty"}
-"""Options that say nothing of what given tensors compute; which layers are adapted shows in the tensors."""
+"""Options that do not change what given tensors compute. The adapted layers are visible in the tensors."""
 _BESIDE = ("bias", "trainable_token_indices", "layer_replication")
-"""Fields of PEFT's that put other tensors into an adapter, or change the model."""
+"""PEFT fields that add other tensors to an adapter, or change the model."""
 
 
 @torch.no_grad()
 def hotswap_adapter(model: Any, path: str, adapter_name: str = "default", **download: Any) -> None:
-    """Give an adapter the values of a saved one, in the same memory: a compiled model goes on without recompiling.
+    """Copy the values of a saved adapter into a loaded one. The memory stays the same, so a compiled model does not
+    recompile.
 
     Args:
-        model: a PeftModel, or what ``torch.compile`` made of one.
+        model: a PeftModel, compiled or not.
         path: directory or hub name of the saved adapter. It adapts the same layers with the same options and ranks.
         adapter_name: the adapter that is replaced; its name stays.
         download: for the hub, as for ``PeftModel.from_pretrained``.
@@ -39,7 +40,7 @@ def hotswap_adapter(model: Any, path: str, adapter_name: str = "default", **down
         BaseMismatchError: it was made for another base.
         DoranError: the adapter is merged.
 
-    Nothing is changed then.
+    After an error the adapter is unchanged.
     """
     model = getattr(model, "_orig_mod", model)
     check_adapter(model, adapter_name)
@@ -49,7 +50,7 @@ def hotswap_adapter(model: Any, path: str, adapter_name: str = "default", **down
     _check_options(model.peft_config[adapter_name], config, path)
     tensors = load_peft_weights(path, device="cpu", **download)
     _check_tensors(model, adapter_name, tensors, path)
-    check_base(model, adapter_name, config)  # after the names: a fingerprint is that of the adapted layers
+    check_base(model, adapter_name, config)  # after the names: the fingerprint covers the adapted layers
     set_peft_model_state_dict(model, tensors, adapter_name)
 
 
@@ -67,7 +68,7 @@ def _check_options(now: Any, saved: Any, path: str) -> None:
 
 
 def _check_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], path: str) -> None:
-    """Before anything is copied: PyTorch copies what fits and complains afterwards."""
+    """Check before copying: PyTorch would copy matching tensors and raise afterwards."""
     kept, prefix = ".doran_adapter.", "base_model.model."
     container = f"{kept}{adapter_name}."
     expected = {

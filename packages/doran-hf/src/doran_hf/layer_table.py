@@ -24,7 +24,7 @@ def _parquet() -> Any:
 
 
 def write_states(path: str | Path, states: Sequence[LayerState]) -> None:
-    """Write all rows; the file appears or changes in one step.
+    """Write all rows atomically.
 
     Raises:
         MissingDependencyError: pyarrow is not installed.

@@ -1,6 +1,6 @@
 """A batch whose rows use different adapters, by PEFT's argument ``adapter_names``. Inference only.
 
-PEFT has this for LoRA alone (not for its DoRA), inside its LoraModel; this is the same protocol for DoRAN.
+PEFT supports this for LoRA only (not for its DoRA), inside LoraModel. This is the same protocol for DoRAN.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def check_rows(where: str, rows: int, adapter_names: Sequence[str], *, merged: b
 def adapter_per_row(
     model: nn.Module, adapter_names: Sequence[str] | None, known: set[str], num_beams: int, layers: type[nn.Module]
 ) -> Iterator[None]:
-    """Within it, the layers of a model get ``adapter_names`` with each call.
+    """A context in which the layers of a model get ``adapter_names`` with each call.
 
     Args:
         model: the base model, adapters inside.
         adapter_names: one per input, "__base__" for none; None changes nothing.
-        known: names of the adapters that are there.
-        num_beams: of beam search, which repeats each input so often (but not in an encoder).
+        known: names of the existing adapters.
+        num_beams: beams of beam search, which repeats each input (except in an encoder).
         layers: the class of the adapted layers.
 
     Raises:

@@ -45,7 +45,8 @@ _MARK = ".doran_adapter."
 
 
 class _Plan(NamedTuple):
-    """What the layers of an adapter that is being put in have in common; `read` are the layers that are not called."""
+    """Shared data of the layers of an adapter that is being added; `read` are layers that the model reads without
+    calling."""
 
     core: CoreConfig
     builder: FactorBuilder
@@ -53,13 +54,14 @@ class _Plan(NamedTuple):
 
 
 class DoranModel(BaseTuner):
-    """Creates and manages DoRAN adapters in a model. ``get_peft_model`` and its like make it; users rarely do.
+    """Creates and manages DoRAN adapters in a model. ``get_peft_model`` and other PEFT functions create it; users
+    rarely do.
 
-    It is made, as every tuner of PEFT, of the model to adapt, a :class:`DoranConfig` or one per adapter name, and the
-    adapter's name.
+    Arguments are those of every PEFT tuner: the model to adapt, a :class:`DoranConfig` or one per adapter name, and
+    the adapter's name.
 
     Raises:
-        TargetError: target modules that are not there, or of a kind that cannot be adapted.
+        TargetError: target modules that do not exist, or that DoRAN cannot adapt.
         BaseMismatchError: a loaded adapter was made for other base weights.
     """
 
@@ -75,10 +77,10 @@ class DoranModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Put one adapter into the model; see the base class for the arguments."""
+        """Add one adapter to the model; see the base class for the arguments."""
         config = self.peft_config[adapter_name]
         is_new = config.created_by is None
-        read = read_not_called(model) if is_new else {}  # a saved adapter is loaded as it is
+        read = read_not_called(model) if is_new else {}  # a saved adapter is loaded unchanged
         asked = config.target_modules
         fill_targets(config, model)
         if state_dict is None:
@@ -89,7 +91,7 @@ class DoranModel(BaseTuner):
         warn_random_start(model, config.modules_to_save)
         _fill_head_dim(config, model)
         core = config.core()
-        # One builder for all layers of the adapter: the first of each sharing group becomes the group's owner.
+        # One builder for all layers of the adapter, because it keeps the sharing groups.
         self._plan = _Plan(core, make_factor_builder(core), read)
         try:
             with _patterns_hidden(config):
@@ -104,14 +106,14 @@ class DoranModel(BaseTuner):
             raise
         finally:
             del self._plan
-        prepare(self)  # with the tuner: PEFT calls it, and it the forward of the model inside, past that one's hooks
+        prepare(self)  # the tuner's forward calls the inner model's forward and so skips the inner model's hooks
         share_blocks(model)
         if config.factor_penalty > 0.0:
             PenaltyHook.attach(model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        # PEFT's own answer, with each pattern of ours replaced by what it says of this one name.
+        # PEFT's own answer; each pattern is replaced by the result of our matcher for this name.
         key = plain_name(key)
         view = copy.copy(peft_config)
         view.target_modules = _resolved(peft_config.target_modules, key)
@@ -142,7 +144,7 @@ class DoranModel(BaseTuner):
                 f"{there[0] if there else None!r} already; the first adapter decides which layers there are"
             )
 
-    # Which parameters are tied, and what that makes of modules_to_save, is the same for every method.
+    # Ties and their effect on modules_to_save are the same for every method.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     def _add_targets_to_tie(self, peft_config: DoranConfig, tied_weight_keys: list[str]) -> None:
@@ -258,7 +260,7 @@ class DoranModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # PEFT calls this first of all in saving: the moment at which the model and the configuration are both at hand.
+        # PEFT calls this first when it saves, with both model and configuration.
         if isinstance(config, DoranConfig):
             _warn_uncalled(model, [adapter_name], "their adapters are saved as they are")
             config.record(
@@ -277,7 +279,7 @@ class DoranModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # The name stands right behind the container, however deep the parameter lies below it.
+        # The name directly follows the container, at any depth of the parameter.
         key = plain_name(key)
         before, mark, after = key.rpartition(f"{_MARK}{adapter_name}.")
         if mark:
@@ -301,20 +303,20 @@ class DoranModel(BaseTuner):
         unknown = sorted(key for key in remapped if _MARK in key and key not in held)
         if unknown:
             raise UnexpectedKeyError(f"adapter {adapter_name!r}: no layer of this model has the tensor {unknown[0]!r}")
-        # A shared network's tensors have a name in each layer that holds it; a file has one of them.
+        # A shared network's tensors have one name per layer; a file has only one of these names.
         given = {id(held[key]) for key in remapped if key in held}
         missing = sorted(key for key, tensor in held.items() if id(tensor) not in given)
         if missing:
             raise MissingKeyError(
                 f"adapter {adapter_name!r}: {len(missing)} tensors are missing, such as {missing[0]!r}"
             )
-        # With low_cpu_mem_usage these very tensors become the parameters. In a safetensors buffer they lie unaligned,
-        # and sums over them then differ in the last bit from those of the model that was saved.
+        # With low_cpu_mem_usage these tensors become the parameters. In a safetensors buffer they are unaligned, and
+        # sums would differ in the last bit from those of the saved model.
         return {key: tensor.clone() if _MARK in key else tensor for key, tensor in remapped.items()}
 
 
 def _resolved(patterns: Any, key: str) -> Any:
-    """A regex as the names that it means among one; a list as it is. PEFT's matcher backtracks, ours does not."""
+    """A regex as a list of the names it matches; a list unchanged. PEFT's matcher backtracks, ours does not."""
     if not isinstance(patterns, str):
         return patterns
     return {key} if matches(key, patterns) else set()
@@ -322,7 +324,7 @@ def _resolved(patterns: Any, key: str) -> Any:
 
 @contextmanager
 def _patterns_hidden(config: DoranConfig) -> Iterator[None]:
-    """PEFT matches these with a matcher that backtracks, for a warning; ours does without."""
+    """Skip a warning of PEFT whose matcher backtracks."""
     before = config.rank_pattern, config.alpha_pattern
     config.rank_pattern, config.alpha_pattern = {}, {}
     try:
@@ -340,7 +342,7 @@ def _warn_uncalled(model: nn.Module, adapter_names: Sequence[str], doing: str) -
 
 
 def _refuse_saved(name: str, config: DoranConfig) -> None:
-    """PEFT takes modules_to_save for endings of names, and cannot train in full what is adapted."""
+    """PEFT matches modules_to_save against the ends of names, and cannot fully train an adapted module."""
     for entry in config.modules_to_save or []:
         if name.endswith(entry):
             raise TargetError(
@@ -350,7 +352,7 @@ def _refuse_saved(name: str, config: DoranConfig) -> None:
 
 
 def _tensors_by_name(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """An adapter's tensors under all names that the model has for them."""
+    """An adapter's tensors under all of their names in the model."""
     return {
         f"{name}{_MARK}{adapter_name}.{key}": tensor
         for name, layer in model.named_modules()
@@ -360,7 +362,7 @@ def _tensors_by_name(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take a half-injected adapter out again, and the layers that were wrapped for it alone."""
+    """Remove a partially injected adapter, and the layers that were wrapped only for it."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, DoranLayer)]
     for name, layer in layers:
         if adapter_name in layer.doran_adapter:
@@ -374,7 +376,7 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
 
 
 def _fill_head_dim(config: DoranConfig, model: nn.Module) -> None:
-    """Take the head's size from the model's configuration where tau per head needs it and none was given."""
+    """Set head_dim from the model's configuration if tau per head needs it."""
     if config.tau_granularity != "head" or config.head_dim is not None:
         return
     facts = getattr(model, "config", None)
@@ -392,7 +394,7 @@ def _fill_head_dim(config: DoranConfig, model: nn.Module) -> None:
 
 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuse names that PEFT would mistake for a part of another adapter's keys when it saves that one."""
+    """Refuse adapter names that PEFT would confuse with parts of another adapter's keys."""
     for layer in doran_layers(model, adapter_name):
         parts = {part for key in layer.adapter(adapter_name).state_dict() for part in key.split(".")}
         if adapter_name in parts:

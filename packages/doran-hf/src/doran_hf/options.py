@@ -12,7 +12,7 @@ __all__ = ["AdapterOptions"]
 
 @dataclass
 class AdapterOptions:
-    """What :class:`doran_hf.DoranConfig` adds to PEFT's own fields; described there."""
+    """The fields that :class:`doran_hf.DoranConfig` adds to PEFT's; described there."""
 
     rank: int = field(default=8, metadata={"help": "Rank of the update: rows of A."})
     alpha: float = field(default=16.0, metadata={"help": "The update is scaled by alpha / rank."})

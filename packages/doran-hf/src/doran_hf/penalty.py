@@ -16,21 +16,21 @@ __all__ = ["PenaltyHook"]
 
 
 class PenaltyHook:
-    """A forward hook on the base model: ``loss + penalty`` in training, wherever the model's output has a loss.
+    """A forward hook on the base model: in training, adds the penalty to the loss in the model's output.
 
-    On the base model, because there it works for PeftModel and for transformers' own ``add_adapter`` alike. A class
-    rather than a closure, so that the model can still be copied and pickled.
+    On the base model the hook works for PeftModel and for transformers' ``add_adapter``. A class, unlike a closure,
+    can be copied and pickled with the model.
     """
 
     @classmethod
     def attach(cls, model: nn.Module) -> None:
-        """Put the hook on a model, unless it is there."""
+        """Add the hook to a model, unless the model has one."""
         if not any(isinstance(hook, cls) for hook in model._forward_hooks.values()):
             model.register_forward_hook(cls(), with_kwargs=True)
 
     @classmethod
     def detach(cls, model: nn.Module) -> None:
-        """Take the hook off a model, if it is there."""
+        """Remove the hook from a model."""
         for key in [key for key, hook in model._forward_hooks.items() if isinstance(hook, cls)]:
             del model._forward_hooks[key]
             model._forward_hooks_with_kwargs.pop(key, None)
@@ -69,10 +69,10 @@ def _with_loss(output: Any, loss: Tensor) -> Any:
 
 
 def _share_of_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float:
-    """How much of the penalty this pass adds.
+    """The fraction of the penalty that this pass adds.
 
-    Trainer hands over the number of labels in the whole step and sums the losses of its micro-batches: each of them
-    then adds the share of the penalty that it has of the labels. Elsewhere a pass is a step.
+    Trainer passes the number of labels of the whole step and sums the losses of its micro-batches. Each micro-batch
+    then adds the penalty times its share of the labels. Otherwise a pass is a step.
     """
     items = kwargs.get("num_items_in_batch")
     if items is None:
@@ -88,7 +88,7 @@ def _share_of_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the loss leaves out the first label, as Trainer does in counting."""
+    """Whether the loss skips the first label, as Trainer's count does."""
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
     return loss is ForCausalLMLoss and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 

@@ -13,10 +13,10 @@ __all__ = ["restore_start"]
 
 @torch.no_grad()
 def restore_start(model: nn.Module, adapter_name: str = "default") -> None:
-    """Make an untrained adapter float32 again, starting at the base model exactly.
+    """Restore an untrained adapter to float32 and to its exact start at the base model.
 
-    For TRL's SFTTrainer on a quantized base: it rounds every trained parameter to bfloat16, but for DoRA's magnitude,
-    which it knows by name. Call this on the trainer's model before training.
+    TRL's SFTTrainer rounds every trained parameter on a quantized base to bfloat16, except DoRA's magnitude, which it
+    recognises by name. Call this on the trainer's model before training.
 
     Args:
         model: with DoRAN adapters, wrapped by PEFT or not.

@@ -14,7 +14,7 @@ __all__ = ["modules_of", "not_in", "random_parameters", "warn_random_start"]
 
 
 def random_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that a loaded model's checkpoint lacks; none if the model was not loaded.
+    """Names of the parameters that a loaded model's checkpoint lacks; empty if the model was not loaded.
 
     A parameter that was put into the model after loading counts as well.
     """
@@ -29,7 +29,7 @@ def random_parameters(model: nn.Module) -> list[str]:
 
 
 def modules_of(model: nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """The modules that consist of these parameters alone, as large as they are.
+    """The largest modules that consist of these parameters only.
 
     Args:
         model: the model.
@@ -47,14 +47,14 @@ def modules_of(model: nn.Module, names: Collection[str]) -> tuple[list[str], lis
 
 
 def not_in(model: nn.Module, names: Iterable[str], modules_to_save: Sequence[str]) -> list[str]:
-    """Those of these parameters that lie in none of the ``modules_to_save``: to PEFT, endings of names."""
+    """The parameters that belong to none of the ``modules_to_save``, which PEFT matches against the ends of names."""
     saved = tuple(modules_to_save)
     places = [name for name, _ in model.named_modules() if saved and name.endswith(saved)]
     return [name for name in names if not _is_inside(name, places)]
 
 
 def warn_random_start(model: nn.Module, modules_to_save: Iterable[str] | None) -> None:
-    """Name what starts at random in a loaded model and is not among ``modules_to_save``.
+    """Warn about parameters that start at random and are not in ``modules_to_save``.
 
     Args:
         model: before it is adapted.

@@ -1,7 +1,7 @@
 """Names of parameters in the checkpoints of models whose tensors transformers renames on loading.
 
-Below transformers' public interface: ``revert_weight_conversion`` is what ``save_pretrained`` renames with. To be
-removed when a model says by itself under which names it is saved.
+Uses transformers' private ``revert_weight_conversion``, with which ``save_pretrained`` renames. Remove this file when
+models report the names under which they are saved.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def stored_name(model: PreTrainedModel, parameter: str) -> str | None:
     """The name that ``save_pretrained`` gives a parameter.
 
     Args:
-        model: as it was loaded; how it was decides the names.
+        model: as it was loaded, which decides the names.
         parameter: its name in the model.
 
     Returns:
-        None where the checkpoint does not hold the parameter as it is, but several in one tensor, or in another shape.
+        The name; None if the checkpoint stores several parameters in one tensor, or this one in another shape.
     """
     value = torch.empty(1, 1, device="meta")
     try:

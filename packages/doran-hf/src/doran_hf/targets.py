@@ -46,10 +46,10 @@ def fill_targets(config: DoranConfig, model: nn.Module) -> None:
 
 
 def check_targets(config: DoranConfig, model: nn.Module) -> None:
-    """Refuse targets that name no module, instead of adapting fewer modules than were asked for.
+    """Refuse targets that match no module, instead of adapting fewer modules than requested.
 
     Raises:
-        TargetError: naming what was not found and the nearest names that are there.
+        TargetError: names the missing target and the nearest existing names.
     """
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
@@ -73,7 +73,7 @@ def check_targets(config: DoranConfig, model: nn.Module) -> None:
 
 
 def expand_all_linear(config: DoranConfig, model: nn.Module, read: Mapping[str, str]) -> None:
-    """Put the names of the layers in place of "all-linear", without those that no adapter can be around.
+    """Replace "all-linear" by the names of the layers, without layers that cannot have an adapter.
 
     Args:
         config: whose ``target_modules`` are changed if they are "all-linear".
@@ -99,7 +99,7 @@ def expand_all_linear(config: DoranConfig, model: nn.Module, read: Mapping[str, 
 
 
 def check_exclusions(config: DoranConfig, model: nn.Module) -> None:
-    """Say in one line which entries of ``exclude_modules`` exclude none of the target modules."""
+    """Warn in one line about entries of ``exclude_modules`` that match none of the target modules."""
     targets = [name for name in _base_modules(model) if matches(name, config.target_modules)]
     excluded = config.exclude_modules or []
     entries = [excluded] if isinstance(excluded, str) else [[entry] for entry in sorted(excluded)]
@@ -113,14 +113,14 @@ def check_exclusions(config: DoranConfig, model: nn.Module) -> None:
 
 
 def _is_saved(name: str, config: DoranConfig) -> bool:
-    """Whether PEFT trains this module in full: modules_to_save are endings of names to PEFT."""
+    """Whether PEFT trains this module in full: it matches modules_to_save against the ends of names."""
     parts = name.split(".")
     places = [".".join(parts[: end + 1]) for end in range(len(parts))]
     return any(place.endswith(entry) for entry in config.modules_to_save or [] for place in places)
 
 
 def _cannot_be_saved(name: str, model: nn.Module) -> bool:
-    """Whether PEFT takes a layer for an output embedding, by its name, in a model that has no embeddings: CTC heads."""
+    """Whether PEFT takes a layer for an output embedding by its name, in a model without embeddings (CTC heads)."""
     if name.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES or not hasattr(model, "get_input_embeddings"):
         return False
     try:
@@ -138,6 +138,6 @@ def _base_modules(model: nn.Module) -> dict[str, bool]:
         if not name or (inside and name.startswith(inside)):
             continue
         adapted = isinstance(module, BaseTunerLayer)
-        inside = f"{name}." if adapted else ""  # a module's own modules follow it at once
+        inside = f"{name}." if adapted else ""  # a module's submodules directly follow it
         names[name] = adapted or is_adaptable(module)
     return names

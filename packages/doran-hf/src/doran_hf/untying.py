@@ -13,7 +13,7 @@ __all__ = ["keep_untied"]
 
 
 def keep_untied(model: nn.Module) -> None:
-    """Let a merged model be saved and loaded with both ends of a tie that merging has broken.
+    """Make a merged model save and load both ends of a tie that merging has broken.
 
     transformers ties by ``tie_word_embeddings``, for all ties of a model at once. So the flag is cleared, and each
     parameter that was tied gets memory of its own, for the checkpoint to hold all of them. Where the flag also decides

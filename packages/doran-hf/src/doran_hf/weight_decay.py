@@ -13,11 +13,11 @@ __all__ = ["exempt_from_decay"]
 
 
 def exempt_from_decay(trainer: Any) -> Any:
-    """Make a Trainer (transformers' or one derived from it, as TRL's) decay neither magnitude nor tau.
+    """Exempt magnitude and tau from the weight decay of a Trainer (transformers' or a subclass, such as TRL's).
 
-    Trainer exempts biases and norms by their names, and decays every other parameter. A raw tau that decays goes to
-    0.69 whatever the weight's norm, and a magnitude towards removing its row. Call this before training begins: the
-    optimizer is made then, also under FSDP and DeepSpeed.
+    Trainer exempts biases and norms by their names, and decays every other parameter. Decay moves tau to 0.69 for
+    every weight norm, and a magnitude towards 0, which removes its row. Call this before training, because Trainer
+    makes the optimizer when training begins, also under FSDP and DeepSpeed.
 
     Returns:
         The trainer.

@@ -29,14 +29,15 @@ class _Field(click.Option):
 
     def __init__(self, field: str, hint: Any, text: str, *, hidden: bool = False) -> None:
         spellings = dict.fromkeys([f"--{field}", f"--{field.replace('_', '-')}"])
-        # A yes-or-no flag may stand without a value.
+        # A yes-or-no flag may have no value.
         optional: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if bool in _alternatives(hint) else {}
         super().__init__([*spellings, field.replace(".", "__")], help=text, metavar="VALUE", hidden=hidden, **optional)
         self.field, self.hint = field, hint
 
 
 class _Train(DoranCommand):
-    """A command with a flag for each field. Those of the trainer, which take seconds to import, when one is used."""
+    """A command with a flag for each field. The trainer's fields take seconds to import, so they are read only if
+    used."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if any(argument.startswith("--trainer") for argument in args):
@@ -154,7 +155,7 @@ def _init(file: Path, config: str | None, values: Mapping[str, Any]) -> Outcome:
 
 
 def _value(name: str, text: str, hint: Any) -> Any:
-    """A flag's text as a value: as it stands where the field is a text, else read as in the file."""
+    """Convert a flag's text to a value: unchanged for a text field, else parsed as in the file."""
     from doran_hf.train.fields import parse_yaml
 
     kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]

@@ -34,7 +34,7 @@ class CausalLM(TaskRecipe):
         if self.examples.eval is not None:
             held_out, counts["eval"] = self._encode(self.examples.eval, "eval")
         if self.examples.eval is not None and self.config.data.choices is not None:
-            check_choices(self.encoder, self.examples.eval)  # before hours of training, not after them
+            check_choices(self.encoder, self.examples.eval)  # fail before hours of training, not after
         first = train[0]
         learned = [token for token, label in zip(first["input_ids"], first["labels"], strict=True) if label != IGNORED]
         sample = f"{self.processor.decode(first['input_ids'])!r}, learned: {self.processor.decode(learned)!r}"
@@ -64,4 +64,4 @@ class CausalLM(TaskRecipe):
 
 
 def _has_labels(labels: Sequence[int]) -> bool:
-    return any(label != IGNORED for label in labels[1:])  # the first token is predicted from nothing
+    return any(label != IGNORED for label in labels[1:])  # no prediction precedes the first token

@@ -40,7 +40,7 @@ def choice_accuracy(model: Any, encoder: TextEncoder, rows: Any, label: str) -> 
     Raises:
         ConfigError: a row whose completion is none of the choices, or a choice that ``data.max_length`` cuts.
     """
-    inputs: dict[tuple[int, ...], int] = {}  # choices of one token share the prompt: it is run once
+    inputs: dict[tuple[int, ...], int] = {}  # choices of one token share the prompt, which runs once
     asked: list[list[tuple[int, list[tuple[int, int]]]]] = []
     right = []
     for row in rows:
@@ -66,7 +66,7 @@ def _candidates(encoder: TextEncoder, row: Any) -> tuple[int, list[dict[str, lis
 
 
 def _question(encoded: dict[str, list[int]], inputs: dict[tuple[int, ...], int]) -> tuple[int, list[tuple[int, int]]]:
-    """The number of the input that the model has to see, and the (place, token) whose probabilities count."""
+    """The input tokens for the model, and the (position, token) pairs whose probabilities count."""
     ids, labels = encoded["input_ids"], encoded["labels"]
     index = inputs.setdefault(tuple(ids[:-1]), len(inputs))
     return index, [(place - 1, token) for place, token in enumerate(labels) if token != IGNORED and place]

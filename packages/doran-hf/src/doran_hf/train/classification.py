@@ -28,7 +28,7 @@ __all__ = ["ImageClassification", "SequenceClassification"]
 
 
 class _Classification(TaskRecipe):
-    """What classifying texts and images have in common."""
+    """The common part of classifying texts and images."""
 
     def __init__(self, config: TrainConfig, examples: Examples) -> None:
         super().__init__(config, examples)
@@ -53,7 +53,7 @@ class _Classification(TaskRecipe):
             if name == model.base_model_prefix or not any(True for _ in child.parameters()):
                 continue
             parts = {name, *(inner.rpartition(".")[2] for inner, _ in child.named_modules())}
-            if parts.isdisjoint(wanted):  # else the user has chosen the head, or what of it is to be trained
+            if parts.isdisjoint(wanted):  # else the user has chosen which part of the head to train
                 wanted.append(name)
         return self._with_random(model, wanted)
 
@@ -74,7 +74,7 @@ class SequenceClassification(_Classification):
 
     def model(self) -> Any:
         model = super().model()
-        if model.config.pad_token_id is None:  # decoders look for the last token before the padding
+        if model.config.pad_token_id is None:  # decoders read the last token before the padding
             model.config.pad_token_id = self.pad_token_id = self.processor.pad_token_id
         return model
 

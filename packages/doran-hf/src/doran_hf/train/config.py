@@ -33,7 +33,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the examples come from and what in them is what.
+    """The source of the examples, and the meaning of their columns.
 
     Attributes:
         train: a jsonl, json, csv, parquet or text file, a folder of images, or the name of a dataset.
@@ -52,8 +52,8 @@ class DataConfig:
         prompt: template of the prompt, with ``completion``.
         completion: template of what is to be learned after the prompt.
         chat: put prompt and completion into the tokenizer's chat template as user's and assistant's turns.
-        system: a system message before them.
-        completion_only: the loss is taken on completions (in chats: the assistant's turns) alone.
+        system: a system message before prompt and completion.
+        completion_only: take the loss on completions only (in chats: on the assistant's turns).
         append_eos: end each completion or text with the end-of-sequence token.
         choices: completions to choose from; accuracy is how often the right one has the highest probability.
         label: column of the class: a number or a name.
@@ -183,7 +183,7 @@ OWN_TRAINER_FIELDS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-"""TrainingArguments whose defaults are ours."""
+"""TrainingArguments with our defaults."""
 
 _REFUSED = {
     "output_dir": "output",
@@ -225,7 +225,7 @@ def load_config(file: str | Path | None, overrides: Mapping[str, Any] | None = N
         inner = values.setdefault(section, {})
         values[section] = {**(inner if isinstance(inner, Mapping) else {}), entry: value}
     where = "configuration" if file is None else str(file)
-    for section in SECTIONS:  # a section whose lines are all commented out reads as null
+    for section in SECTIONS:  # a section with only comments reads as null
         values[section] = {} if values.get(section) is None else values[section]
     values["data"] = DataConfig(**check_fields("data", values["data"], DataConfig))
     check_fields("trainer", values["trainer"], section_record("trainer"))
@@ -233,7 +233,7 @@ def load_config(file: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 
 CONFIG_LIMIT = 2**20
-"""Bytes of a configuration."""
+"""Most bytes of a configuration."""
 
 
 def _read(file: Path) -> dict[str, Any]:

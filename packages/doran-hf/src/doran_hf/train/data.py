@@ -71,7 +71,7 @@ def _load(config: DataConfig, source: str, where: str, split: str) -> Any:
             dataset = datasets.load_dataset(kind, data_files=str(path.resolve()), split="train", **options)
     except DoranError:
         raise
-    except Exception as error:  # datasets has no common root for its errors, and wraps those of its readers
+    except Exception as error:  # datasets has no common error class, and wraps its readers' errors
         cause = error.__cause__ or error
         raise ConfigError(f"{where}: cannot read {source!r} as {kind}: {type(cause).__name__}: {cause}") from error
     if len(dataset) == 0:
@@ -80,7 +80,7 @@ def _load(config: DataConfig, source: str, where: str, split: str) -> Any:
 
 
 def _split_of_folder(config: DataConfig, source: str, where: str, split: str, found: list[str]) -> str:
-    """A folder without folders for splits is one split; it is not evaluated on if it was trained on."""
+    """A folder without split folders is one split, and a training split is not used for evaluation."""
     if split in found:
         return split
     apart = where == "data.train" or Path(source).resolve() != Path(config.train).resolve()

@@ -17,7 +17,7 @@ __all__ = ["check_fields", "parse_yaml"]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-3`` as a string; people who write learning rates do not."""
+    """YAML 1.1 reads ``1e-3`` as a string, but a learning rate means a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -34,7 +34,7 @@ _Loader.add_implicit_resolver(
 
 
 _MOST_BRACKETS = 2000
-"""Of a configuration: the time that YAML takes for nested ones grows with their square."""
+"""Most brackets of a configuration: YAML's time grows with the square of the nesting."""
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -50,7 +50,7 @@ def parse_yaml(text: str, where: str) -> Any:
     if text.count("[") + text.count("{") > _MOST_BRACKETS:
         raise ConfigError(f"{where}: more than {_MOST_BRACKETS} brackets")
     try:
-        # A few lines of aliases of aliases would become gigabytes where they are written out or compared.
+        # A few lines of nested aliases would expand to gigabytes.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
             raise ConfigError(f"{where}: YAML with aliases (*name): write the values out")
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
@@ -61,7 +61,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def check_fields(where: str, values: object, record: type[Any]) -> dict[str, Any]:
-    """Check names and types of values that are to become a dataclass.
+    """Check names and types of values for a dataclass.
 
     Args:
         where: section of the configuration, for the message.
@@ -110,7 +110,7 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(entry, get_args(hint)[0]) for entry in value)
     if origin is dict or hint is dict:
         return isinstance(value, dict)
-    return True  # an enum, say, whose owner checks it
+    return True  # another type, such as an enum, which its owner checks
 
 
 def _describe(hint: Any) -> str:

@@ -13,9 +13,9 @@ __all__ = ["Labels"]
 
 @dataclass(frozen=True)
 class Labels:
-    """Names of the classes, in the order of their numbers; ``numbers`` maps what stands in the data.
+    """Names of the classes, in the order of their numbers; ``numbers`` maps the data's labels to them.
 
-    ``unseen`` are the names of those without an example to train on.
+    ``unseen`` are the names of classes without a training example.
     """
 
     names: list[str]
@@ -24,7 +24,7 @@ class Labels:
 
     @classmethod
     def of(cls, config: DataConfig, rows: Any) -> Labels:
-        """The classes of a dataset: those that the configuration, the dataset itself or its labels name.
+        """The classes of a dataset, from the configuration, the dataset's features or its labels.
 
         Raises:
             ConfigError: no column of labels, labels that are neither numbers nor names, too few names, or the same
@@ -52,7 +52,7 @@ class Labels:
         return cls(names, {index: index for index in range(len(names))}, unseen)
 
     def check_same(self, config: DataConfig, rows: Any) -> None:
-        """Refuse examples to evaluate on whose numbers stand for other classes.
+        """Refuse evaluation examples whose label numbers stand for other classes.
 
         Raises:
             ConfigError: other classes, or no column of labels.

@@ -82,7 +82,7 @@ def model_card(config: TrainConfig, metrics: Mapping[str, Any], pad_token_id: in
 
 
 def _mean_loss(facts: dict[str, Any]) -> str:
-    """Empty where no loss was logged, as in a run that was killed right after its last step."""
+    """Empty if no loss was logged, as in a run that was killed right after its last step."""
     return "" if facts["loss"] is None else f"mean loss {facts['loss']:.4f}, "
 
 
@@ -111,7 +111,7 @@ def _results(metrics: Mapping[str, Any]) -> str:
 
 
 def _of(metrics: Mapping[str, Any]) -> str:
-    """On what the results are, where it is not the examples as they were given."""
+    """A note on evaluation examples that were cut or left out."""
     counts = metrics.get("held_out") or {}
     cut, left_out = counts.get("cut", 0), counts.get("left_out", 0)
     if not cut and not left_out:
@@ -127,7 +127,7 @@ def _number(value: float | None) -> str:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What the user chose; paths of the machine shortened to names."""
+    """The user's settings, with paths shortened to names."""
     defaults = type(config.data)(train="-")
     data = {name: value for name, value in vars(config.data).items() if value != getattr(defaults, name)}
     for name in ("train", "eval"):

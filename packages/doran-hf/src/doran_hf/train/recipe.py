@@ -22,7 +22,7 @@ __all__ = ["ExampleCounts", "Prepared", "TaskRecipe", "load_part", "load_tokeniz
 
 @dataclass(frozen=True)
 class ExampleCounts:
-    """What has become of a file's examples.
+    """Counts of a file's examples.
 
     Attributes:
         examples: how many are used.
@@ -61,7 +61,7 @@ class Prepared:
 
 
 class TaskRecipe(ABC):
-    """What one task makes of a configuration and its examples.
+    """One task: its model, examples, collator and metrics.
 
     Args:
         config: the configuration.
@@ -73,11 +73,11 @@ class TaskRecipe(ABC):
     """
 
     auto_model: ClassVar[Any]
-    random: Collection[str] = ()  # names of the loaded model's parameters that the base lacks
+    random: Collection[str] = ()  # parameters of the loaded model that the base lacks
     processor: Any
     compute_metrics: Any = None
     class_names: list[str] | None = None
-    pad_token_id: int | None = None  # what the model's configuration has to be given, where it has none
+    pad_token_id: int | None = None  # set in the model's configuration if it has none
 
     def __init__(self, config: TrainConfig, examples: Examples) -> None:
         self.config = config
@@ -85,7 +85,7 @@ class TaskRecipe(ABC):
 
     @abstractmethod
     def prepare(self) -> Prepared:
-        """The examples as the model wants them."""
+        """The examples in the model's format."""
 
     @abstractmethod
     def collator(self) -> Any:
@@ -121,7 +121,7 @@ class TaskRecipe(ABC):
         return [*wanted, *modules]
 
     def evaluate(self, model: Any, label: str) -> dict[str, float]:
-        """Metrics that the Trainer's evaluation does not give."""
+        """Metrics beyond the Trainer's evaluation."""
         return {}
 
 

@@ -33,10 +33,10 @@ __all__ = ["train"]
 
 
 def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False) -> dict[str, Any]:
-    """Train an adapter, or go on with a run that was interrupted.
+    """Train an adapter, or resume an interrupted run.
 
     Args:
-        config: what to do.
+        config: the configuration.
         overwrite: remove an earlier run in the output directory.
         dry_run: print the plan, train nothing and write nothing.
 
@@ -44,7 +44,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
         The metrics, as in the run's metrics.json: of a run that is done already without training again.
 
     Raises:
-        DoranError: of one kind or another, saying what is wrong with the configuration, the data or the base.
+        DoranError: a fault in the configuration, the data or the base; the subclass and the message name it.
     """
     run = None if dry_run else RunDirectory(config, overwrite=overwrite)
     if run is not None and run.done and not overwrite:
@@ -57,7 +57,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
     prepared = recipe.prepare()
     model = _adapted(config, recipe)
     checkpoint = None if run is None or overwrite else run.last_checkpoint()
-    with tempfile.TemporaryDirectory() as nowhere:  # a Trainer makes its directory even if it never trains
+    with tempfile.TemporaryDirectory() as nowhere:  # a Trainer creates its directory even if it never trains
         try:
             trainer = _trainer(config, recipe, prepared, model, Path(nowhere) if run is None else run.checkpoints)
         except ConfigError:
@@ -106,7 +106,7 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> tuple[float | None, flo
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         steps = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
-        if state.global_step >= steps:  # Trainer would make one step more before it sees that
+        if state.global_step >= steps:  # Trainer would take one more step before it notices
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -146,7 +146,7 @@ def _trainer(config: TrainConfig, recipe: TaskRecipe, prepared: Prepared, model:
             processing_class=recipe.processor,
             compute_metrics=recipe.compute_metrics,
         )
-    except (ValueError, RuntimeError, ImportError) as error:  # settings that do not go together or need a package
+    except (ValueError, RuntimeError, ImportError) as error:  # incompatible settings, or a missing package
         raise ConfigError(f"trainer: {error}") from error
     exempt_from_decay(trainer)
     return trainer
@@ -216,5 +216,5 @@ def _save(
     run.write("metrics.json", metrics)
     if not config.keep_checkpoints:
         run.remove_checkpoints()
-    rows = len(read_states(run.layers))  # those of a run that only had to be finished, too
+    rows = len(read_states(run.layers))  # also for a run that only had to be finished
     print(f"\nwrote {run.adapter}, {run.path / 'metrics.json'} and {run.layers} ({rows} rows)")

@@ -31,7 +31,7 @@ __all__ = ["RunDirectory"]
 
 
 class RunDirectory:
-    """One run's directory. It is only looked at until :meth:`begin`.
+    """One run's directory. Only :meth:`begin` changes it.
 
     Args:
         config: the configuration.
@@ -95,7 +95,7 @@ class RunDirectory:
             raise CheckpointError(f"output: cannot write {self.path}: {error.strerror or error}") from error
 
     def withdraw(self) -> None:
-        """Remove the empty directories that a Trainer has made before it refused."""
+        """Remove the empty directories that a Trainer created before it refused."""
         for folder in (self.checkpoints, self.path):
             with contextlib.suppress(OSError):  # not there, or not empty
                 folder.rmdir()
@@ -112,7 +112,7 @@ class RunDirectory:
         return (self.path / "metrics.json").is_file()
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint. What a kill left half-written is removed."""
+        """The newest complete checkpoint. Partial checkpoints of a killed run are removed."""
         found = sorted(self.checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
         for folder in found:
             if _is_whole(folder):
@@ -133,7 +133,7 @@ class RunDirectory:
                 return None
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
-        """Write a text, or data as JSON; the file appears in one step.
+        """Write a text, or data as JSON, atomically.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -141,7 +141,7 @@ class RunDirectory:
         write_file(self.path / name, content if isinstance(content, str) else json_text(content))
 
     def remove_checkpoints(self) -> None:
-        """The run is done and does not need them any more."""
+        """Remove the checkpoints of a finished run."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 

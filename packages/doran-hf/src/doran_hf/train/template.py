@@ -19,7 +19,7 @@ _HEAD = """# A training. Run it with `doran train THIS_FILE`; run that again to 
 
 
 def settable_fields(section: str) -> list[dataclasses.Field[Any]]:
-    """The fields of a section that users set."""
+    """The user-settable fields of a section."""
     return [entry for entry in dataclasses.fields(section_record(section)) if entry.init]
 
 

@@ -22,7 +22,7 @@ Shape = Literal["text", "prompt", "messages"]
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A text and the spans in it that are to be learned; whether the tokenizer adds its special tokens."""
+    """A text, its spans to learn, and whether the tokenizer adds its special tokens."""
 
     text: str
     spans: Sequence[tuple[int, int]]
@@ -152,7 +152,7 @@ class TextEncoder:
         ids: list[int] = list(encoded["input_ids"])
         spans = rendered.spans if self.config.completion_only else [(0, len(rendered.text))]
         labels = [
-            # A token that reaches over the beginning of a span is learned: it is what has to be said there.
+            # A token that crosses the beginning of a span is learned: the model must produce it there.
             token if any(start < last and first < stop for first, last in spans) and stop > start else IGNORED
             for token, (start, stop) in zip(ids, encoded["offset_mapping"], strict=True)
         ]
