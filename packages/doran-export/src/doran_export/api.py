@@ -32,7 +32,7 @@ from doran_export.stage_timer import Progress, StageTimer
 
 __all__ = ["Progress", "export", "verify"]
 
-# What peft calls the kinds of models, in an adapter's adapter_config.json.
+# peft's names for tasks, in adapter_config.json.
 _PEFT_TASKS = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
@@ -65,29 +65,30 @@ def export(
         out: the new directory; must not exist, or be empty.
         base: the directory of the model that the adapters were trained on.
         adapter: an adapter directory, merged into `base` before the export.
-        adapters: adapter directories by name, which stay apart: the graph of the base takes them as inputs, and each
-            becomes a file ``adapters/NAME.onnx_adapter`` that `OnnxRunner.set_adapter` switches to.
+        adapters: adapter directories by name, which are not merged: the base's graph takes them as inputs, and each
+            becomes a file ``adapters/NAME.onnx_adapter`` for `OnnxRunner.set_adapter`.
         task: kind of model (a name of `TASKS`); None takes it from the architecture or the adapter.
-        exporter: what makes the graph, a name of `EXPORTERS`; None takes genai for a decoder and torch for all else.
+        exporter: a name of `EXPORTERS`; None takes genai for a decoder and torch for all other models.
         precision: a name of `PRECISIONS`.
-        target: what the graph is made for, "cpu" or "cuda"; None takes the best provider that it is proven on. fp16 for
-            the CPU is float16 weights under arithmetic in float32; for CUDA the arithmetic is float16 too. The exporter
-            genai makes graphs that run on their target alone.
-        providers: execution providers to prove on, "cpu" or "cuda"; None takes all that are here and run the precision.
+        target: "cpu" or "cuda", where the graph will run; None takes the best provider of the proof. fp16 for the CPU
+            has float16 weights and float32 arithmetic; for CUDA the arithmetic is float16, too. Graphs of the genai
+            exporter run on their target only.
+        providers: execution providers for the proof, "cpu" or "cuda"; None takes all available ones that run the
+            precision.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
-        tolerance: what is allowed of the difference of an output, by the rule of the precision; None takes its own.
+        tolerance: largest allowed difference of an output, by the precision's rule; None takes the precision's value.
         progress: called with (stage, done, total).
         road: the old name of `exporter`.
 
     Returns:
-        What was written and every difference that was seen; also in ``export_report.json``.
+        The report: the written files and every difference; also in ``export_report.json``.
 
     Raises:
         CheckpointError: a model directory cannot be read.
         ConfigError: an unknown name, or arguments that do not go together.
         ExportError: `out` is not free, the disk is full, or the graph is not valid.
         MissingDependencyError: onnxruntime, or for the genai exporter onnxruntime-genai, is not installed.
-        ProofError: the graph does not compute what the model computes; nothing is left in `out`.
+        ProofError: the graph differs from the model; `out` is not created.
         UnsupportedModelError: there is no exporter for this kind of model, or the target does not run the precision.
     """
     if out is None:
@@ -99,8 +100,8 @@ def export(
     _check_sources(model, base, adapter, adapters)
     task = task or _task_of_adapter(adapter, adapters)
     wanted = precision_for(precision)
-    # What is missing or cannot be done is said now, not after minutes of merging and tracing. A base may lack the head
-    # of the task, which then comes with the adapter; the merged directory decides.
+    # Fail now, not after minutes of merging and tracing. A base may lack the task's head if the adapter brings it; then
+    # the merged directory decides.
     available = available_providers()
     require_free_place(out)
     place = Path(model if model is not None else base or "")
@@ -112,7 +113,7 @@ def export(
     made_for = target_for(chosen, wanted, target, names)
     if chosen.name == "genai":
         require_genai()
-        names = [made_for]  # its graph holds operators of one provider
+        names = [made_for]  # its graph has operators of one provider
     timer = StageTimer(progress)
     request = Request(chosen, wanted, made_for, names, inputs, tolerance)
     with new_directory(out, error=ExportError) as work:
@@ -123,7 +124,7 @@ def export(
             if task is None:
                 request = replace(request, replaced=sorted(read_adapter(adapter).extra))
             with timer.stage("merging"):
-                # In float32, so that PyTorch's answers are those of weights that nothing has rounded yet.
+                # In float32, so that PyTorch's answers come from unrounded weights.
                 merge_checkpoint(source.path, adapter, merged, dtype=torch.float32, progress=timer.bytes("merging"))
             source = open_source(merged, task)
         return export_source(source, work, out, request, timer, scratch=merged if adapter is not None else None)
@@ -140,7 +141,7 @@ def _check_sources(model: object, base: object, adapter: object, adapters: objec
 
 
 def _task_of_adapter(adapter: str | Path | None, adapters: Mapping[str, str | Path] | None) -> str | None:
-    """The task that the adapters' files name, if they do."""
+    """The task in the adapters' files, if any."""
     places = [adapter] if adapter is not None else list((adapters or {}).values())
     kinds = [read_json(Path(place) / "adapter_config.json").get("task_type") for place in places]
     return next((_PEFT_TASKS[kind] for kind in kinds if kind in _PEFT_TASKS), None)
@@ -158,15 +159,16 @@ def verify(
     providers: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Proof:
-    """Prove an exported directory against a model directory, in PyTorch's float32, with every adapter that is in it.
+    """Repeat the proof of an exported directory and all of its adapters against a model directory, in PyTorch's
+    float32.
 
     Args:
         exported: a directory that `export` wrote.
         model: the Hugging Face directory that it should equal.
         task: kind of model; None takes it from the exported directory's report, else from the architecture.
-        precision: whose tolerance applies; None takes it from the report.
-        adapters: adapter directories that the adapters in `exported` should equal, by name. One that is not named is
-            merged in PyTorch from its own file, which proves the graph with it, but not where the file came from.
+        precision: decides the tolerance; None takes it from the report.
+        adapters: adapter directories that the adapters in `exported` should equal, by name. An unnamed adapter is
+            merged in PyTorch from its own file, which proves the graph but not the file's origin.
         inputs: inputs to compare on beside random ones: texts, or mappings from input names to arrays.
         tolerance: as in `export`; None takes the precision's.
         providers: execution providers to run one by one, "cpu" or "cuda"; None takes all that run the precision, or
@@ -176,7 +178,7 @@ def verify(
     Raises:
         CheckpointError: a directory cannot be read.
         ConfigError: `adapters` names one that is not in `exported`.
-        ExportError: it is no exported directory, the ONNX file breaks a rule of ONNX, or an adapter is not the model's.
+        ExportError: not an exported directory, an invalid ONNX file, or an adapter of another model.
         ProofError: the two differ by more than the tolerance.
     """
     exported = Path(exported)
@@ -207,7 +209,7 @@ def _ask_directory(
     folded: Mapping[str, FoldedAdapter],
     timer: StageTimer,
 ) -> tuple[dict[str | None, Reference], GraphSpec]:
-    """PyTorch's answers, alone and with each adapter; the model is gone afterwards."""
+    """PyTorch's answers for the base and for each adapter. The model is freed afterwards."""
     with timer.stage("loading"):
         model = load_model(source)
         spec = make_spec(model, source.task, source.path)

@@ -8,11 +8,11 @@ __all__ = ["ExportError", "ProofError", "UnsupportedModelError"]
 
 
 class ExportError(DoranError):
-    """The export cannot be made or written as asked."""
+    """The export cannot be made or written."""
 
 
 class UnsupportedModelError(ExportError):
-    """No exporter makes this kind of model as asked; the message names the kind and the known ones."""
+    """No exporter supports this kind of model with these options; the message names the supported ones."""
 
 
 class ProofError(ExportError, CheckFailedError):

@@ -26,7 +26,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 @dataclass(frozen=True)
 class Source:
-    """A model directory that has been looked at, before its weights are read."""
+    """An inspected model directory, whose weights are not read yet."""
 
     path: Path
     config: PreTrainedConfig
@@ -34,7 +34,7 @@ class Source:
 
     @property
     def architecture(self) -> str:
-        """Name of the architecture in config.json, or the model type where it names none."""
+        """Name of the architecture in config.json, or else the model type."""
         names = self.config.architectures
         return str(names[0]) if names else str(self.config.model_type)
 
@@ -93,7 +93,7 @@ def load_model(source: Source) -> PreTrainedModel:
         UnsupportedModelError: the task does not exist for this model.
     """
     model, missing = load_weights(source, torch.float32)
-    # A pooling head is no part of what feature-extraction exports, and encoders are often saved without it.
+    # feature-extraction does not export the pooling head, and encoders are often saved without one.
     missing = [key for key in missing if not (source.task.name == "feature-extraction" and "pooler" in key)]
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
@@ -132,7 +132,7 @@ def load_weights(source: Source, dtype: torch.dtype | Literal["auto"]) -> tuple[
 
 
 def load_tokenizer(directory: Path, *, pad_left: bool) -> Any:
-    """The transformers tokenizer of a directory, ready to pad, or None where there is none.
+    """The transformers tokenizer of a directory, ready to pad; None if there is none.
 
     Args:
         directory: a model directory or an exported one.
@@ -157,7 +157,7 @@ def _require_files(path: Path) -> None:
         raise CheckpointError(f"{path} has no config.json: expected a Hugging Face model directory")
     if not any((path / name).exists() for name in _WEIGHTS):
         raise CheckpointError(f"{path} has no safetensors weights: expected {' or '.join(_WEIGHTS)}")
-    Checkpoint(path)  # which reads every header as strictly as a merge does
+    Checkpoint(path)  # reads every header as strictly as a merge does
 
 
 def _first_line(error: Exception) -> str:

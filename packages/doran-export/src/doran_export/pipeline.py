@@ -38,10 +38,10 @@ __all__ = ["Request", "ask", "export_source", "prove_directory"]
 
 @dataclass(frozen=True)
 class Request:
-    """An export request: what to make, and how to prove the result.
+    """An export request: the options of the graph and of its proof.
 
     Attributes:
-        exporter: what makes the graph.
+        exporter: the exporter of the graph.
         precision: of the graph's weights.
         target: the execution provider that the graph is made for.
         providers: execution providers to prove on.
@@ -91,7 +91,8 @@ def export_source(
             require_plain_head(model)
         spec = make_spec(model, source.task, source.path)
         spec = spec.with_adapters(union_of_targets(model, request.adapters))
-    # PyTorch answers first: its weights may change dtype for the trace, and are gone when ONNX Runtime loads its own.
+    # PyTorch answers first: its weights may change dtype for the trace, and are freed before ONNX Runtime loads its
+    # own.
     references = _ask_all(model, spec, source, request, timer)
     architecture = type(model).__name__
     if request.exporter.name == "torch":
@@ -127,7 +128,7 @@ def export_source(
 
 
 def _require_replaced(model: PreTrainedModel, source: Source, names: Sequence[str]) -> None:
-    """Refuse a task whose model lacks a tensor of the adapter: the base's architecture may lack the new head."""
+    """Refuse a task whose model lacks a tensor of the adapter, such as a new head."""
     lost = sorted(set(names) - model.state_dict().keys())
     if lost:
         raise ConfigError(
@@ -153,7 +154,7 @@ def _require_range(model: PreTrainedModel, request: Request) -> None:
     """Refuse a weight that a narrower dtype cannot hold. Vectors stay in the dtype of the arithmetic."""
     dtype = request.precision.dtype
     if dtype != torch.float16:
-        return  # bfloat16 reaches as far as float32
+        return  # bfloat16 has float32's range
     largest = torch.finfo(dtype).max
     for name, weight in model.named_parameters():
         stays = weight.dim() < 2 and request.arithmetic != dtype
@@ -177,7 +178,7 @@ def ask(model: PreTrainedModel, spec: GraphSpec, source: Source, request: Reques
 def _ask_all(
     model: PreTrainedModel, spec: GraphSpec, source: Source, request: Request, timer: StageTimer
 ) -> dict[str | None, Reference]:
-    """The answers of the model as it is and with each adapter merged in."""
+    """The answers of the base model and of the model with each adapter merged."""
     references: dict[str | None, Reference] = {None: ask(model, spec, source, request, timer)}
     for name, adapter in request.adapters.items():
         with replaced(model, merged_weights(model, adapter)):

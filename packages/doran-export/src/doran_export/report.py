@@ -20,15 +20,15 @@ _PACKAGES = ("doran-export", "torch", "transformers", "onnx", "onnxscript", *_RU
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. The directory's own file holds the same, without the place where it was written.
+    """The report of an export. The file in the directory has the same fields except `directory`.
 
     Attributes:
-        directory: where it was written.
+        directory: the output directory.
         task: kind of model.
         architecture: name of the architecture.
-        exporter: how the graph was made.
+        exporter: the exporter of the graph.
         precision: of the weights.
-        target: what the graph was made for, cpu or cuda.
+        target: the device of the graph, cpu or cuda.
         opset: ONNX operator set.
         files: size in bytes of each file of the model and of its adapters.
         adapters: for each adapter by name its number of modules, its ranks and the fingerprint of its base.
@@ -67,7 +67,7 @@ class ExportReport:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a graph computes."""
+    """Versions of the packages that affect the graph."""
     found = {}
     for name in _PACKAGES:
         try:

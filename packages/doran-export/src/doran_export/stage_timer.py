@@ -9,7 +9,7 @@ from contextlib import contextmanager
 __all__ = ["Progress", "StageTimer"]
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total) as an export goes on."""
+"""Called with (stage, done, total) during an export."""
 
 
 class StageTimer:
@@ -25,7 +25,7 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[Callable[[], None]]:
-        """Time a stage of `total` steps; yields what to call after each. A stage of one step counts itself."""
+        """Time a stage of `total` steps; yields a function to call after each step (not needed for a single one)."""
         done = 0
 
         def advance() -> None:

@@ -19,7 +19,7 @@ class Task:
         name: the name that users give, as on model hubs.
         auto_class: the transformers class that loads it.
         suffixes: how the names of its architectures end.
-        reads: what its main input is.
+        reads: its main input.
         outputs: the graph's outputs (a decoder's cache comes after them).
         per_token: whether the first output has one row per token, so that padding is left out of a comparison.
     """
@@ -77,7 +77,7 @@ TASKS: dict[str, Task] = {task.name: task for task in _RECORDS}
 
 
 def task_for(architecture: str | None, requested: str | None, *, where: str) -> Task:
-    """The kind of a model: the requested one, else the one that its architecture's name says.
+    """The kind of a model: the requested one, or the one of its architecture's name.
 
     Args:
         architecture: first entry of `architectures` in config.json, e.g. ``"LlamaForCausalLM"``.

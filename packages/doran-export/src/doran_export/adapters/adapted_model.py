@@ -57,7 +57,7 @@ class AdaptedFunction(nn.Module):
 
 @contextmanager
 def adapted_layers(model: PreTrainedModel, names: Iterable[str]) -> Iterator[None]:
-    """Put an AdaptedLayer in the place of each named layer for the time of a block."""
+    """A context in which each named layer is replaced by an AdaptedLayer."""
     before = {name: model.get_submodule(name) for name in names}
     for name, layer in before.items():
         model.set_submodule(name, AdaptedLayer(layer))
@@ -69,7 +69,7 @@ def adapted_layers(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Non
 
 
 def take_adapters(function: nn.Module, model: PreTrainedModel, spec: GraphSpec) -> nn.Module:
-    """The function of a model whose layers `spec.adapted` are wrapped by `adapted_layers`."""
+    """The function of a model whose layers `spec.adapted` are wrapped in `adapted_layers`."""
     layers = [model.get_submodule(name) for name in spec.adapted]
     return AdaptedFunction(function, [layer.slot for layer in layers if isinstance(layer, AdaptedLayer)])
 
@@ -77,8 +77,8 @@ def take_adapters(function: nn.Module, model: PreTrainedModel, spec: GraphSpec) 
 def give_defaults(graph: ir.Model, spec: GraphSpec, dtype: torch.dtype) -> None:
     """Give every adapter input a default, c = 1 and B' = 0 at rank 1. With default inputs the graph computes the base.
 
-    An ONNX initializer with the name of an input is the input's default. A run without an adapter, or with one that
-    leaves a layer out, gives no value there.
+    An ONNX initializer with an input's name is the input's default. The default applies in runs without an adapter,
+    and for layers that an adapter leaves out.
     """
     inputs = {value.name: value for value in graph.graph.inputs}
     for name, (d_in, d_out) in spec.adapted.items():
@@ -87,7 +87,7 @@ def give_defaults(graph: ir.Model, spec: GraphSpec, dtype: torch.dtype) -> None:
             value = inputs[f"{name}.{part}"]
             value.const_value = ir.tensor(tensor, name=value.name)
             graph.graph.register_initializer(value)
-    # Ranks are free of each other, but the tracer gave them one symbol, and onnxruntime reuses memory by symbols.
+    # Ranks are independent, but the tracer gave them one symbol, and onnxruntime reuses memory by symbol.
     ends = {id(value) for value in (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values())}
     for node in graph.graph.all_nodes():
         for value in node.outputs:

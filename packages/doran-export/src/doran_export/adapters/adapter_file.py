@@ -47,7 +47,7 @@ def write_adapter(tensors: Mapping[str, Tensor], path: Path) -> None:
     file.set_parameters(values)
     try:
         file.export_adapter(str(path))
-    except Exception as error:  # onnxruntime does not tell a full disk from other failures
+    except Exception as error:  # onnxruntime does not distinguish a full disk from other failures
         if shutil.disk_usage(path.parent).free < sum(tensor.nbytes for tensor in tensors.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise ExportError(f"onnxruntime cannot write {path.name}: {str(error).strip()}") from error
@@ -67,7 +67,7 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
 
 
 def _copy(value: Any) -> Tensor:
-    """A copy of an OrtValue, whose memory goes with the file. By numpy where that knows the dtype."""
+    """A copy of an OrtValue, whose memory is freed with the file. Uses numpy if it has the dtype."""
     if value.data_type() == "tensor(bfloat16)":
         return from_dlpack(value).clone()
     return torch.from_numpy(value.numpy().copy())

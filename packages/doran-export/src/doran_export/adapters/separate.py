@@ -39,13 +39,13 @@ def fold_adapters(adapters: Mapping[str, str | Path], base: Path) -> dict[str, F
     """Fold adapter directories of any form against their base.
 
     Args:
-        adapters: directories by the names that users will switch by; a name becomes a file's name.
+        adapters: directories by name. Users switch by these names, and each becomes a file name.
         base: the base model's directory.
 
     Raises:
         AdapterFormatError, BaseMismatchError, CheckpointError: an adapter is not valid or not for this base.
         ConfigError: no adapter, or a name that is no file name.
-        UnsupportedModelError: an adapter replaces whole tensors, which cannot be switched with the graph's inputs.
+        UnsupportedModelError: an adapter replaces whole tensors, which graph inputs cannot express.
     """
     if not adapters:
         raise ConfigError("no adapter was given: expected at least one, by name")
@@ -66,7 +66,7 @@ def union_of_targets(model: PreTrainedModel, adapters: Mapping[str, FoldedAdapte
     """(d_in, d_out) of every layer that some adapter changes, by module name in the model's order.
 
     Raises:
-        UnsupportedModelError: a layer that is not in the model as it is exported, or not a linear one.
+        UnsupportedModelError: a layer is not in the exported model, or is not linear.
     """
     modules = dict(model.named_modules())
     for name, adapter in adapters.items():
@@ -88,7 +88,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def adapter_tensors(adapter: FoldedAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The graph inputs that an adapter gives, by name ``{module}.{part}``. c stays in float32: it is near 1."""
+    """An adapter's graph inputs, by name ``{module}.{part}``. c stays in float32, because it is near 1."""
     tensors = {}
     for name, part in adapter.modules.items():
         tensors[f"{name}.lora_A"] = part.A.T.to(dtype).contiguous()
@@ -108,7 +108,7 @@ def merged_weights(model: PreTrainedModel, adapter: FoldedAdapter) -> dict[str, 
 
 
 def switched_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same from the graph inputs that an adapter's file gives: W' = c W0 + B' A.
+    """W' = c W0 + B' A from the graph inputs in an adapter's file.
 
     Raises:
         ExportError: the model has no such layer, or one of another size.
@@ -127,9 +127,9 @@ def switched_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> d
 
 @contextmanager
 def replaced(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give layers other weights, by module name, for the time of a block.
+    """A context in which layers have other weights, by module name.
 
-    A layer gets another Parameter, so that what is tied to its weight keeps its own.
+    Each layer gets a new Parameter, so layers tied to its old weight keep that weight.
     """
     modules = {name: model.get_submodule(name) for name in weights}
     before = {name: module.weight for name, module in modules.items()}
@@ -143,7 +143,8 @@ def replaced(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[
 
 
 def _in_layout(model: PreTrainedModel, name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a function makes of a layer's weight ``[d_out, d_in]`` in float64, in the layer's own layout and dtype."""
+    """Apply a function to a layer's weight ``[d_out, d_in]`` in float64; return the result in the layer's layout and
+    dtype."""
     module = model.get_submodule(name)
     assert isinstance(module.weight, Tensor)
     transposed = isinstance(module, Conv1D)

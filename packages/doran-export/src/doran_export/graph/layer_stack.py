@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 __all__ = ["KEPT", "LayerStack", "find_layers", "shortened", "structural_signature"]
 
 KEPT = 3
-"""Layers that are traced. The first also holds what all share; the second and third show what a step changes."""
+"""Number of traced layers. The first also has the shared nodes; the second and third show what changes from layer to
+layer."""
 
-_FEWEST = 6  # below that there is too little to gain
+_FEWEST = 6  # fewer layers are not worth it
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def find_layers(model: PreTrainedModel) -> LayerStack | None:
 
 
 def structural_signature(whole: nn.Module, index: int = -1) -> list[object]:
-    """All that decides what a layer or a model computes, but for its weights and, of a layer, its number `index`."""
+    """Everything that decides what a layer or a model computes, except its weights and a layer's number `index`."""
     parts: list[object] = []
     for path, module in whole.named_modules():
         plain = {
@@ -61,7 +62,7 @@ def structural_signature(whole: nn.Module, index: int = -1) -> list[object]:
 
 @contextmanager
 def shortened(model: PreTrainedModel, stack: LayerStack) -> Iterator[None]:
-    """Leave the model only the first `KEPT` layers of its stack for the time of a block."""
+    """A context in which the model has only the first `KEPT` layers of its stack."""
     parent = model.get_submodule(stack.path.rpartition(".")[0])
     name = stack.path.rpartition(".")[2]
     config = model.config.get_text_config()

@@ -1,10 +1,10 @@
 """Traces three layers instead of thirty: a transformer's layers are alike, so the graph of one is repeated.
 
-torch.export takes seconds per decoder layer, most of it spent on reasoning about symbolic lengths that comes out the
-same each time. So `layer_stack.shortened` leaves the model three layers for the trace, and `repeat_layers` copies the
-third one's nodes for each of the others, with that layer's own weights and cache. Two checks show that the layers are
-alike: the modules before the trace, and after it the third layer's nodes against the second's, node by node. Where
-either does not hold, the model is traced whole. The proof of the export stands behind both.
+torch.export takes seconds per decoder layer, mostly to reason about symbolic lengths, with the same result each time.
+So `layer_stack.shortened` leaves three layers for the trace, and `repeat_layers` copies the third one's nodes for each
+of the others, with that layer's own weights and cache. Two checks show that the layers are alike: the modules before
+the trace, and the third layer's nodes against the second's after it. If a check fails, the whole model is traced. The
+export's proof covers both paths.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["NotAlikeError", "repeat_layers"]
 
 
 class NotAlikeError(Exception):
-    """The traced layers are not copies of each other: the model has to be traced whole. Never leaves this package."""
+    """The traced layers are not copies of each other, so the whole model must be traced. Caught inside this package."""
 
 
 def repeat_layers(model: ir.Model, stack: LayerStack, weights: Mapping[str, Tensor]) -> None:
@@ -31,7 +31,7 @@ def repeat_layers(model: ir.Model, stack: LayerStack, weights: Mapping[str, Tens
 
     Args:
         model: the traced graph, not yet optimized, with the tracer's scope names on its nodes.
-        stack: what was shortened.
+        stack: the shortened stack.
         weights: the full model's parameters and buffers by the names that the graph gives them.
 
     Raises:
@@ -97,7 +97,7 @@ def _is_length(value: ir.Value) -> bool:
 
 
 class _Step:
-    """What changes from the second traced layer to the third: the pattern that is continued."""
+    """The differences from the second traced layer to the third: the pattern to continue."""
 
     def __init__(self, path: str, before: list[ir.Node], template: list[ir.Node]) -> None:
         self.path = path
@@ -128,7 +128,7 @@ class _Step:
         return carried
 
     def _readers(self, before: list[ir.Node], template: list[ir.Node]) -> list[tuple[ir.Node, int, ir.Value]]:
-        """Where the rest of the graph reads the template, which is to read the last layer instead."""
+        """The uses of the template in the rest of the graph, which must use the last layer instead."""
         inside = {*before, *template}
         readers = []
         for node in inside:
@@ -193,7 +193,7 @@ def _value_for(
     current: Mapping[ir.Value, ir.Value],
     weights: Mapping[str, Tensor],
 ) -> ir.Value:
-    """What stands in the layer `index` where the template has `value`."""
+    """The value in layer `index` that corresponds to `value` in the template."""
     if value in step.own:
         return current[value]
     if value in step.carried:
@@ -234,7 +234,7 @@ def _copy_node(node: ir.Node, inputs: list[ir.Value | None], index: int, current
 
 
 def _grow_outputs(graph: ir.Graph, step: _Step, index: int, current: Mapping[ir.Value, ir.Value]) -> None:
-    """Give the graph the new layer's cache as outputs, as the template has them."""
+    """Add the new layer's cache to the graph's outputs, as in the template."""
     for value in list(graph.outputs):
         if value in step.own:
             made = current[value]

@@ -32,7 +32,7 @@ class Precision:
     """One precision.
 
     Attributes:
-        name: what users say.
+        name: the name that users give.
         dtype: dtype of the weights before any quantization.
         on_cpu: dtype that a graph for the CPU computes in; one for CUDA computes in `dtype`.
         tolerance: largest allowed difference of an output from PyTorch's in float32, measured by `rule`.
@@ -140,11 +140,11 @@ def exporter_for(task: Task, precision: Precision, requested: str | None, *, mul
 def proof_providers(
     exporter: Exporter, precision: Precision, wanted: Sequence[str] | None, available: Sequence[str]
 ) -> list[str]:
-    """The providers to prove a graph on: those asked for, else all that are here and run it, best first.
+    """The providers for a graph's proof: the requested ones, or all available ones that run it, best first.
 
     Raises:
         ConfigError: a provider that is not available here.
-        UnsupportedModelError: a provider that does not run this precision, or none that does is here.
+        UnsupportedModelError: a provider does not run this precision, or no available one does.
     """
     able = exporter.providers[precision.name]
     reason = exporter.why_not.get(precision.name, "")
@@ -165,7 +165,7 @@ def proof_providers(
 
 
 def target_for(exporter: Exporter, precision: Precision, requested: str | None, proven_on: Sequence[str]) -> str:
-    """The provider that a graph is made for: the requested one, else the best that it is proven on.
+    """The provider that a graph is made for: the requested one, or the best of the proof.
 
     Raises:
         ConfigError: `requested` is not a known name.

@@ -29,7 +29,7 @@ def quantize_weights(directory: Path, *, external_data: bool) -> None:
     source, result = directory / MODEL_FILE, directory / "quantized" / MODEL_FILE
     result.parent.mkdir()
     level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # it advises to run a preprocessing that this graph has no need of
+    logging.getLogger().setLevel(logging.ERROR)  # it recommends a needless preprocessing
     try:
         tools.quantize_dynamic(
             source,

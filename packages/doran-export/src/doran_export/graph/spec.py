@@ -55,7 +55,7 @@ class GraphSpec:
     adapted: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def with_adapters(self, targets: Mapping[str, tuple[int, int]]) -> GraphSpec:
-        """The same with the adapters of these layers, given as (d_in, d_out), as inputs. Each rank is an axis."""
+        """A copy with adapter inputs for these layers, given as (d_in, d_out). Each rank is an axis."""
         inputs = dict(self.inputs)
         for name, (d_in, d_out) in targets.items():
             rank = f"{name}.rank"
@@ -64,11 +64,11 @@ class GraphSpec:
 
     @property
     def adapter_inputs(self) -> list[str]:
-        """Names of the inputs that an adapter gives."""
+        """Names of the adapter inputs."""
         return list(self.inputs)[len(self.inputs) - 3 * len(self.adapted) :]
 
     def with_layers(self, count: int, path: str) -> GraphSpec:
-        """The same with only the first layers of the stack at `path`: of its cache and of its adapters."""
+        """A copy with cache and adapters of only the first layers of the stack at `path`."""
         number = re.compile(rf"(?:{re.escape(path)}|^past_key_values|^present)\.(\d+)\.")
 
         def stays(name: str) -> bool:
@@ -90,7 +90,7 @@ def make_spec(model: PreTrainedModel, task: Task, directory: Path) -> GraphSpec:
     Args:
         model: the model, in float32 on the CPU.
         task: its kind.
-        directory: where it came from, for the image size in its preprocessor_config.json.
+        directory: the model's directory, for the image size in its preprocessor_config.json.
 
     Raises:
         UnsupportedModelError: the model's state is not a plain key-value cache, or its image size is unknown.
@@ -119,7 +119,7 @@ def make_spec(model: PreTrainedModel, task: Task, directory: Path) -> GraphSpec:
     return GraphSpec(task, inputs, outputs, cache, int(config.vocab_size), int(pad if pad is not None else 0), longest)
 
 
-# These count positions from pad_token_id + 1, so that many rows of the position table are never reached.
+# These models count positions from pad_token_id + 1, so the first rows of the position table are unused.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm")
 
 
@@ -135,12 +135,12 @@ def _reads_token_types(model: PreTrainedModel) -> bool:
 
 
 def cache_name(model: PreTrainedModel) -> str:
-    """What a decoder calls its cache, as an argument and in its output: transformers renamed it in 5.24."""
+    """A decoder's name for its cache, as an argument and in its output: transformers renamed it in 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _probe_cache(model: PreTrainedModel) -> CacheSpec:
-    """Run one token through the model and look at the cache that it leaves behind."""
+    """Run one token through the model and read the shapes of its cache."""
     with torch.inference_mode():
         output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
     cache = output.get(cache_name(model))

@@ -12,16 +12,16 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 __all__ = ["store_weights"]
 
-_FEWEST_VALUES = 256  # of a weight: less saves no disk
+_FEWEST_VALUES = 256  # smaller weights save no disk space
 _DTYPES = {torch.float16: ir.DataType.FLOAT16}
 
 
 def store_weights(graph: ir.Model, dtype: torch.dtype) -> None:
     """Keep the float32 matrices of a graph in `dtype` (float16), each behind one Cast; vectors stay as they are.
 
-    Each is converted when the graph is written, and not kept.
+    A matrix is converted when the graph is written, so no converted copy stays in memory.
     """
-    inputs = set(graph.graph.inputs)  # of these an initializer is the default
+    inputs = set(graph.graph.inputs)  # initializers that are defaults of inputs
     casts = []
     for value in list(graph.graph.initializers.values()):
         if value not in inputs and _is_weight(value.const_value):
@@ -39,7 +39,7 @@ def _is_weight(tensor: ir.TensorProtocol | None) -> bool:
 
 
 def _behind_cast(graph: ir.Graph, value: ir.Value, dtype: torch.dtype) -> ir.Node:
-    """Replace an initializer by the same in another dtype and a Cast back, which is still to be inserted."""
+    """Replace an initializer by a copy in another dtype; return the Cast back, which the caller inserts."""
     tensor, name = value.const_value, str(value.name)
     assert tensor is not None
 

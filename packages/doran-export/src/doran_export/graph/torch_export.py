@@ -28,11 +28,11 @@ __all__ = ["check_graph", "graph_opset", "save_graph", "trace"]
 
 _OPSET = 20
 
-_RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization"})  # that onnxruntime counts among ONNX's
+_RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization"})  # in ONNX's domain by onnxruntime
 
 _TRACES = Traces()
 
-_INLINE_LIMIT = 256 * 1024 * 1024  # a protobuf may hold 2 GB; well below that, weights go to a file beside it
+_INLINE_LIMIT = 256 * 1024 * 1024  # a protobuf can have 2 GB; weights go to a separate file well below that
 
 
 def trace(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> ir.Model:
@@ -51,7 +51,7 @@ def trace(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> ir.Mod
 
 
 def _trace_repeated(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> ir.Model | None:
-    """The graph of a model whose layers are all alike, from a trace of a few of them; None for other models."""
+    """The graph of a model with equal layers, from a trace of a few of them; None for other models."""
     stack = find_layers(model)
     if stack is None:
         return None
@@ -97,7 +97,7 @@ def _trace(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> ir.Mo
 
 
 def _tidy(graph: ir.Model) -> None:
-    """Fold constants and drop what is not used or is there twice.
+    """Fold constants, and drop unused and duplicate nodes.
 
     The exporter's own optimizer also rewrites patterns of nodes, at a second per layer; onnxruntime fuses them anyway
     when it loads the graph.
@@ -130,9 +130,9 @@ def save_graph(graph: ir.Model, directory: Path) -> bool:
 def check_graph(path: Path) -> None:
     """Run onnx.checker on a file, external data included. Nothing is written.
 
-    onnxruntime has an operator that it registers among ONNX's own, and its model builder writes it so. The checker then
-    sees the graph in memory, with that one among onnxruntime's, as the rest of its operators are, and with the external
-    weights, which it could not find from there, as inputs; that they are there is checked here.
+    onnxruntime registers one of its operators in ONNX's domain, and its model builder writes graphs with it. The
+    checker then gets a copy of the graph in memory, with that operator in onnxruntime's domain, and with external
+    weights as inputs, because it cannot find their file. This function checks that the weights exist.
 
     Raises:
         ExportError: the file breaks a rule of ONNX.
@@ -178,7 +178,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Leave a transposed weight alone where the weight is also used as it is: a tied table would be stored twice."""
+    """Do not fold a transposed weight if the weight is also used untransposed: a tied table would be stored twice."""
     return False if node.op_type == "Transpose" and len(list(node.inputs[0].uses())) > 1 else None
 
 
@@ -194,7 +194,7 @@ def _name_axes(graph: ir.Model, spec: GraphSpec) -> None:
 
 
 def _strip_metadata(graph: ir.Model) -> None:
-    """Drop what the tracer noted for debugging: source lines with paths of this machine, and half the file's size."""
+    """Drop the tracer's debug notes: source lines with paths of this machine, which make up half of the file."""
     graph.metadata_props.clear()
     graph.graph.metadata_props.clear()
     for node in graph.graph.all_nodes():
@@ -207,7 +207,7 @@ def _strip_metadata(graph: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes (operators of packages that are not installed, symbols that were renamed)."""
+    """Silence the exporter's messages (operators of missing packages, renamed symbols)."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

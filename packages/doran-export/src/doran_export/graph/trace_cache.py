@@ -1,8 +1,8 @@
 """Traces remembered while the process lives: graphs without weights, for models that differ in their weights alone.
 
-A trace takes about half of an export's time, and what comes out follows from the model's configuration. So a second
-precision of a model, or a second adapter of its base, takes the nodes of the first and its own weights. The proof of
-each export stands behind it.
+A trace takes about half of an export's time, and its result depends on the model's configuration only. So a second
+precision of a model, or a second adapter of its base, reuses the nodes with its own weights. Each export's proof
+checks the result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from doran_export.graph.spec import GraphSpec
 __all__ = ["Traces", "named_weights", "trace_key"]
 
 _MOST = 32
-_LARGEST_CONSTANT = 4096  # values, of a tensor that is kept with a graph
+_LARGEST_CONSTANT = 4096  # values in a tensor that is kept with a graph
 _UNTRACED = ("_name_or_path", "architectures", "transformers_version")  # of a configuration
 
 
@@ -36,7 +36,7 @@ def named_weights(function: nn.Module) -> dict[str, Tensor]:
 
 
 def trace_key(model: PreTrainedModel, spec: GraphSpec, dtype: torch.dtype) -> str:
-    """What decides a trace: modules with their settings and shapes, configuration, inputs and outputs, dtype."""
+    """Everything that decides a trace: modules with settings and shapes, configuration, inputs and outputs, dtype."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in _UNTRACED}
     settings = json.dumps(config, sort_keys=True, default=repr)
     return hashlib.sha256(repr((structural_signature(model), settings, spec, dtype)).encode()).hexdigest()
@@ -49,7 +49,7 @@ class Traces:
         self._graphs: OrderedDict[str, ir.Model] = OrderedDict()
 
     def keep(self, key: str, graph: ir.Model, weights: Mapping[str, Tensor]) -> None:
-        """Remember a copy of a graph without the weights; not where it holds other large tensors."""
+        """Keep a copy of a graph without the weights, unless it has other large tensors."""
         initializers = graph.graph.initializers
         others = [value for name, value in initializers.items() if name not in weights]
         if any(value.const_value is None or value.const_value.size > _LARGEST_CONSTANT for value in others):

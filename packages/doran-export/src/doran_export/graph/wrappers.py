@@ -1,6 +1,6 @@
 """Models as pure functions of tensors: what torch.export traces. Nothing of transformers is patched.
 
-Pixels go in and everything but the cache comes out in float32, whatever the model's dtype.
+Pixel inputs, and all outputs except the cache, are float32 for every dtype of the model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _RANK = 7  # of the adapters while tracing
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model compute attention as plain products and a softmax under a finite mask, for the time of a block.
+    """A context in which a model computes attention as plain products and a softmax under a finite mask.
 
-    The trace needs it: torch's fused attention translates to a mask of minus infinity, whose softmax is NaN for a row
-    that sees nothing (left padding), and a NaN spreads through the values of the next layers.
+    The trace needs this. torch's fused attention becomes a mask of minus infinity, whose softmax is NaN for a row
+        without visible tokens (left padding), and NaN spreads to the next layers.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -47,7 +47,8 @@ class GivenLayer(DynamicLayer):
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
-        """Length of the past. Unlike the parent's, it does not ask whether the tensor is empty: tracing keeps both."""
+        """Length of the past. Unlike the parent's method, it has no branch on an empty tensor, so tracing covers both
+        cases."""
         length: int = self.keys.shape[-2]
         return length
 
@@ -106,7 +107,7 @@ class ImageFunction(_Function):
 
 
 def _present(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> dict[str, Tensor]:
-    """Arguments for a model: token types only where the graph has them, since not every model takes them."""
+    """Arguments for a model. Token types only if the graph has them, because some models do not take them."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     return inputs if token_type_ids is None else inputs | {"token_type_ids": token_type_ids}
 
@@ -143,7 +144,7 @@ def example_inputs(spec: GraphSpec, dtype: torch.dtype) -> tuple[dict[str, Any],
     adapters: list[tuple[Tensor, dict[int, Any]]] = []
     for name, axes in spec.inputs.items():
         shape = [sizes.get(axis, _RANK) if isinstance(axis, str) else axis for axis in axes]
-        # DYNAMIC without names: models bound their lengths, and a named axis would have to state the bound beforehand.
+        # DYNAMIC without names: models bound their lengths, and a named axis would have to state that bound.
         dynamic = {index: torch.export.Dim.DYNAMIC for index, axis in enumerate(axes) if isinstance(axis, str)}
         if name.startswith("past_key_values."):
             arguments.setdefault("past_key_values", []).append(torch.zeros(shape, dtype=dtype))

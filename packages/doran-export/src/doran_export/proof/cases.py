@@ -21,7 +21,7 @@ GREEDY_STEPS = 64
 """Number of tokens that a decoder's greedy proof generates."""
 
 _SEED = 20251004
-_BATCH = 16  # of given texts: keeps logits over a large vocabulary small
+_BATCH = 16  # rows per batch of given texts: limits the memory for logits of a large vocabulary
 
 _PROMPTS = (
     "The capital of France is",
@@ -36,7 +36,7 @@ class Case:
     """One comparison.
 
     Attributes:
-        name: what the report calls it.
+        name: its name in the report.
         inputs: arrays by input name, without the cache.
         chunks: lengths of the pieces in which a decoder's graph gets the sequence; empty for other models.
         given: whether the user gave the inputs; otherwise they are random.
@@ -74,7 +74,7 @@ def random_cases(spec: GraphSpec, *, padded: bool = True) -> list[Case]:
         ]
     plans: list[tuple[int, tuple[int, ...]]] = [(1, (1,)), (1, (9,)), (2, (16,))]
     if spec.task.has_cache:
-        # Graphs that take no padding take several tokens on top of a past for one row only.
+        # Graphs without padding accept several tokens after a past for one row only.
         plans += [(1, (1, 1)), (3, (20, 1, 12)) if padded else (3, (20, 1, 1)), (1, (40, 3))]
     else:
         plans += [(3, (33,)), (4, (128,))]
@@ -87,11 +87,11 @@ def _random_text(
 ) -> Case:
     length = sum(chunks)
     ids = random.integers(0, spec.vocabulary - 1, (batch, length))
-    ids += ids >= spec.pad_token  # any token but padding, which some models find by its id
+    ids += ids >= spec.pad_token  # no padding token, which some models detect by its id
     padding = random.integers(0, length // 2 + 1, batch) * padded
     padding[0] = 0
     columns = np.arange(length)
-    # A decoder is padded on the left, so that its last position is a real one; everything else on the right.
+    # Decoders are padded on the left, so that the last position is a real token; other models on the right.
     real = columns >= padding[:, None] if spec.task.has_cache else columns < length - padding[:, None]
     inputs = {"input_ids": np.where(real, ids, spec.pad_token), "attention_mask": real.astype(np.int64)}
     if "token_type_ids" in spec.inputs:

@@ -17,7 +17,7 @@ from doran_export.runtime.runner import OnnxRunner
 __all__ = ["Check", "averages", "compare", "require_average", "require_certain"]
 
 _FEWEST_CERTAIN = 0.8  # least share of rows that must be compared
-_NOISES = 10  # an uncertain row's limit grows by this many times PyTorch's own noise
+_NOISES = 10  # an uncertain row's limit is raised by this multiple of PyTorch's own noise
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def averages(checks: Sequence[Check]) -> dict[str, float]:
 
 
 def require_average(checks: Sequence[Check], tolerance: float) -> None:
-    """Hold every group of `averages` to the tolerance.
+    """Check every group of `averages` against the tolerance.
 
     Raises:
         ProofError: one is above it.
@@ -174,7 +174,7 @@ def require_average(checks: Sequence[Check], tolerance: float) -> None:
 
 
 def require_certain(checks: Sequence[Check], tolerance: float) -> None:
-    """Hold the certain rows of every output, with every adapter, to a share that proves something.
+    """Check that enough rows of every output, with every adapter, are certain.
 
     Raises:
         ProofError: too many are uncertain.

@@ -15,7 +15,7 @@ from doran_export.runtime.runner import OnnxRunner
 
 __all__ = ["GreedyCheck", "compare_greedy", "generate_tokens", "real_prompts"]
 
-_FEWEST_TOKENS = 0.25  # share of all tokens that must have been compared: ties end a comparison
+_FEWEST_TOKENS = 0.25  # least share of all tokens that must be compared: ties end a comparison
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def real_prompts(greedy: Greedy) -> list[NDArray[np.int64]]:
 
 
 def generate_tokens(runner: OnnxRunner, expected: Greedy) -> list[NDArray[np.int64]]:
-    """The graph's tokens for every prompt, as many as PyTorch gave."""
+    """The graph's tokens for every prompt, as many as PyTorch's."""
     steps, prompts = expected.tokens.shape[1], expected.prompts
     if runner.takes_padding:
         mask = prompts["attention_mask"]
@@ -73,7 +73,7 @@ def compare_greedy(
     adapter: str | None = None,
     end_tokens: Set[int] = frozenset(),
 ) -> GreedyCheck:
-    """Compare token by token; after a first difference a row's contexts differ, so that nothing more can be said.
+    """Compare token by token. After a first difference a row's contexts differ, so its comparison ends.
 
     A difference is forgiven only where PyTorch's own two best logits lie within rounding of each other, or the
     precision promises no equal tokens; then it is a departure.
@@ -85,7 +85,7 @@ def compare_greedy(
         tolerance: as in `prove`.
         provider: for the report.
         adapter: for the report.
-        end_tokens: what may stop a generator.
+        end_tokens: tokens that may stop a generator.
 
     Raises:
         ProofError: tokens differ, a generator stopped without an end token, or ties left too few tokens to compare.

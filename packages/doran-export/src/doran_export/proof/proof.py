@@ -21,7 +21,7 @@ __all__ = ["Proof", "prove"]
 
 @dataclass(frozen=True)
 class Proof:
-    """All checks of one directory; every one of them held."""
+    """All checks of one directory. Every check passed."""
 
     tolerance: float
     checks: list[Check]
@@ -29,7 +29,7 @@ class Proof:
 
     @property
     def max_difference(self) -> float:
-        """The largest difference seen."""
+        """The largest difference."""
         return max(value for check in self.checks for value in check.max_difference.values())
 
     @property
@@ -57,7 +57,7 @@ def prove(
     Args:
         directory: the exported directory.
         spec: its graph.
-        references: what PyTorch answered, by adapter; None is the graph alone.
+        references: PyTorch's answers, by adapter; None is the graph alone.
         precision: of the graph.
         tolerance: largest allowed difference of any output, in the units of the precision.
         providers: execution providers to run one by one.
@@ -91,7 +91,7 @@ def prove(
 
 
 def _compare_generator(directory: Path, expected: Greedy, precision: Precision, tolerance: float) -> GreedyCheck:
-    """The tokens of onnxruntime-genai's own generator, which is what its users run."""
+    """The tokens of onnxruntime-genai's own generator, which its users run."""
     prompts = [prompt.tolist() for prompt in real_prompts(expected)]
     tokens, end_tokens = genai_tokens(directory, prompts, expected.tokens.shape[1])
     return compare_greedy(tokens, expected, precision, tolerance, provider="onnxruntime-genai", end_tokens=end_tokens)

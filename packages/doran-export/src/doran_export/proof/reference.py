@@ -29,7 +29,7 @@ class Greedy:
 
     Attributes:
         prompts: left-padded ``input_ids`` and ``attention_mask`` [batch, length].
-        tokens: what was chosen [batch, steps].
+        tokens: the chosen tokens [batch, steps].
         margins: the distance of the logits' two best values at each step [batch, steps].
         scale: root mean square of the logits.
     """
@@ -47,9 +47,9 @@ class Answer:
     Attributes:
         case: its inputs.
         outputs: by name.
-        noise: how far each output moves, without its last axis, when every layer's output is rounded another way. Some
-            tokens amplify rounding a thousandfold (in SmolLM2 mostly the first ones); PyTorch's own output is then not
-            exact either.
+        noise: the change of each output, without its last axis, when every layer's output is rounded differently. Some
+            tokens amplify rounding a thousandfold (in SmolLM2 mostly the first ones), and then PyTorch's own output is
+            inexact.
     """
 
     case: Case
@@ -59,7 +59,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reference:
-    """PyTorch's answers, and its greedy generation where the model is a decoder."""
+    """PyTorch's answers, and its greedy generation if the model is a decoder."""
 
     answers: list[Answer]
     greedy: Greedy | None
@@ -73,12 +73,12 @@ def ask_pytorch(
     steps: int,
     advance: Callable[[], None],
 ) -> Reference:
-    """Run a model on every case and let it generate from the prompts.
+    """Run a model on every case, and generate from the prompts.
 
     Args:
         model: in float32.
         spec: its graph.
-        cases: what to run.
+        cases: the inputs.
         prompts: a left-padded batch to generate from, for decoders.
         steps: number of tokens to generate.
         advance: called after each case and after the generation.
@@ -101,7 +101,7 @@ def ask_pytorch(
 
 @contextmanager
 def _rounded_otherwise(model: PreTrainedModel) -> Iterator[None]:
-    """Let every linear layer and convolution round its output another way, for the time of a block.
+    """A context in which every linear layer and convolution rounds its output differently.
 
     Sums of another order differ by about one unit in the last place of the largest summands; so does this noise, which
     is the same at every call. On SmolLM2 it moves the logits about five times as far as float32 lies from float64.

@@ -19,7 +19,7 @@ __all__ = ["PROVIDERS", "available_providers", "onnxruntime", "open_session", "p
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 """Providers that this package runs and tests, by the names that users give, best first."""
 
-# Options that keep float32 float32.
+# Options without TF32: float32 products stay float32.
 _OPTIONS: dict[str, dict[str, str]] = {PROVIDERS["cuda"]: {"use_tf32": "0"}, PROVIDERS["cpu"]: {}}
 
 
@@ -63,7 +63,7 @@ def open_session(path: Path, providers: Sequence[str] | None = None, *, threads:
         if name not in available:
             raise ConfigError(f"execution provider {name!r} is not available: expected some of {', '.join(available)}")
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised, and said once
+    options.log_severity_level = 4  # errors are raised, so do not log them as well
     if threads is not None:
         options.intra_op_num_threads = threads
     if PROVIDERS["cuda"] in chosen:
@@ -72,14 +72,14 @@ def open_session(path: Path, providers: Sequence[str] | None = None, *, threads:
         session = runtime.InferenceSession(str(path), options, providers=[(name, _OPTIONS[name]) for name in chosen])
     except Exception as error:
         raise ExportError(f"onnxruntime {runtime.__version__} cannot load {path}: {str(error).strip()}") from error
-    # A provider whose libraries do not load is dropped by onnxruntime with a line in a log.
+    # onnxruntime drops a provider whose libraries do not load, and only logs a line.
     if providers and (lost := [name for name in chosen if name not in session.get_providers()]):
         raise ConfigError(f"onnxruntime {runtime.__version__} has {lost[0]} but could not start it on this machine")
     return session
 
 
 def _load_cuda(runtime: Any) -> None:
-    """Load the libraries of CUDA from the Python packages that brought them, where onnxruntime does not look itself."""
+    """Load CUDA's libraries from Python packages, where onnxruntime does not look."""
     if hasattr(runtime, "preload_dlls"):
-        with redirect_stdout(io.StringIO()):  # it prints what it did not find; the session then says what is wrong
+        with redirect_stdout(io.StringIO()):  # it prints missing libraries; the session raises the error later
             runtime.preload_dlls()

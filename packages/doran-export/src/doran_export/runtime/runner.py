@@ -49,12 +49,12 @@ class OnnxRunner:
 
     @property
     def input_names(self) -> list[str]:
-        """Names of the inputs that a caller gives: those of the graph without the cache."""
+        """Names of the caller's inputs: those of the graph without the cache."""
         return self.graph.input_names
 
     @property
     def output_names(self) -> list[str]:
-        """Names of the outputs that a caller reads: those of the graph without the cache."""
+        """Names of the caller's outputs: those of the graph without the cache."""
         return self.graph.output_names
 
     @property
@@ -69,13 +69,13 @@ class OnnxRunner:
 
     @property
     def adapters(self) -> list[str]:
-        """Names of the adapters that came along."""
+        """Names of the directory's adapters."""
         return list(adapter_files(self.directory))
 
     def set_adapter(self, name: str | None) -> None:
-        """Let all following runs use an adapter of the directory, or with None the base alone. No new session is made.
+        """Select an adapter of the directory for all following runs; None selects the base. The session stays.
 
-        A generation that is under way goes on with the new one.
+        A running generation continues with the new adapter.
 
         Raises:
             ConfigError: there is no adapter of this name.
@@ -91,7 +91,7 @@ class OnnxRunner:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer that came along; pads on the left for a decoder.
+        """The directory's transformers tokenizer; pads on the left for a decoder.
 
         Raises:
             CheckpointError: the directory has none.
@@ -137,13 +137,13 @@ class OnnxRunner:
         max_new_tokens: int = 64,
         stop_at_end: bool = True,
     ) -> Iterator[NDArray[np.int64]]:
-        """Generate greedily, one token per row and step, as soon as each is known.
+        """Generate greedily; yields one token per row and step.
 
         Args:
             input_ids: prompts [batch, sequence], padded on the left.
             attention_mask: 1 for real tokens, 0 for padding [batch, sequence]; None means all are real.
             max_new_tokens: number of steps at most.
-            stop_at_end: stop when every row has given an end token; a row that is done goes on with end tokens.
+            stop_at_end: stop when every row has an end token; a finished row repeats end tokens.
 
         Yields:
             The next token ids [batch].
@@ -186,7 +186,7 @@ class OnnxRunner:
         max_new_tokens: int = 64,
         stop_at_end: bool = True,
     ) -> NDArray[np.int64]:
-        """The new tokens of `stream` at once [batch, at most max_new_tokens]."""
+        """All new tokens of `stream` [batch, at most max_new_tokens]."""
         steps = self.stream(input_ids, attention_mask, max_new_tokens=max_new_tokens, stop_at_end=stop_at_end)
         return np.stack(list(steps), axis=1)
 
@@ -215,7 +215,7 @@ class OnnxRunner:
         return np.concatenate(parts, axis=1)
 
     def _complete(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
-        """The given inputs as arrays of the graph's dtypes, with what follows from them filled in."""
+        """The given inputs as arrays of the graph's dtypes, with mask and positions filled in."""
         feed = {name: _as_array(name, value) for name, value in inputs.items()}
         if "input_ids" in feed:
             feed.setdefault("attention_mask", np.ones_like(feed["input_ids"]))

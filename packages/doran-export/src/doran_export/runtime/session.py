@@ -42,15 +42,15 @@ class GraphSession:
         path: the ONNX file.
         providers: execution providers, best first; None takes the best available one.
         threads: threads within one operator; None leaves it to onnxruntime.
-        head_size: of the cache, where the graph leaves it open (onnxruntime-genai's do).
+        head_size: head size of the cache, if the graph leaves it open (onnxruntime-genai's do).
 
     Attributes:
         path: the ONNX file.
         session: the onnxruntime.InferenceSession.
-        input_names: the inputs that a caller gives: without the cache and without an adapter's.
-        output_names: the outputs that a caller reads: without the cache.
+        input_names: the caller's inputs, without the cache and the adapter's.
+        output_names: the caller's outputs, without the cache.
         past_names: the inputs of the cache.
-        adaptable: the inputs that an adapter gives.
+        adaptable: the adapter's inputs.
     """
 
     def __init__(self, path: Path, providers: Sequence[str] | None, threads: int | None, head_size: int | None) -> None:
@@ -76,7 +76,7 @@ class GraphSession:
         return _NUMPY.get(self._types[name], np.int64)
 
     def activate(self, path: Path | None) -> None:
-        """Let the following runs use an ``.onnx_adapter`` file, or no adapter.
+        """Select an ``.onnx_adapter`` file, or no adapter, for the following runs.
 
         Raises:
             ExportError: the file cannot be read, or gives inputs that the graph does not have.
@@ -150,5 +150,5 @@ class GraphSession:
 
     def _to_device(self, value: Any) -> Any:
         if value.data_type() not in _NUMPY:
-            return value  # bfloat16: numpy cannot carry it, so each run copies it over
+            return value  # bfloat16, which numpy lacks, is copied in each run
         return onnxruntime().OrtValue.ortvalue_from_numpy(value.numpy(), self._device, 0)
