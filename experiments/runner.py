@@ -61,7 +61,14 @@ def plan(studies: Sequence[Study], done: set[str]) -> list[list[Run]]:
 
 
 def run_studies(
-    studies: Sequence[Study], folder: Path, *, workers: int, budget: float | None, device: str, known: set[str]
+    studies: Sequence[Study],
+    folder: Path,
+    *,
+    workers: int,
+    budget: float | None,
+    device: str,
+    known: set[str],
+    data: Path | None = None,
 ) -> tuple[int, int]:
     """Run what is not in the folder yet.
 
@@ -72,6 +79,7 @@ def run_studies(
         budget: seconds after which nothing new is begun, and by which what was begun should be done; None for no end.
         device: cpu or cuda.
         known: ids of runs whose results are kept elsewhere, and that are not made again either.
+        data: folder of the user's data, for studies that need it.
 
     Returns:
         How many runs were made, and how many are left.
@@ -91,7 +99,7 @@ def run_studies(
     print(f"{total} runs to do in {len(stacks)} stacks, {workers} worker(s) on {device}", flush=True)
     if not stacks:
         return 0, 0
-    _prepare(stacks, folder)
+    _prepare(stacks, folder, data)
     context = multiprocessing.get_context("spawn")
     todo, reports = context.Queue(), context.Queue()
     for stack in stacks:
@@ -100,7 +108,8 @@ def run_studies(
         todo.put(None)
     deadline = None if budget is None else time.time() + budget - (time.monotonic() - started)
     processes = [
-        context.Process(target=_work, args=(todo, reports, folder, device, deadline, workers)) for _ in range(workers)
+        context.Process(target=_work, args=(todo, reports, folder, data, device, deadline, workers))
+        for _ in range(workers)
     ]
     for process in processes:
         process.start()
@@ -110,13 +119,13 @@ def run_studies(
     return done, total - done
 
 
-def _prepare(stacks: Sequence[Sequence[Run]], folder: Path) -> None:
+def _prepare(stacks: Sequence[Sequence[Run]], folder: Path, data: Path | None) -> None:
     """Refuse what no worker could load, and make once what every worker would otherwise make for itself."""
     models = {run.model for stack in stacks for run in stack}
     for model in sorted(models):
-        require(model)
-    if "vit" in models:
-        load_task("vit", folder / "models")
+        require(model, data)
+    for model in {"vit"} & models or {name for name in models if name.startswith(("dinov2/", "random_vit/"))}:
+        load_task(model, folder / "models", data)
 
 
 def _watch(processes: Sequence[Any], reports: Any, total: int, started: float) -> tuple[int, list[str]]:
@@ -144,7 +153,15 @@ def _watch(processes: Sequence[Any], reports: Any, total: int, started: float) -
     return done, errors
 
 
-def _work(todo: Any, reports: Any, folder: Path, device_name: str, deadline: float | None, workers: int) -> None:
+def _work(
+    todo: Any,
+    reports: Any,
+    folder: Path,
+    data: Path | None,
+    device_name: str,
+    deadline: float | None,
+    workers: int,
+) -> None:
     """A worker process: one stack after the other until the queue ends or the time would not suffice."""
     device = torch.device(device_name)
     torch.set_num_threads(max(1, torch.get_num_threads() // workers) if device.type == "cpu" else 2)
@@ -162,12 +179,13 @@ def _work(todo: Any, reports: Any, folder: Path, device_name: str, deadline: flo
         started = time.monotonic()
         try:
             if first.model not in loaded:
-                task = load_task(first.model, folder / "models")
+                task = load_task(first.model, folder / "models", data)
                 split = task.split
-                loaded[first.model] = task, (split.train.to(device), split.validation.to(device), split.test.to(device))
+                on_device = tuple(part.to(device) for part in (split.train, split.validation, split.test))
+                loaded[first.model] = task, on_device
             begun = time.monotonic()
-            task, data = loaded[first.model]
-            store.add(train_runs(task, data, stack, device))
+            task, on_device = loaded[first.model]
+            store.add(train_runs(task, on_device, stack, device))
             pace[key] = (time.monotonic() - begun) / work
             reports.put(_Progress(stack, time.monotonic() - started))
         except Exception:

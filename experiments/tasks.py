@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from experiments import digits, sources
+from experiments import digits, dinov2, photos, questions, sources
 from experiments.data import Examples, Split
 from experiments.errors import ExperimentError
 
@@ -40,26 +41,36 @@ class Task:
     split: Split
 
 
-def require(name: str) -> None:
+def require(name: str, data: Path | None = None) -> None:
     """See that the packages of a model and its data are there, without loading them.
 
+    Args:
+        name: of a task; "dinov2/flowers5" is a model and a folder of the data.
+        data: the folder of such folders.
+
     Raises:
-        ExperimentError: an unknown name, or a Python package that is not installed.
+        ExperimentError: an unknown name, a Python package that is not installed, or data that are not there.
     """
-    if name not in _TASKS:
-        raise ExperimentError(f"unknown model {name!r}; known are {sorted(_TASKS)}")
-    for find in _SOURCES[name]:
+    model, _, folder = name.partition("/")
+    if model not in (_ON_FOLDERS if folder else _TASKS):
+        known = [*_TASKS, *(f"{model}/FOLDER" for model in _ON_FOLDERS)]
+        raise ExperimentError(f"unknown model {name!r}; known are {sorted(known)}")
+    for find in _SOURCES[model]:
         find()
+    if folder and (data is None or not (data / folder).is_dir()):
+        where = f"{data / folder}: no such directory" if data else f"{name} is trained on data of yours"
+        raise ExperimentError(f"{where}; --data DIR names the folder that holds {folder!r}")
 
 
-def load_task(name: str, cache: Path) -> Task:
-    """The task of a model; ``cache`` keeps what has to be pretrained first.
+def load_task(name: str, cache: Path, data: Path | None = None) -> Task:
+    """The task of a model; ``cache`` keeps what has to be pretrained first. Arguments as of :func:`require`.
 
     Raises:
-        ExperimentError: an unknown name, or a Python package that is not installed.
+        ExperimentError: as :func:`require`, or data of another form.
     """
-    require(name)
-    task = _TASKS[name](cache)
+    require(name, data)
+    model, _, folder = name.partition("/")
+    task = _ON_FOLDERS[model](cache, data / folder) if data and folder else _TASKS[model](cache)
     task.model.requires_grad_(False).eval()
     return task
 
@@ -95,11 +106,7 @@ def _minilm(cache: Path) -> Task:
 
 def _smollm2(cache: Path) -> Task:
     """The same, asked as a prompt; the classifier starts as the output rows of " negative" and " positive"."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = sources.smollm2_file()
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model, tokenizer = _gguf(sources.smollm2_file())
     answers = [tokenizer(text, add_special_tokens=False).input_ids[0] for text in (" negative", " positive")]
     rows = model.get_output_embeddings().weight[answers].detach().clone()
     texts, labels = sources.reviews("rotten_tomatoes")
@@ -107,16 +114,10 @@ def _smollm2(cache: Path) -> Task:
     reviews = tokenizer([f"Review: {text.strip()}" for text in texts]).input_ids
     tokens = [[*review[: LONGEST - len(end)], *end] for review in reviews]
 
-    def features(model: nn.Module, inputs: Tensor, lengths: Tensor | None) -> Tensor:
-        assert lengths is not None
-        # Padding stands behind the text, where causal attention does not look.
-        hidden: Tensor = model(input_ids=inputs, use_cache=False).last_hidden_state
-        return hidden[torch.arange(len(inputs), device=inputs.device), lengths - 1]
-
     def head(seed: int) -> tuple[Tensor, Tensor]:
         return rows.clone(), torch.zeros(2)
 
-    return Task(model.model, features, head, _text_split(tokens, labels))
+    return Task(model.model, _last_token, head, _text_split(tokens, labels))
 
 
 def _text_split(tokens: list[list[int]], labels: list[int]) -> Split:
@@ -144,9 +145,71 @@ def _vit(cache: Path) -> Task:
     return Task(model, features, _random_head(10, model.config.hidden_size), digits.digits_split())
 
 
+def _photos(load: Callable[[Path, Path], nn.Module]) -> Callable[[Path, Path], Task]:
+    """Classes of photos; features are those of the class token."""
+
+    def task(cache: Path, folder: Path) -> Task:
+        model: Any = load(sources.dinov2_file(), cache)
+        split = photos.photo_split(folder)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dinov2.IMAGE_MEAN, dinov2.IMAGE_STD))
+
+        def features(model: nn.Module, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+            pixels = (inputs / 255.0 - mean.to(inputs.device)) / std.to(inputs.device)
+            hidden: Tensor = model(pixel_values=pixels).last_hidden_state[:, 0]
+            return hidden
+
+        classes = int(split.train.labels.max()) + 1
+        return Task(model, features, _random_head(classes, model.config.hidden_size), split)
+
+    return task
+
+
+def _questions(find: Callable[[], Path]) -> Callable[[Path, Path], Task]:
+    """Commonsense questions; the classifier starts as the output rows of the answers' last tokens."""
+
+    def task(cache: Path, folder: Path) -> Task:
+        model, tokenizer = _gguf(find())
+        pieces = [tokenizer(text, add_special_tokens=False).input_ids for text in questions.PIECES]
+        if any(len(ids) != 1 for ids in pieces):
+            raise ExperimentError(f"{find()}: its tokenizer has no single token for each of {questions.PIECES}")
+        rows = model.get_output_embeddings().weight[[ids[0] for ids in pieces]].detach().clone()
+
+        def head(seed: int) -> tuple[Tensor, Tensor]:
+            return rows.clone(), torch.zeros(len(rows))
+
+        return Task(model.model, _last_token, head, questions.questions_split(folder, tokenizer))
+
+    return task
+
+
+def _gguf(file: Path) -> tuple[Any, Any]:
+    """Causal language model and tokenizer of a GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def _last_token(model: nn.Module, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last token's features. Padding stands behind the text, where causal attention does not look."""
+    assert lengths is not None
+    hidden: Tensor = model(input_ids=inputs, use_cache=False).last_hidden_state
+    return hidden[torch.arange(len(inputs), device=inputs.device), lengths - 1]
+
+
 _SOURCES: dict[str, tuple[Callable[[], Path], ...]] = {
     "minilm": (sources.minilm_folder, sources.reviews_file),
     "smollm2": (sources.smollm2_file, sources.reviews_file),
     "vit": (),
+    "dinov2": (sources.dinov2_file,),
+    "random_vit": (sources.dinov2_file,),
+    "gemma3": (sources.gemma3_file,),
 }
 _TASKS: dict[str, Callable[[Path], Task]] = {"minilm": _minilm, "smollm2": _smollm2, "vit": _vit}
+_ON_FOLDERS: dict[str, Callable[[Path, Path], Task]] = {
+    "dinov2": _photos(dinov2.load_dinov2),
+    "random_vit": _photos(dinov2.random_dinov2),
+    "smollm2": _questions(sources.smollm2_file),
+    "gemma3": _questions(sources.gemma3_file),
+}
+"""Models that are adapted to data in a folder of the user's."""

@@ -172,7 +172,7 @@ class _Stack:
         """``[K, n, classes]`` for indices ``[K, n]``."""
         inputs, lengths = examples.take(chosen.flatten(), longest)
         features = self.task.features(self.trained.model, inputs, lengths).view(self.count, chosen.shape[1], -1)
-        return torch.baddbmm(self.bias[:, None], features, self.weight.mT)
+        return examples.possible(torch.baddbmm(self.bias[:, None], features, self.weight.mT), chosen)
 
     def sizes(self) -> dict[str, int]:
         """What each run trains, for its record."""
@@ -213,8 +213,10 @@ def train_runs(
             "id": run.id, **stack.sizes(),
             "seconds": round(seconds, 3), "stack": stack.count, "device": _device_name(device),
         }  # fmt: skip
-        for part, (accuracy, loss_of) in measures.items():
-            row[f"{part}_accuracy"], row[f"{part}_loss"] = round(accuracy[k], 5), _finite(loss_of[k])
+        for part, measured in measures.items():
+            row[f"{part}_accuracy"], row[f"{part}_loss"] = round(measured.accuracy[k], 5), _finite(measured.loss[k])
+        for name, accuracy in zip(task.split.tests, measures["test"].by_group, strict=False):
+            row[f"{name}_accuracy"] = round(accuracy[k], 5)
         row |= _curve_measures(curves["loss"][k], curves["gradient"][k]) | factor_rows[k]
         if "tau" in curves:
             row["tau_start"], row["tau_end"] = (_finite(float(curves["tau"][k, i].mean())) for i in (0, -1))
@@ -267,26 +269,40 @@ def _norms(gradients: Sequence[Tensor], count: int) -> Tensor:
     return each
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What an evaluation found of each run. The accuracy is the mean over the groups; each has its own, too."""
+
+    accuracy: list[float]
+    loss: list[float]
+    by_group: list[list[float]]
+
+
 @torch.no_grad()
-def _evaluate(logits_of: Any, examples: Examples, count: int, most: int | None) -> tuple[list[float], list[float]]:
-    """Accuracy and mean cross-entropy of each run on the examples, or the first ``most`` of them."""
+def _evaluate(logits_of: Any, examples: Examples, count: int, most: int | None) -> _Measured:
+    """Accuracy and mean cross-entropy of each run on the examples, or the first ``most`` of each group of them."""
     device = examples.labels.device
-    order = torch.arange(len(examples.labels), device=device)[:most]
+    groups = torch.zeros_like(examples.labels) if examples.groups is None else examples.groups
+    numbers: Tensor = torch.unique(groups)
+    order = torch.cat([(groups == number).nonzero()[:most, 0] for number in numbers])
     if examples.lengths is not None:
         order = order[examples.lengths[order].argsort(stable=True)]
     size = len(order)
     lengths = None if examples.lengths is None else examples.lengths[order].tolist()
-    tokens = 17 if lengths is None else lengths[-1]
+    # An image of 8 x 8 has 17 tokens, one of 126 x 126 has 82.
+    tokens = max(17, examples.inputs.shape[-1] ** 2 // 14**2) if lengths is None else lengths[-1]
     per_batch = max(1, EVALUATION_TOKENS // (tokens * count))
-    correct, total = torch.zeros(count, device=device), torch.zeros(count, device=device)
+    correct = torch.zeros(count, int(numbers.max()) + 1, device=device)
+    total = torch.zeros(count, device=device)
     for start in range(0, size, per_batch):
         chosen = order[start : start + per_batch]
         longest = None if lengths is None else lengths[min(start + per_batch, size) - 1]
         logits = logits_of(examples, chosen.expand(count, -1), longest)
         labels = examples.labels[chosen].expand(count, -1)
-        correct += (logits.argmax(-1) == labels).sum(1)
+        correct.index_add_(1, groups[chosen], (logits.argmax(-1) == labels).float())
         total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(count, -1).sum(1)
-    return (correct / size).tolist(), (total / size).tolist()
+    by_group = (correct[:, numbers] / groups[order].bincount()[numbers]).T
+    return _Measured(by_group.mean(0).tolist(), (total / size).tolist(), by_group.tolist())
 
 
 def _curve_measures(loss: np.ndarray, gradient: np.ndarray) -> dict[str, Any]:

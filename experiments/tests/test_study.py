@@ -98,7 +98,7 @@ def test_an_unknown_arm_and_a_missing_study_end_the_command_with_one_line(
     assert main(["run", "tau:nothing", "--out", str(tmp_path)]) == 2
     assert "no arm ['nothing']" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
-    assert "none.yaml; there are activation, digits" in capsys.readouterr().err
+    assert "none.yaml; there are activation, cifar" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
