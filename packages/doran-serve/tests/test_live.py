@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 pytest.importorskip("vllm")
 
 from adapter_specs import make_adapter
+from conftest import ALWAYS, MIXED
 from test_mixed import ALL, prompts_of, requests_for
 
 from doran_core.errors import DoranError
-from doran_serve import reload_adapter
+from doran_serve import reload_adapter, reload_adapter_async
 
 
 def test_versions_follow_each_other_in_place(
@@ -39,6 +41,55 @@ def test_versions_follow_each_other_in_place(
     with pytest.raises(DoranError, match="'policy' refused"):
         reload_adapter(running.llm, "policy", folder)
     assert running.answer(prompts, [request, None], 6)[0] == base.answer(prompts[:1], spec, 6)[0]
+
+
+def test_requests_keep_their_version_while_others_are_loaded(
+    checkpoint: Callable[[str], Path], reference: Callable[[str], Any], engine: Any, tmp_path: Path
+) -> None:
+    """vLLM's asynchronous engine, in processes of its own: each request is answered by the version it was sent with."""
+    base, prompts = reference("llama"), prompts_of([40, 9], 512, seed=23)
+    engine.close()  # two engines disturb each other
+    found = asyncio.run(reload_while_requests_run(checkpoint("llama"), base.weights, prompts, tmp_path / "policy"))
+    assert len(found) == 5 * len(prompts)
+    for spec, prompt, tokens in found:
+        assert tokens == base.answer([prompt], spec, 60)[0]
+
+
+async def reload_while_requests_run(
+    model: Path, weights: Any, prompts: list[list[int]], folder: Path
+) -> list[tuple[Any, list[int], list[int]]]:
+    """Five versions of one adapter, loaded one after the other, and the answers to long requests for each of them."""
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(model), **(ALWAYS | MIXED)))
+    settings = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False)
+
+    async def answer(name: str, request: Any, prompt: list[int], begun: asyncio.Event) -> list[int]:
+        tokens: list[int] = []
+        async for output in llm.generate({"prompt_token_ids": prompt}, settings, name, lora_request=request):
+            tokens = list(output.outputs[0].token_ids)
+            begun.set()
+        return tokens
+
+    asked: list[tuple[Any, list[int], asyncio.Task[list[int]]]] = []
+    overtaken = 0
+    try:
+        for update, form in enumerate(("folded", "trainable", "lora", "dora", "folded")):
+            spec = make_adapter(form, weights, ALL, rank=4, seed=440 + update, size=0.5)
+            request = await reload_adapter_async(llm, "policy", spec.write(folder))
+            shutil.rmtree(folder)
+            overtaken += sum(not task.done() for *_, task in asked)
+            for number, prompt in enumerate(prompts):
+                begun = asyncio.Event()
+                task = asyncio.create_task(answer(f"{update}-{number}", request, prompt, begun))
+                asked.append((spec, prompt, task))
+                await begun.wait()
+        assert overtaken, "no version was replaced while it answered"
+        return [(spec, prompt, await task) for spec, prompt, task in asked]
+    finally:
+        llm.shutdown()
 
 
 def lose_memory(worker: Any) -> None:
