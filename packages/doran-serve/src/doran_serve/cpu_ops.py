@@ -1,8 +1,9 @@
 """Replacements of vLLM's pure-PyTorch LoRA operators: computed per slot instead of per token, none for base tokens.
 
-vLLM's own copies index the stacked weights with each token's slot. The slot of a token without an adapter is -1, which
-in PyTorch is the LAST slot, so such a token silently gets that slot's adapter whenever another token of the batch uses
-one; and they copy a whole factor per token. These keep the signatures, skip -1, and multiply once per slot.
+vLLM's operators index the stacked weights with each token's slot. A token without an adapter has slot -1, which in
+PyTorch is the LAST slot. So such a token silently gets that slot's adapter whenever another token of the batch uses an
+adapter. They also copy a whole factor per token. These replacements keep the signatures, skip -1, and multiply once
+per slot.
 """
 
 from __future__ import annotations

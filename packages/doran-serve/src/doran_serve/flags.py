@@ -27,13 +27,13 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of max_lora_rank that vLLM takes (and 1)."""
 HIGHEST_RANK = _RANKS[-1]
 _STOCK_RANK = 16
-"""vLLM's own max_lora_rank, where no adapter says what is needed."""
+"""vLLM's default max_lora_rank, used if the adapters' ranks are unknown."""
 MOST_SLOTS = 8
-"""Slots reserved by default; each has room for max_lora_rank in every layer. Further adapters take turns."""
+"""Slots reserved by default; each has room for max_lora_rank in every layer. More adapters take turns."""
 LISTED = 32
-"""Up to so many adapters are named to vLLM at the start; the others are found by name when asked for."""
+"""Most adapters to name to vLLM at the start; the others are found by name on request."""
 _AT_HAND = 32
-"""Adapters kept in host memory, so that one that takes turns is not read again each time."""
+"""Adapters kept in host memory, so that adapters that take turns are not read again each time."""
 
 
 def served_rank(rank: int) -> int:
@@ -71,7 +71,7 @@ def given_values(flags: Sequence[str], name: str) -> list[str]:
 
 
 def api_servers(flags: Sequence[str]) -> int:
-    """HTTP servers that vLLM will start: as many as it has data-parallel engines, unless the user says otherwise."""
+    """Number of vLLM's HTTP servers: one per data-parallel engine, unless the user's flags say otherwise."""
     chosen = (given_value(flags, name) for name in ("--api-server-count", "-asc", "--data-parallel-size", "-dp"))
     return int(next((value for value in chosen if value), "1"))
 
@@ -92,7 +92,7 @@ def _add(derived: Mapping[str, Sequence[str]], given: Sequence[str]) -> list[str
 def _modules(adapters: Mapping[str, Path]) -> dict[str, list[str]]:
     if not adapters or len(adapters) > LISTED:
         return {}
-    # As JSON, since vLLM cuts NAME=PATH at the first "=" and takes a "," for JSON.
+    # As JSON: vLLM splits NAME=PATH at the first "=" and takes a text with "," for JSON.
     return {
         "--lora-modules": [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in adapters.items()]
     }
@@ -139,5 +139,5 @@ def merged_flags(adapters: Mapping[str, Path], given: Sequence[str]) -> list[str
             options = dict(json.loads(configured))
         except (TypeError, ValueError) as error:
             raise DoranError(f"--additional-config {configured!r} is no JSON object") from error
-    # The last one of a flag counts.
+    # The last occurrence of a flag counts.
     return [*_add(_modules(adapters), given), "--additional-config", json.dumps(options | merged_options())]

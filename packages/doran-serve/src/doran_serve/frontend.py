@@ -1,8 +1,8 @@
 """Adapters are admitted in the process that takes requests, before an engine sees them. Does not import vLLM.
 
-Admission checks an adapter's files and keeps a private copy by digest; the engine is asked for that version. A
-replaced adapter goes to the engine under a name and a number of its own, so that requests in flight keep the weights
-that they started with, and cached prefixes are not mixed up.
+Admission checks an adapter's files, keeps a private copy by digest, and asks the engine for that version. A replaced
+adapter gets a new name and number in the engine. So requests in flight keep the weights that they started with, and
+cached prefixes are not mixed up.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 _logger = logging.getLogger("vllm.doran_serve")
 _admitted: ContextVar[tuple[Any, Any]] = ContextVar("doran_admitted", default=(None, None))
-"""The adapter that this task's HTTP request names, and the version that was admitted for it."""
+"""The adapter of this task's HTTP request, and its admitted version."""
 _configs: dict[str, Any] = {}
 """vLLM's configuration of each engine of this process, by the name of its model."""
 
@@ -55,16 +55,16 @@ def adapter_id(name: str) -> int:
 
 @functools.cache
 def refused_error() -> type[DoranError]:
-    """The error for a refused adapter: a DoranError, and one that vLLM's server answers with status 400."""
+    """The error for a refused adapter: a DoranError that vLLM's server answers with status 400."""
     bases = (DoranError, lookup("VLLMValidationError"))
     return type("AdapterRefusedError", bases, {"__module__": __name__, "__doc__": "An adapter cannot be served."})
 
 
 class EngineNames:
-    """The name and the number under which the engine knows each version of an adapter.
+    """The engine's name and number for each version of an adapter.
 
-    The first version of a name keeps what vLLM gave it. Any other, and one whose number another adapter has, gets a
-    name with its digest and a number made of that. No name and no number ever stands for two versions.
+    The first version of a name keeps vLLM's name and number. Every other version, and one whose number is taken, gets
+    a name with its digest and a number derived from it. No name or number ever stands for two versions.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class EngineNames:
         self._numbers: dict[int, tuple[str, str]] = {}
 
     def __call__(self, name: str, number: int, digest: str) -> tuple[str, int]:
-        """The name and number for the version `digest` of the adapter that a client calls `name`."""
+        """The name and number for the version `digest` of the client's adapter `name`."""
         for candidate in (name, f"{name}@{digest[:16]}", f"{name}@{digest}"):
             chosen = number if candidate == name else adapter_id(candidate)
             if (
@@ -87,15 +87,15 @@ _engine_names = EngineNames()
 
 
 def admit(vllm_config: Any, name: str, path: str) -> AdapterInfo:
-    """Check and keep an adapter's files; cheap while they are those of the last time.
+    """Check an adapter's files and keep a copy. Cheap if the files have not changed since the last call.
 
     Args:
-        vllm_config: of the engine that shall serve it.
+        vllm_config: the engine's configuration.
         name: the adapter's, for messages and counters.
         path: its directory.
 
     Raises:
-        AdapterRefusedError: the directory is not fit to be served; the message says why.
+        AdapterRefusedError: the directory cannot be served; the message says why.
         LoRAAdapterNotFoundError: vLLM's own, if there is no such directory.
     """
     try:
@@ -111,13 +111,13 @@ def admit(vllm_config: Any, name: str, path: str) -> AdapterInfo:
 
 
 def current_request(vllm_config: Any, lora_request: Any) -> Any:
-    """The request to send to the engine for an adapter as its files are now.
+    """The engine's request for the current version of an adapter.
 
     Raises:
         AdapterRefusedError: as `admit` does.
         LoRAAdapterNotFoundError: as `admit` does.
     """
-    if hasattr(lora_request, "lora_tensors"):  # another package's request, which brings tensors instead of files
+    if hasattr(lora_request, "lora_tensors"):  # another package's request, with tensors instead of files
         return lora_request
     path, version = unmarked(lora_request.lora_path)
     if version is None:
@@ -126,7 +126,7 @@ def current_request(vllm_config: Any, lora_request: Any) -> Any:
     current = copy.copy(lora_request)
     current.lora_name, current.lora_int_id = _engine_names(lora_request.lora_name, lora_request.lora_int_id, version)
     current.lora_path = marked(path, version)
-    current.load_inplace = False  # a version never changes; vLLM would read it again for every request
+    current.load_inplace = False  # a version never changes, but vLLM would read it again for every request
     return current
 
 
@@ -136,7 +136,7 @@ def engine_config(model: str) -> Any | None:
 
 
 def with_known_config(stock: Callable[..., None]) -> Callable[..., None]:
-    """Around `InputProcessor.__init__`: the engine's limits are known before its first request."""
+    """Around `InputProcessor.__init__`: records the engine's limits before its first request."""
 
     @functools.wraps(stock)
     def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -147,7 +147,7 @@ def with_known_config(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def good_ones(stock: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
-    """Around `OpenAIServingModels.init_static_loras`: one bad adapter does not keep the server from starting."""
+    """Around `OpenAIServingModels.init_static_loras`: a bad adapter does not keep the server from starting."""
 
     @functools.wraps(stock)
     async def init_static_loras(self: Any) -> None:
@@ -166,7 +166,7 @@ def good_ones(stock: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaita
 def checked_model(stock: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     """Around the HTTP server's `_check_model`: a bad adapter is refused before an answer begins to stream.
 
-    The files are read in a thread, so that the server answers others meanwhile.
+    The files are read in a thread, so that the server can answer other requests meanwhile.
     """
 
     @functools.wraps(stock)
@@ -186,7 +186,7 @@ def checked_model(stock: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any,
 def admitted_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Around the HTTP server's `_maybe_get_adapters`: the version that `checked_model` admitted goes with the request.
 
-    Its files may change before the engine is asked, which for a streamed answer is after the status was sent.
+    The files may change before the engine gets the request; for a streamed answer the status is then already sent.
     """
 
     @functools.wraps(stock)
@@ -195,7 +195,7 @@ def admitted_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
         checked, admitted = _admitted.get()
         if lora_request is None or checked is not lora_request:
             return lora_request
-        pinned = copy.copy(lora_request)  # under the name that the client knows
+        pinned = copy.copy(lora_request)  # under the client's name
         pinned.lora_path = admitted.lora_path
         return pinned
 
@@ -217,7 +217,7 @@ def with_current_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unless_merged(stock: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Around `InputProcessor._validate_lora`, which refuses adapters unless vLLM's own LoRA is on."""
+    """Around `InputProcessor._validate_lora`, which refuses adapters if vLLM's own LoRA is off."""
 
     @functools.wraps(stock)
     def validate(self: Any, lora_request: Any) -> None:
@@ -239,7 +239,7 @@ def checked_add(stock: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]
 
 
 def checked_async_add(stock: Callable[[Any, Any], Awaitable[bool]]) -> Callable[[Any, Any], Awaitable[bool]]:
-    """Around `AsyncLLM.add_lora`; the files are read in a thread, so that the server answers meanwhile."""
+    """Around `AsyncLLM.add_lora`; the files are read in a thread, so that the server can answer meanwhile."""
 
     @functools.wraps(stock)
     async def add_lora(self: Any, lora_request: Any) -> bool:

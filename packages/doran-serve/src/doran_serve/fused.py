@@ -1,7 +1,7 @@
 """The fused path on a GPU: one operator that adds an adapter to a layer's output and scales it. Does not import vLLM.
 
-It is opaque to torch.compile and safe under CUDA graphs: what it launches depends on shapes alone, and everything that
-changes from batch to batch (who has which slot) is read on the device.
+The operator is opaque to torch.compile and safe under CUDA graphs: its launches depend on shapes only, and the slots
+of a batch's tokens are read on the device.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def usable(device: torch.device) -> bool:
 
 
 def column_blocks(sizes: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each program of `add_adapters` works on, for a layer of projections with `sizes` columns in `dtype`.
+    """The column ranges of `add_adapters`' programs, for a layer of projections with `sizes` columns in `dtype`.
 
-    It belongs to the layer as a buffer: what vLLM's sleep mode discards and restores are a model's buffers.
+    The layer keeps them as a buffer, because vLLM's sleep mode discards and restores buffers.
     """
     from doran_serve import kernels
 
@@ -38,11 +38,11 @@ def column_blocks(sizes: list[int], dtype: torch.dtype, device: torch.device) ->
 def prepare(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, blocks: Tensor) -> None:
     """Compile and allocate what the operator needs for a layer, so that no request and no CUDA graph waits for it.
 
-    vLLM's trial runs at its start have no adapter except for the few tokens of a graph. The arguments are those of
+    vLLM's trial runs at its start have no adapters except for the few tokens of a graph. The arguments are those of
     `_add_adapters`.
     """
     slots, d_out, _ = b.shape
-    ids = torch.full((slots + 1,), -1, dtype=torch.int32, device=b.device)  # nobody has a slot: nothing is computed
+    ids = torch.full((slots + 1,), -1, dtype=torch.int32, device=b.device)  # no token has a slot
     none = torch.zeros(slots + 2, dtype=torch.int32, device=b.device)
     for tokens in (1, FEW_TOKENS + 1):
         x, y = (torch.zeros(tokens, width, dtype=b.dtype, device=b.device) for width in (a.shape[2], d_out))
@@ -80,7 +80,7 @@ def _add_adapters(
         ids: see `order`.
         counts: see `order`.
         starts: see `order`.
-        idle: a CPU boolean: nobody has a slot.
+        idle: a CPU boolean: no token has a slot.
     """
     if idle.item():  # no token of the batch has an adapter
         return

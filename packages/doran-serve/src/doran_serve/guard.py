@@ -1,8 +1,8 @@
 """Adapters are loaded before a step, and one that fails takes its own requests along and nobody else's.
 
-vLLM loads an adapter inside the engine's step, where an error ends the engine for everybody. This scheduler asks the
-workers to load what the step needs first. Where that fails, the requests for the adapter are finished with an error;
-the step still runs them, over an empty stand-in, and what it computes for them is discarded.
+vLLM loads an adapter inside the engine's step, where an error ends the engine. This scheduler makes the workers load
+the step's adapters first. If an adapter fails, its requests are finished with an error. The step still runs them with
+an empty stand-in, and their results are discarded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from doran_serve.worker import prepare_adapters
 if TYPE_CHECKING:
 
     class StockScheduler:
-        """What `GuardedScheduler` relies on in vLLM's `Scheduler`."""
+        """The parts of vLLM's `Scheduler` that `GuardedScheduler` uses."""
 
         kv_cache_manager: Any
         requests: dict[str, Any]
@@ -47,7 +47,7 @@ class GuardedScheduler(StockScheduler):
         self._failed: list[Any] = []
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's step, whose adapters are loaded."""
+        """vLLM's step, after its adapters are loaded."""
         output = super().schedule(*args, **kwargs)
         wanted = {}
         for request_id in output.num_scheduled_tokens:
@@ -61,22 +61,22 @@ class GuardedScheduler(StockScheduler):
         return output
 
     def get_num_unfinished_requests(self) -> int:
-        """vLLM's count, and the failed requests whose error has not been sent."""
+        """vLLM's count, plus the failed requests whose error has not been sent."""
         return super().get_num_unfinished_requests() + len(self._failed)
 
     def forget_loaded(self) -> None:
-        """Somebody else has loaded or removed adapters: ask the workers before the next step."""
+        """Another caller has loaded or removed adapters: ask the workers before the next step."""
         self._loaded = {}
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
-        """vLLM's outputs, and an error for each request whose adapter could not be loaded."""
+        """vLLM's outputs, plus an error for each request whose adapter could not be loaded."""
         outputs = super().update_from_output(*args, **kwargs)
         report_failures(outputs, self._failed)
         self._failed = []
         return outputs
 
     def _prepare(self, wanted: dict[int, Any]) -> dict[int, str]:
-        """Load adapters on all workers; the errors by number."""
+        """Load adapters on all workers; return the errors by number."""
         errors: dict[int, str] = {}
         loaded: dict[int, str] | None = None
         for failed, present in self.executor.collective_rpc(prepare_adapters, args=(list(wanted.values()),)):
@@ -88,12 +88,12 @@ class GuardedScheduler(StockScheduler):
         return errors
 
     def _fail(self, scheduled: Iterable[str], errors: dict[int, str]) -> None:
-        """Finish the scheduled requests of the adapters that failed, and forget what is cached of them."""
+        """Finish the scheduled requests of the failed adapters, and drop their cached prefixes."""
         for request_id in list(scheduled):
             request = self.requests[request_id]
             if request.lora_request is None or request.lora_request.lora_int_id not in errors:
                 continue
-            # The step writes keys and values of the stand-in: no later request may find them as its prefix.
+            # The step writes keys and values of the stand-in, which no later request may use as its prefix.
             blocks = self.kv_cache_manager.get_block_ids(request_id)
             self.kv_cache_manager.evict_blocks({block for group in blocks for block in group})
             self.finish_requests(request_id, lookup("RequestStatus").FINISHED_ERROR)
@@ -101,7 +101,7 @@ class GuardedScheduler(StockScheduler):
 
 
 def report_failures(outputs: dict[int, Any], failed: Iterable[Any]) -> None:
-    """Add an error for each of the `failed` requests to a step's outputs, which are by client."""
+    """Add an error for each of the `failed` requests to a step's outputs by client."""
     for request in failed:
         failure = lookup("EngineCoreOutput")(
             request_id=request.request_id, new_token_ids=[], finish_reason=request.get_finished_reason()

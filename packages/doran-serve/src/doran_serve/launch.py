@@ -23,11 +23,12 @@ from doran_serve.store import AdapterStore, check_mergeable
 __all__ = ["CACHE_VARIABLE", "Checked", "Plan", "cache_size", "check_adapters", "find_adapters", "plan", "start"]
 
 CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
-"""vLLM's own: GiB for the cache of keys and values on a CPU."""
+"""vLLM's variable: GiB for the cache of keys and values on a CPU."""
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:
-    """Adapter directories below `folder` by name, sorted; `folder` itself if it is one. Hidden names are none.
+    """Adapter directories in `folder` by name, sorted; or `folder` itself if it is an adapter. Hidden directories are
+    skipped.
 
     Raises:
         DoranError: there is no such directory, or no adapter in it.
@@ -45,14 +46,14 @@ def find_adapters(folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Checked:
-    """What of a directory of adapters can be served.
+    """The adapters of a directory that can be served.
 
     Attributes:
         folder: the directory.
         paths: of the adapters that can be served, by name.
         rank: the largest; 0 if none is known.
         targets: ends of the module names that they adapt; empty if unknown.
-        infos: what is known of each.
+        infos: the check's record of each.
         refused: the reason for each adapter that cannot be served, by name.
     """
 
@@ -64,7 +65,7 @@ class Checked:
     refused: dict[str, str]
 
     def require_all(self) -> None:
-        """Raise CheckFailedError, which names each with its reason, if one or more cannot be served."""
+        """Raise CheckFailedError if adapters cannot be served; names each with its reason."""
         if self.refused:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
             count = len(self.refused) + len(self.paths)
@@ -72,13 +73,13 @@ class Checked:
 
 
 def check_adapters(store: AdapterStore, folder: Path, mode: str, reserved: Collection[str]) -> Checked:
-    """Check every adapter of a directory and print a line on each.
+    """Check every adapter of a directory, and print one line each.
 
     Args:
         store: of the base model.
         folder: the directory.
         mode: "mixed" or "merged".
-        reserved: names that the base model is asked for by.
+        reserved: the base model's names.
 
     Raises:
         DoranError: there is no such directory, or no adapter in it.
@@ -116,7 +117,7 @@ class Plan:
         base: as it was given.
         adapters: what was checked.
         arguments: of `vllm serve`, after the base.
-        variables: of the environment.
+        variables: environment variables.
     """
 
     base: str
@@ -126,7 +127,7 @@ class Plan:
 
 
 def plan(base: str, adapters: Path | None, mode: str, given: Sequence[str]) -> Plan:
-    """Check base and adapters, a printed line on each, and derive what vLLM has to be told.
+    """Check base and adapters, print one line each, and derive vLLM's flags and variables.
 
     Args:
         base: a directory, or a name that vLLM knows.
@@ -158,10 +159,10 @@ def plan(base: str, adapters: Path | None, mode: str, given: Sequence[str]) -> P
 
 
 def _by_name(checked: Checked, given: Sequence[str]) -> dict[str, str]:
-    """Variables by which vLLM finds the directory's adapters by name when a request asks for one."""
-    if (checked.folder / CONFIG_FILE).exists():  # one adapter, and no directory of them
+    """Environment variables with which vLLM finds the directory's adapters by name on request."""
+    if (checked.folder / CONFIG_FILE).exists():  # a single adapter
         return {}
-    if flags.api_servers(given) > 1:  # vLLM refuses it there
+    if flags.api_servers(given) > 1:  # vLLM refuses the resolver there
         print(f"adapters that are put into {checked.folder} from now on are served after a restart", flush=True)
         if len(checked.paths) > flags.LISTED:
             raise DoranError(
@@ -172,13 +173,13 @@ def _by_name(checked: Checked, given: Sequence[str]) -> dict[str, str]:
     folder = os.environ.get(VARIABLE) or str(checked.folder.resolve())
     print(f"adapters that are put into {folder} from now on are found by name", flush=True)
     variables = {VARIABLE: folder}
-    if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in os.environ:  # else it is the user's wish that clients load adapters
+    if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in os.environ:  # if set, the user wants clients to load adapters
         variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", CLOSED_VARIABLE: "1"}
     return variables
 
 
 def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str]) -> list[str]:
-    """vLLM's flags, and a line on the memory that the adapters will take."""
+    """vLLM's flags, and a line about the adapters' memory."""
     shapes, width, base = _base_sizes(store, checked.targets)
     if mode == "merged":
         if shapes:
@@ -195,10 +196,10 @@ def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str
 
 
 def cache_size(named: bool) -> dict[str, str]:
-    """The variable for the size of the cache on a CPU, and a line on it; nothing on a GPU, or where a size is set.
+    """The variable for the cache size on a CPU, and a line about it; empty on a GPU, or if a size is set.
 
     Args:
-        named: whether the user's arguments for vLLM say how much memory it may take.
+        named: whether the user's flags set vLLM's memory.
     """
     size = memory.cpu_cache_gib(memory.device_memory())
     if size is None or named or CACHE_VARIABLE in os.environ:
@@ -208,7 +209,7 @@ def cache_size(named: bool) -> dict[str, str]:
 
 
 def _base_sizes(store: AdapterStore, targets: frozenset[str]) -> tuple[list[tuple[int, int]], int, int]:
-    """Shapes of the base's adapted weights, bytes of a number, and bytes of the base; nothing if it is not at hand."""
+    """Shapes of the base's adapted weights, bytes per number, and bytes of the base; empty without local files."""
     checkpoint = store.base.checkpoint
     if checkpoint is None or not targets:
         return [], 0, 0

@@ -1,6 +1,6 @@
 """Where a projection of the checkpoint lives in a vLLM model: its layer, its rows there, its name. No vLLM here.
 
-vLLM packs projections that read the same input (q, k, v; gate, up) into one layer, and cuts layers among ranks.
+vLLM packs projections with the same input (q, k, v; gate, up) into one layer, and shards layers over ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Place:
     Attributes:
         layer: vLLM's linear layer.
         rows: its rows in the layer's weight.
-        outputs: which of the checkpoint's rows these are.
-        inputs: which of the checkpoint's columns this rank has.
+        outputs: their indices among the checkpoint's rows.
+        inputs: this rank's columns of the checkpoint.
         shape: `[d_out, d_in]` in the checkpoint.
     """
 
@@ -36,7 +36,7 @@ class Place:
 
 def output_sizes(layer: Any) -> list[int]:
     """Unsharded output sizes `[d_out_i]` of the projections in a vLLM linear layer."""
-    if hasattr(layer, "total_num_kv_heads"):  # its output_sizes count replicated heads
+    if hasattr(layer, "total_num_kv_heads"):  # output_sizes counts replicated heads
         q = layer.total_num_heads * layer.head_size
         k = layer.total_num_kv_heads * layer.head_size
         return [q, k, layer.total_num_kv_heads * getattr(layer, "v_head_size", layer.head_size)]
@@ -44,22 +44,22 @@ def output_sizes(layer: Any) -> list[int]:
 
 
 def renamer(model: torch.nn.Module, parse: Any) -> Callable[[str], str]:
-    """Module names of the checkpoint to vLLM's, by the model's own mapping and vLLM's own parser."""
+    """Map the checkpoint's module names to vLLM's, with the model's mapping and vLLM's parser."""
     mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is not None:  # 0.25 and 0.32 name the variant without fused projections differently
+    if mapper is not None:  # 0.25 and 0.32 have different names for the variant without fused projections
         variant = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
         mapper = variant()
     return lambda name: str(parse(f"base_model.model.{name}.lora_A.weight", mapper)[0])
 
 
 def nearest(name: str, places: Any) -> str:
-    """The end of a sentence about a module that is not there."""
+    """The end of a message about a missing module."""
     near = get_close_matches(name, places, n=3)
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
 def places_of(model: torch.nn.Module, linear: type) -> dict[str, Place]:
-    """The place of every projection in a model without LoRA layers, by vLLM's name for it.
+    """The place of every projection in a model without LoRA layers, by vLLM's name.
 
     Args:
         model: vLLM's.
@@ -82,13 +82,13 @@ def places_of(model: torch.nn.Module, linear: type) -> dict[str, Place]:
 def _split(layer: Any, sizes: list[int]) -> list[Place]:
     rank, ranks = layer.tp_rank, layer.tp_size
     inputs = slice(0, layer.input_size)
-    if hasattr(layer, "input_is_parallel"):  # cut along the input; every rank has all rows
+    if hasattr(layer, "input_is_parallel"):  # sharded along the input; every rank has all rows
         width = layer.input_size_per_partition
         inputs = slice(rank * width, (rank + 1) * width)
         ranks = 1
     places, start = [], 0
     for index, size in enumerate(sizes):
-        # Ranks beyond the number of key-value heads share them.
+        # If there are more ranks than key-value heads, ranks share heads.
         copies = layer.num_kv_head_replicas if index and hasattr(layer, "num_kv_head_replicas") else 1
         rows = size * copies // ranks
         first = rank // copies * rows if ranks > 1 else 0

@@ -1,7 +1,7 @@
 """Which layers of a base model a served adapter may change, by the base's files. Imports vLLM only to ask its model.
 
-vLLM adapts linear layers, and with LoRA also embeddings, the output head and experts. The output scale of DoRA and
-DoRAN goes into linear layers only. The engine has the last word; these rules give its verdict before it is started.
+vLLM adapts linear layers, and with LoRA also embeddings, the output head and experts. Only linear layers can have the
+output scale of DoRA and DoRAN. These rules predict the engine's verdict before it starts; the engine decides.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ ServedAs = Literal["linear", "embedding", "output head", "classification head", 
 """How vLLM serves a layer."""
 
 _TOWERS = ("vision_config", "audio_config")
-"""Sections of a configuration by which a model has more than its language model."""
+"""Sections of a configuration that show other parts than the language model."""
 
 
 class LayerRules:
     """The rules for one base.
 
     Args:
-        checkpoint: its files; without them names alone decide.
+        checkpoint: the base's files; without them only names decide.
     """
 
     def __init__(self, checkpoint: Checkpoint | None) -> None:
@@ -48,7 +48,7 @@ class LayerRules:
         Args:
             name: of the module.
             rows: d_out; of an embedding, d_out of its transpose.
-            kind: how the base keeps the weight, if the adapter says so.
+            kind: how the base keeps the weight, if the adapter records it.
         """
         parts = name.split(".")
         if self._language is not None and not name.startswith(self._language) and "language_model" not in parts:
@@ -62,7 +62,7 @@ class LayerRules:
         return "output head" if self._is_head(parts, rows) else "linear"
 
     def _is_head(self, parts: list[str], rows: int) -> bool:
-        """Whether it maps to the vocabulary, outside of the numbered blocks."""
+        """Whether a layer outside the numbered blocks maps to the vocabulary."""
         if any(part.isdigit() for part in parts):
             return False
         return parts[-1] == "lm_head" or (self._vocabulary is not None and rows == self._vocabulary)
@@ -70,7 +70,7 @@ class LayerRules:
     def stock_adapts(self, name: str) -> bool:
         """Whether vLLM's model of this base takes a LoRA on its embedding or output head `name`.
 
-        Without vLLM nobody knows, and the answer is yes; the engine then says it.
+        Without vLLM the answer is yes, and the engine decides later.
         """
         if importlib.util.find_spec("vllm") is None:
             return True

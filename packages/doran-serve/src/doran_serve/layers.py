@@ -19,7 +19,7 @@ from doran_serve import fused
 if TYPE_CHECKING:
 
     class StockLayer:
-        """What `ScaledOutput` relies on in vLLM's `BaseLinearLayerWithLoRA`."""
+        """The parts of vLLM's `BaseLinearLayerWithLoRA` that `ScaledOutput` uses."""
 
         _enable_aux_cuda_stream: bool
         base_layer: Any
@@ -50,12 +50,12 @@ __all__ = ["ScaledOutput", "scale_output", "with_scaled_output"]
 def scale_output(
     output: torch.Tensor, scale: torch.Tensor, token_slots: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Scale each token's output by the row of its adapter slot, leaving the bias as it is.
+    """Scale each token's output by the row of its adapter slot, without the bias.
 
     Args:
         output: `[..., d_out]`, LoRA's output with the bias in it; n tokens when flattened.
         scale: `[slots + 1, d_out]` float32; the last row is 1, for tokens without an adapter.
-        token_slots: `[>= n]` slot of each token, -1 for none; what lies beyond the batch may be anything.
+        token_slots: `[>= n]` slot of each token, -1 for none; values beyond the batch are ignored.
         bias: `[d_out]` the bias that is in `output`, or None.
 
     Returns:
@@ -73,7 +73,7 @@ def scale_output(
 
 
 class ScaledOutput(StockLayer):
-    """Mixin over a vLLM LoRA linear layer: owns the scales of the slots and applies them after the layer."""
+    """Mixin over a vLLM LoRA linear layer: has the scales of the slots, and applies them after the layer."""
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Stock buffers, and `doran_scale` `[max_loras + 1, d_out of this rank]` full of ones.
@@ -101,7 +101,7 @@ class ScaledOutput(StockLayer):
         fused.prepare(self.doran_a, self.doran_b, self.doran_scale, self._bias_in_output(), self.doran_blocks)
 
     def reset_lora(self, index: int) -> None:
-        """Empty slot `index`: zero factors, scale 1. vLLM calls this before every `set_lora`, too."""
+        """Empty slot `index`: factors 0, scale 1. vLLM also calls this before every `set_lora`."""
         super().reset_lora(index)
         self.doran_scale[index] = 1
 
@@ -116,7 +116,8 @@ class ScaledOutput(StockLayer):
         columns = [part.to(torch.float32).unsqueeze(1) for part in parts]
         if len(columns) < self.n_slices:  # one tensor in the checkpoint, several slices in the layer
             columns = list(torch.split(torch.cat(columns), list(self.base_layer.output_sizes)))
-        # A row-parallel layer's outputs are partial sums of full width: every rank scales its own, and they add up.
+        # A row-parallel layer's outputs are partial sums of full width. Every rank scales its own sum, and the sums add
+        # up.
         if self.tp_size > 1 and not hasattr(self.base_layer, "input_is_parallel"):
             columns = self.slice_lora_b(columns) if self.n_slices > 1 else [self.slice_lora_b(torch.cat(columns))]
         self.doran_scale[index].copy_(torch.cat(columns).squeeze(1))
@@ -134,7 +135,7 @@ class ScaledOutput(StockLayer):
         """What vLLM calls on the base layer's output `[..., d_out]`: adds the adapters, and here scales, too."""
         if not self.doran_fused:
             return super()._apply_lora_to_output(x, output)
-        # No view of a two-dimensional output: torch.compile would copy what the operator changes in place.
+        # Do not view a two-dimensional output: torch.compile would copy the tensor that the operator changes in place.
         shape = output.shape
         if output.ndim > 2:
             output, x = output.flatten(0, -2), x.flatten(0, -2)
@@ -167,7 +168,7 @@ class ScaledOutput(StockLayer):
 def with_scaled_output(stock: type) -> type:
     """A subclass of the vLLM LoRA layer class `stock` whose output is scaled.
 
-    It becomes a name of this module: what torch.compile has cached finds a class by where it is defined.
+    The class becomes a name of this module, because torch.compile's cache finds classes by module and name.
     """
     name = f"Scaled{stock.__name__}"
     globals()[name] = type(name, (ScaledOutput, stock), {"__module__": __name__})

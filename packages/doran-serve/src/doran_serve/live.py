@@ -17,21 +17,21 @@ _loaded: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDiction
 
 
 def reload_adapter(llm: Any, name: str, directory: str | Path) -> Any:
-    """Load an adapter directory as it is now into a running engine, and drop the version of this name before it.
+    """Load the current files of an adapter directory into a running engine, and drop the previous version.
 
-    The base model is not touched, and no cached prefix of another version is used. Requests in flight keep the version
-    that they were sent with.
+    The base model stays as it is, and no cached prefix of another version is used. Requests in flight keep their
+    version.
 
     Args:
         llm: `vllm.LLM` or vLLM's `LLMEngine`, made with ``enable_lora=True``, or in merged mode.
-        name: of the adapter; its versions follow each other under one name.
+        name: the adapter's name, the same for all versions.
         directory: an adapter of any form. It may be overwritten or removed once this returns.
 
     Returns:
-        vLLM's LoRARequest for this version, to be passed to `generate`.
+        vLLM's LoRARequest for this version, for `generate`.
 
     Raises:
-        AdapterRefusedError: the directory cannot be served; the message says why. The version before it stays.
+        AdapterRefusedError: the directory cannot be served; the message says why. The previous version stays.
         LoRAAdapterNotFoundError: vLLM's own, if there is no such directory.
     """
     engine = getattr(llm, "llm_engine", llm)
@@ -44,7 +44,7 @@ def reload_adapter(llm: Any, name: str, directory: str | Path) -> Any:
 
 
 async def reload_adapter_async(llm: Any, name: str, directory: str | Path) -> Any:
-    """As `reload_adapter`, for vLLM's `AsyncLLM`; raises what that raises."""
+    """As `reload_adapter`, for vLLM's `AsyncLLM`, with the same errors."""
     request = await asyncio.to_thread(_request, llm, name, directory)
     await llm.add_lora(request)
     last = _replaced(llm, request, name)
@@ -59,7 +59,7 @@ def _request(engine: Any, name: str, directory: str | Path) -> Any:
 
 
 def _replaced(engine: Any, request: Any, name: str) -> Any | None:
-    """Note that `request` is the version of `name` now; the one before it, if the engine holds another."""
+    """Record `request` as the current version of `name`; return the previous one if the engine has another."""
     versions = _loaded.setdefault(engine, {})
     last, versions[name] = versions.get(name), request
     if last is None or last.lora_int_id == request.lora_int_id or is_merged(engine.vllm_config):

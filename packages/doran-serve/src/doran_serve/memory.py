@@ -13,24 +13,24 @@ from doran_core.errors import DoranError
 __all__ = ["Memory", "adaptable", "base_row_bytes", "cpu_cache_gib", "device_memory", "fitting_slots", "slot_bytes"]
 
 _USABLE = 0.9
-"""Of the device's memory vLLM takes this much unless told otherwise (--gpu-memory-utilization)."""
+"""vLLM's default share of the device's memory (--gpu-memory-utilization)."""
 _CACHE = 0.2
-"""Of that, what has to be left for the cache of keys and values."""
+"""The part of that share for the cache of keys and values."""
 _MACHINE = "this machine"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of what the engine runs on, in bytes, and what it is called."""
+    """Memory of the engine's device in bytes, and the device's name."""
 
     total: int
     name: str
 
 
 def device_memory(ranks: int = 1) -> Memory:
-    """Of the first visible NVIDIA GPU, times the ranks that share a model; of the machine if there is none.
+    """Memory of the first visible NVIDIA GPU, times the ranks that share a model; of the machine without a GPU.
 
-    It asks nvidia-smi: asking CUDA would take device memory in this process and keep vLLM from forking.
+    Uses nvidia-smi: CUDA in this process would take device memory and keep vLLM from forking.
     """
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     query = ["nvidia-smi", "-i", device, "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
@@ -45,7 +45,7 @@ def device_memory(ranks: int = 1) -> Memory:
 def cpu_cache_gib(memory: Memory) -> int | None:
     """GiB for the cache of keys and values where vLLM runs on the CPU: an eighth of the memory, from 1 to 4.
 
-    None on a GPU. On a CPU, too, vLLM would take 92% of the memory, which no machine with anything else on it has.
+    None on a GPU. On a CPU vLLM's default is 92% of the memory, which is rarely free.
     """
     return max(1, min(4, memory.total // 2**33)) if memory.name == _MACHINE else None
 
@@ -62,20 +62,20 @@ def adaptable(checkpoint: Checkpoint, targets: Collection[str]) -> list[tuple[in
 
 
 def slot_bytes(shapes: Collection[tuple[int, int]], rank: int, width: int) -> int:
-    """What one slot takes: A and B of `rank` in numbers of `width` bytes for every layer, and the float32 scale."""
+    """Bytes of one slot: A and B of `rank` in numbers of `width` bytes for every layer, and the float32 scale."""
     return sum(rank * (d_out + d_in) * width + 4 * d_out for d_out, d_in in shapes)
 
 
 def base_row_bytes(shapes: Collection[tuple[int, int]], width: int) -> int:
-    """What merged mode keeps of the base: its adapted weights once more."""
+    """Bytes that merged mode keeps: a second copy of the base's adapted weights."""
     return sum(d_out * d_in * width for d_out, d_in in shapes)
 
 
 def fitting_slots(wanted: int, each: int, base: int, memory: Memory) -> int:
-    """As many of `wanted` slots as fit beside the base and the cache of keys and values.
+    """The number of slots, at most `wanted`, that fit beside the base and the cache of keys and values.
 
     Args:
-        wanted: slots asked for.
+        wanted: requested slots.
         each: bytes of one, from `slot_bytes`.
         base: bytes of the base's weights on this device.
         memory: of the device.

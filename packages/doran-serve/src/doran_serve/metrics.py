@@ -16,12 +16,12 @@ def _counter(name: str, help_text: str) -> Any:
 
 
 def accepted(adapter: str) -> None:
-    """A request for `adapter` goes to the engine."""
+    """Count a request for `adapter` that is sent to the engine."""
     _counter("doran:requests", "Requests for an adapter that were sent to the engine.").labels(adapter).inc()
 
 
 def refused(adapter: str) -> None:
-    """`adapter` was not fit to be served."""
+    """Count a refusal of `adapter`."""
     _counter("doran:refusals", "Requests and loads that were refused for what is wrong with the adapter.").labels(
         adapter
     ).inc()

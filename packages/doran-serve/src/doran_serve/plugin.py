@@ -6,7 +6,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Teach the installed vLLM to serve weight-decomposed adapters. Calling it again changes nothing.
+    """Patch the installed vLLM to serve DoRA and DoRAN adapters. A second call changes nothing.
 
     Raises:
         MissingDependencyError: vLLM is not installed.

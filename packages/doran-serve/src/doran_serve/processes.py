@@ -18,20 +18,20 @@ from doran_serve.vllm_symbols import lookup
 __all__ = ["answering_at_shutdown", "end_with_parent"]
 
 _NAMES = ("ApiServer", "EngineCore", "VllmWorker")
-"""How vLLM's own processes are called; other children of multiprocessing are none of our business."""
+"""Names of vLLM's own processes; other children of multiprocessing are ignored."""
 _PERIOD = 1.0
 _GRACE = 10.0
-"""Seconds that a process has to end by itself after its parent."""
+"""Seconds for a process to end by itself after its parent."""
 
 
 def end_with_parent() -> None:
-    """In a process of vLLM's: end when the process that started it is gone, which may have been killed.
+    """In a process of vLLM: end when the parent process is gone, for example killed.
 
-    An engine's processes also leave it to admission to warn of what is odd about an adapter's files.
+    An engine's processes also skip warnings about an adapter's files: admission has given them.
     """
     if multiprocessing.parent_process() is not None and multiprocessing.current_process().name.startswith(_NAMES):
         if not multiprocessing.current_process().name.startswith("ApiServer"):
-            logging.getLogger("doran_core").setLevel(logging.ERROR)  # admission has said it, once per version
+            logging.getLogger("doran_core").setLevel(logging.ERROR)  # admission has warned, once per version
         threading.Thread(target=_watch, args=(os.getppid(),), name="doran-parent", daemon=True).start()
 
 
@@ -44,7 +44,7 @@ def _watch(parent: int) -> None:
 
 
 def answering_at_shutdown(stock: Callable[..., None]) -> Callable[..., None]:
-    """Around `AsyncLLM.shutdown`: requests that are still open are answered with an error instead of left waiting."""
+    """Around `AsyncLLM.shutdown`: open requests get an error instead of waiting forever."""
 
     @functools.wraps(stock)
     def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -18,18 +18,18 @@ __all__ = ["publish_adapter"]
 
 
 def publish_adapter(adapter: Path, target: Path, base: str | None = None) -> Path:
-    """Copy an adapter to `target` in one step; an adapter that is there is replaced.
+    """Copy an adapter to `target` in one step; replaces an existing adapter.
 
     Args:
         adapter: the adapter's directory.
         target: the directory by whose name clients ask for it, inside of the one that is served.
-        base: the base model that serves it, to check it against.
+        base: the serving base model, to check the adapter against it.
 
     Returns:
         `target`, resolved.
 
     Raises:
-        DoranError: the adapter cannot be read or does not fit the base, or `target` is no place for an adapter.
+        DoranError: the adapter cannot be read or does not fit the base, or `target` cannot be an adapter's directory.
     """
     target = target.resolve()
     if not is_plain_name(target.name):

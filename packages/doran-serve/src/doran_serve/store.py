@@ -69,10 +69,10 @@ class AdapterStore:
     """Reads and checks adapters for one base model.
 
     Args:
-        base: directory of the base checkpoint, or None if it is not at hand.
+        base: directory of the base checkpoint, or None without a local one.
         max_rank: refuse ranks above it (vLLM's ``max_lora_rank``); None for no limit.
         targets: refuse modules of other names (vLLM's ``lora_target_modules``); None for no limit.
-        cache_directory: where folded adapters are kept.
+        cache_directory: directory of the folded adapters.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class AdapterStore:
             raise lookup("LoRAAdapterNotFoundError")(name, str(path))
 
     def check(self, path: str | Path) -> AdapterInfo:
-        """Read and check an adapter; immediate if its files are those of the last successful check.
+        """Read and check an adapter; returns at once if its files have not changed since the last successful check.
 
         Raises:
             AdapterFormatError: what is wrong with its files, by file and key.
             BaseMismatchError: it was made for other base weights.
-            CheckpointError: it adapts what the base does not have, or needs base weights that are not at hand.
+            CheckpointError: the base lacks an adapted module, or the adapter needs base weights and there are none.
         """
         return self._current(Path(path), None)
 
@@ -124,13 +124,13 @@ class AdapterStore:
         """
         for _ in range(_TRIES):
             info = self._current(Path(path), self.copies.keep)
-            # A copy may have been removed to make room, or there is no room for any.
+            # The copy may have been removed to make room, or there was no room.
             if self.copies.touch(info.version) or self.copies.keep(Path(path)) == info.version:
                 return info
         raise _restless(Path(path))
 
     def _current(self, folder: Path, keep: Callable[[Path], str] | None) -> AdapterInfo:
-        """What is known of the files as they are now; they are read if they are not those of the last check."""
+        """The record of the current files; reads them if they have changed since the last check."""
         key = (folder, keep is not None)
         known = self._checked.get(key)
         if known is not None and known[0] == _signature(folder):
@@ -154,10 +154,10 @@ class AdapterStore:
         raise _restless(folder)
 
     def load(self, path: str | Path) -> ServedAdapter | None:
-        """The adapter's tensors, checked against its own files; folded on the way if it has to be.
+        """The adapter's tensors, checked; a trainable or DoRA adapter is folded first.
 
         Returns:
-            None for a LoRA of a kind that doran does not read (experts, embeddings, a full head) but vLLM may.
+            None for a LoRA that doran cannot read but vLLM may (experts, embeddings, a full head).
 
         Raises:
             as `check`, except for what `check` alone compares with the base.
@@ -168,7 +168,7 @@ class AdapterStore:
         """The adapter behind a path that `admission.marked` made, and the directory that it was read from.
 
         Raises:
-            as `load`; AdapterFormatError, too, if that version is gone.
+            as `load`; also AdapterFormatError if that version is gone.
         """
         source, digest = unmarked(path)
         folder = Path(source) if digest is None else self.copies.find(Path(source), digest)
@@ -196,7 +196,7 @@ class AdapterStore:
         if record is None:
             return AdapterInfo(folder, "lora", None, 0, 0)
         form = "lora" if served is None else served.form
-        if form in ("lora", "folded"):  # the converters have held the other forms against the base
+        if form in ("lora", "folded"):  # the converters have checked the other forms against the base
             self.base.check(folder, record)
         others = self._check_layers(folder, form, record)
         modules = record.modules.values() if served is None else served.modules.values()
@@ -265,9 +265,9 @@ class AdapterStore:
         return ServedAdapter(folder, "lora", modules), adapter
 
     def _folded(self, folder: Path, form: AdapterForm) -> FoldedAdapter:
-        """From the cache, or made of the base weights and cached."""
+        """The folded adapter from the cache, or folded with the base weights and cached."""
         if self.base.directory is None:
-            read_adapter(folder)  # what is wrong with the adapter itself comes first
+            read_adapter(folder)  # report the adapter's own faults first
             raise CheckpointError(
                 f"{folder}: a {form} adapter needs the base weights to be folded, but the base model is no local "
                 "directory; fold it first with `doran convert --to folded`"
@@ -299,7 +299,7 @@ def _shared_store(
 
 
 def _form(folder: Path) -> AdapterForm:
-    """The form of an adapter by its configuration; the readers say what is wrong with one that is none."""
+    """The form of an adapter by its configuration. The readers report invalid adapters."""
     try:
         config = read_json(folder / CONFIG_FILE)
     except (OSError, DoranError):
@@ -312,7 +312,7 @@ def _form(folder: Path) -> AdapterForm:
 
 
 def _served(folder: Path, form: AdapterForm, adapter: FoldedAdapter) -> ServedAdapter:
-    """Refuse what one batch cannot hold: replaced base parameters, and layers that are not linear."""
+    """Refuse adapters that cannot share a batch: those with replaced base parameters, or layers that are not linear."""
     if adapter.extra:
         _refuse_replaced(folder, adapter.extra)
     for module in adapter.modules.values():
@@ -333,7 +333,7 @@ def _refuse_replaced(folder: Path, names: Collection[str]) -> NoReturn:
 
 
 def check_mergeable(info: AdapterInfo) -> None:
-    """Raise TargetError if merged mode cannot swap the adapter in: it writes weights of linear layers alone."""
+    """Raise TargetError if merged mode cannot swap the adapter: it supports linear layers only."""
     if info.rank is None or info.others:
         layers = f": {', '.join(info.others[:3])}" if info.others else ""
         raise TargetError(

@@ -20,10 +20,10 @@ EXPAND_COLUMNS = (64, 128)
 """Values of `ExpandConfig.columns` that `expand_config` chooses among."""
 
 FEW_TOKENS = 256
-"""Up to so many tokens the tiles are those of decoding; beyond, those of prompts."""
+"""Most tokens for the tiles of decoding; more tokens use the tiles of prompts."""
 
 _MULTIPROCESSORS = 132
-"""Programs that run at once, roughly; only the split of d_in depends on it."""
+"""Approximate number of parallel programs; only the split of d_in depends on it."""
 
 
 @dataclass(frozen=True)
@@ -82,5 +82,5 @@ def token_blocks(tokens: int, slots: int, block: int) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

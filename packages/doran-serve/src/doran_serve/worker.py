@@ -25,7 +25,7 @@ from doran_serve.vllm_symbols import lookup
 if TYPE_CHECKING:
 
     class StockModelManager:
-        """What `DoranScales` relies on in vLLM's `LRUCacheLoRAModelManager`."""
+        """The parts of vLLM's `LRUCacheLoRAModelManager` that `DoranScales` uses."""
 
         lora_index_to_id: list[int | None]
         model: torch.nn.Module
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         def remove_oldest_adapter(self) -> bool: ...
 
     class StockWorkerManager:
-        """What `DoranLoading` relies on in vLLM's `LRUCacheWorkerLoRAManager`."""
+        """The parts of vLLM's `LRUCacheWorkerLoRAManager` that `DoranLoading` uses."""
 
         _adapter_manager: StockModelManager
         lora_config: Any
@@ -76,7 +76,7 @@ _STAND_IN = "stand-in"
 
 
 class DoranScales(StockModelManager):
-    """Mixin over vLLM's model manager: an adapter that gets a slot brings its scales along."""
+    """Mixin over vLLM's model manager: fills a slot's scales together with its factors."""
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Fill a slot with the adapter's factors (vLLM) and scales."""
@@ -91,7 +91,8 @@ class DoranScales(StockModelManager):
         return activated
 
     def _add_adapter(self, lora: Any) -> None:
-        """As vLLM's, which looks at the first layer of an adapter, for one that has none on this worker, too."""
+        """As vLLM's, which reads an adapter's first layer; this one also accepts an adapter without layers on this
+        worker."""
         if lora.loras:
             super()._add_adapter(lora)
         else:
@@ -104,13 +105,13 @@ class DoranLoading(StockWorkerManager):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._store = AdapterStore.for_engine(vllm_config)
-        # With pipeline parallelism a worker has some of the layers; the front process has checked the names.
+        # With pipeline parallelism a worker has only some layers; the frontend has checked the names.
         self._partial = vllm_config.parallel_config.pipeline_parallel_size > 1
 
     def prepare(self, lora_requests: Sequence[Any]) -> tuple[dict[int, str], dict[int, str]]:
         """Load the adapters of the next step and give them slots.
 
-        An adapter that fails gets an empty stand-in, so that the step can run; `guard` discards what it computes.
+        A failed adapter gets an empty stand-in, so that the step can run; `guard` discards its results.
 
         Returns:
             By number: the error of each adapter that failed, and the path of each adapter that is loaded now.
@@ -126,7 +127,7 @@ class DoranLoading(StockWorkerManager):
         return errors, {number: getattr(model, _SOURCE, "") for number, model in loaded.items()}
 
     def add_adapter(self, lora_request: Any) -> bool:
-        """As vLLM's, but two versions never share a number, and what failed before is tried again."""
+        """As vLLM's, but two versions never share a number, and a failed adapter is tried again."""
         number = lora_request.lora_int_id
         loaded = self._adapter_manager.list_adapters().get(number)
         source = getattr(loaded, _SOURCE, None)
@@ -166,7 +167,7 @@ class DoranLoading(StockWorkerManager):
         manager.activate_adapter(number)
 
     def _load_adapter(self, lora_request: Any) -> Any:
-        if hasattr(lora_request, "lora_tensors"):  # another package's, whose own loader is what we extend
+        if hasattr(lora_request, "lora_tensors"):  # another package's request, for its own loader below ours
             return self._load_foreign(lora_request)
         path = lookup("get_adapter_absolute_path")(lora_request.lora_path)
         source, digest = unmarked(path)
@@ -247,7 +248,7 @@ def prepare_adapters(worker: Any, lora_requests: Sequence[Any]) -> tuple[dict[in
 
 
 def forget_adapters(worker: Any) -> None:
-    """Empty every slot of a vLLM worker, whose memory may have been lost; run by `collective_rpc`."""
+    """Empty every slot of a vLLM worker, because the slots' memory may be lost; run by `collective_rpc`."""
     worker.model_runner.lora_manager.remove_all_adapters()
 
 
@@ -269,7 +270,7 @@ def with_doran_loading(stock: type, model_manager: type) -> type:
 
 
 def _places(manager: StockModelManager) -> dict[str, tuple[str, int]]:
-    """Each adaptable projection's name to its layer's name and its position in that layer."""
+    """By projection name: the layer's name, and the projection's position in the layer."""
     places: dict[str, tuple[str, int]] = {}
     for layer_name, layer in manager.modules.items():
         if isinstance(layer, ScaledOutput):
@@ -279,7 +280,7 @@ def _places(manager: StockModelManager) -> dict[str, tuple[str, int]]:
 
 
 def _check_adapted(path: str, model: Any, manager: StockModelManager) -> None:
-    """Refuse an adapter of which vLLM would silently leave a part out."""
+    """Refuse an adapter if vLLM would silently ignore a part of it."""
     known = set(manager.modules)
     for names in manager.packed_modules.values():
         known.update(names)
@@ -310,7 +311,7 @@ def _check_shapes(adapter: ServedAdapter, module: ServedModule, layer: Any, posi
 
 
 def _fill(layer: Any, parts: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
-    """The scale of every projection of a layer, 1 for those that the adapter leaves alone."""
+    """The scale of every projection of a layer; 1 for projections that the adapter does not change."""
     sizes = output_sizes(layer.base_layer)
     if len(parts) == 1 and parts.get(0) is not None and parts[0].shape[0] == sum(sizes):
         return [parts[0]]

@@ -16,10 +16,10 @@ class Workload:
     """Random prompts, answered greedily to a fixed length.
 
     Attributes:
-        requests: sent together.
-        prompt_tokens: of each.
-        output_tokens: of each.
-        rounds: how often; the median counts.
+        requests: number of requests, sent together.
+        prompt_tokens: tokens of each prompt.
+        output_tokens: tokens of each answer.
+        rounds: number of rounds; results are medians.
     """
 
     requests: int = 128
@@ -33,8 +33,8 @@ class Case:
     """One engine.
 
     Attributes:
-        name: in the results.
-        plugin: whether doran-serve is loaded; without it vLLM is as it comes.
+        name: the case's name in the results.
+        plugin: whether doran-serve is loaded; without it vLLM is stock.
         model: the base model.
         engine: arguments of vLLM's `LLM`.
         adapters: directories, dealt to the requests in turn; none for the base model.
@@ -47,7 +47,7 @@ class Case:
     adapters: Sequence[str] = field(default_factory=tuple)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """JSON-ready data."""
         return asdict(self)
 
 

@@ -13,7 +13,7 @@ __all__ = ["main"]
 
 
 def report(**fields: Any) -> None:
-    """Print one line of results at once, so that what a killed run has measured is not lost."""
+    """Print one line of results immediately, so that a killed run keeps its measurements."""
     print("RESULT " + json.dumps(fields), flush=True)
 
 

@@ -24,12 +24,12 @@ __all__ = ["measure", "reason", "summary", "table"]
 
 _QUIET = {
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # results come through the other
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # the log; results use the other pipe
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 _ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): .+(?:\n  .+){0,3}")
-"""The last line of a traceback, with what pydantic writes below it."""
+"""The last line of a traceback, and pydantic's lines below it."""
 
 
 def measure(case: Case, workload: Workload, limit: float | None = None) -> Iterator[dict[str, Any]]:
@@ -37,8 +37,8 @@ def measure(case: Case, workload: Workload, limit: float | None = None) -> Itera
 
     Args:
         case: the engine.
-        workload: what it answers.
-        limit: seconds after which its processes are ended.
+        workload: its requests.
+        limit: seconds before its processes are killed.
 
     Raises:
         DoranError: it ended without success; the first error of vLLM's log is in the message.
@@ -72,13 +72,13 @@ def measure(case: Case, workload: Workload, limit: float | None = None) -> Itera
 
 
 def reason(log: str) -> str:
-    """Why an engine ended, by its log: the first error, which later ones follow from; its end if it names none."""
+    """The reason of an engine's end, from its log: the first error, or else the end of the log."""
     found = _ERROR.search(log)
     return found[0] if found else log[-3000:]
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End the processes of a case, of which vLLM starts several."""
+    """End all processes of a case; vLLM starts several."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -18,7 +18,7 @@ def write_lora(adapter: ServedAdapter, folder: Path) -> Path:
 
     Args:
         adapter: as `AdapterStore.load` gives it; its modules have one rank, as stock vLLM needs.
-        folder: where to; made if it is not there.
+        folder: the output directory; created if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

@@ -1,4 +1,4 @@
-"""Whether an engine serves merged weights, and what it cannot be combined with."""
+"""Whether an engine serves merged weights; refuses options that do not combine with that."""
 
 from __future__ import annotations
 

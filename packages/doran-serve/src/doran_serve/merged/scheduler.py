@@ -1,7 +1,7 @@
 """Requests of one adapter at a time: those of another one wait until the engine has drained, then the weights swap.
 
-While anything waits, everything that arrives waits behind it, so no adapter starves another; a turn serves all that
-wait for the adapter of the oldest request.
+While a request waits, later requests wait behind it, so no adapter starves another. A turn serves all waiting requests
+for the oldest request's adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from doran_serve.vllm_symbols import lookup
 if TYPE_CHECKING:
 
     class StockScheduler:
-        """What `SwitchingScheduler` relies on in vLLM's `Scheduler`."""
+        """The parts of vLLM's `Scheduler` that `SwitchingScheduler` uses."""
 
         pause_state: Any
         requests: dict[str, Any]
@@ -41,7 +41,7 @@ __all__ = ["SwitchingScheduler", "with_switching"]
 _logger = logging.getLogger("vllm.doran_serve")
 
 _Version = str | None
-"""Directory and digest of the adapter that a request asks for, see `admission`; None for the base model."""
+"""Directory and digest of a request's adapter, see `admission`; None for the base model."""
 
 
 class SwitchingScheduler(StockScheduler):
@@ -56,7 +56,7 @@ class SwitchingScheduler(StockScheduler):
         self._failed: list[Any] = []
 
     def add_request(self, request: Any) -> None:
-        """Schedule the request if its adapter is in place and nobody waits, else let it wait."""
+        """Schedule the request if its adapter is in place and no other request waits; else let it wait."""
         if request.request_id in self.requests:  # the next piece of a streamed input
             super().add_request(request)
             return
@@ -67,21 +67,21 @@ class SwitchingScheduler(StockScheduler):
             self._held.append((wanted, request))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Swap first, if the engine has drained and somebody waits."""
+        """Swap first, if the engine has drained and requests wait."""
         if self._held and self.pause_state == type(self.pause_state).UNPAUSED:
             while self._held and not self.requests:
                 self._switch()
         return super().schedule(*args, **kwargs)
 
     def get_num_unfinished_requests(self) -> int:
-        """vLLM's count and those that wait for a swap, unless the engine is paused."""
+        """vLLM's count, plus the requests that wait for a swap, unless the engine is paused."""
         count = super().get_num_unfinished_requests()
         if self.pause_state != type(self.pause_state).UNPAUSED:
             return count
         return count + len(self._held) + len(self._failed)
 
     def get_request_counts(self) -> tuple[int, int]:
-        """(running, waiting), those that wait for a swap included."""
+        """(running, waiting), including requests that wait for a swap."""
         running, waiting = super().get_request_counts()
         return running, waiting + len(self._held)
 
@@ -100,14 +100,14 @@ class SwitchingScheduler(StockScheduler):
         return super().finish_requests(named, finished_status)
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
-        """vLLM's outputs, and an error for each request whose adapter could not be put in place."""
+        """vLLM's outputs, plus an error for each request whose adapter could not be swapped in."""
         outputs = super().update_from_output(*args, **kwargs)
         report_failures(outputs, self._failed)
         self._failed = []
         return outputs
 
     def _switch(self) -> None:
-        """Put the adapter of the oldest waiting request in place, and release all that wait for it."""
+        """Swap in the oldest waiting request's adapter, and release all requests for it."""
         wanted = self._held[0][0]
         turn = [request for version, request in self._held if version == wanted]
         self._held = deque(entry for entry in self._held if entry[0] != wanted)
@@ -127,7 +127,7 @@ class SwitchingScheduler(StockScheduler):
 
     def _put_in_place(self, wanted: _Version) -> None:
         start = time.perf_counter()
-        # What is in place is unknown until every worker has answered; a failed one is mended by the next swap.
+        # The weights' state is unknown until every worker has answered. The next swap repairs a failed worker.
         self._active = "unknown"
         if not self.reset_prefix_cache():
             raise RuntimeError("the prefix cache is in use, so what it holds for other weights cannot be dropped")
@@ -137,7 +137,7 @@ class SwitchingScheduler(StockScheduler):
         _logger.info("switched to %s in %.1f ms", wanted or "the base model", milliseconds)
 
     def _release(self, request: Any) -> None:
-        # The weights are the adapter's own: what follows, CUDA graphs above all, must see a plain request.
+        # The weights already include the adapter, so later code, CUDA graphs above all, must see a plain request.
         request.lora_request = None
         super().add_request(request)
 

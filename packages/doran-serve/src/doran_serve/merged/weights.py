@@ -1,7 +1,7 @@
 """Adapted weights in place of the base's, made on the device: `W' = c (W0 + B A)` in float64, rounded once.
 
-So they are those of the checkpoint that `doran merge` writes for the folded adapter. The base rows of every
-projection that any adapter has touched are kept once; what does not fit beside the engine is kept in host memory.
+The weights equal those that `doran merge` writes for the folded adapter. The base rows of every changed projection are
+kept once: on the device if they fit beside the engine, else in host memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from doran_serve.vllm_symbols import lookup
 __all__ = ["MergedWeights", "swap_weights"]
 
 _READY = 4
-"""Adapters kept in host memory, so that going back and forth between a few reads no files."""
+"""Adapters kept in host memory, so that switching between a few reads no files."""
 _PIECE = 2**23
-"""Elements of a weight that are in float64 at a time."""
+"""Elements of a weight in float64 at a time."""
 _SPARE = 2**30
 """Bytes of device memory that base rows leave free."""
 
@@ -51,7 +51,7 @@ class MergedWeights:
 
     @torch.no_grad()
     def swap(self, path: str | None) -> float:
-        """Put the adapter at `path`, from `admission.marked`, in place, or the base model for None.
+        """Swap in the adapter at `path`, from `admission.marked`, or the base model for None.
 
         Returns:
             Seconds that it took.
@@ -64,7 +64,7 @@ class MergedWeights:
         for name in self._adapted - wanted.keys():
             place = self._places[name]
             place.layer.weight.data[place.rows].copy_(self._base[name])
-        # Until it is done, what is listed here is what may differ from the base.
+        # Until the swap is done, these projections may differ from the base.
         self._adapted |= wanted.keys()
         for name, module in wanted.items():
             self._write(name, module)
@@ -74,7 +74,7 @@ class MergedWeights:
         return time.perf_counter() - start
 
     def _read(self, path: str) -> dict[str, ServedModule]:
-        """The adapter's modules by place, read if it is not at hand."""
+        """The adapter's modules by place, read from files if they are not in memory."""
         if path in self._ready:
             self._ready.move_to_end(path)
             return self._ready[path]
