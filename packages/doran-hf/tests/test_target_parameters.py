@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from doran_core.errors import ConfigError, TargetError
-from doran_hf import DoranConfig
+from doran_hf import DoranConfig, layer_states
 from doran_hf.expert_layers import DoranExperts, DoranStack
 from doran_hf.layer import doran_layers
 
@@ -308,3 +308,40 @@ def test_rows_of_a_batch_with_different_adapters_are_refused():
     model = adapted("mixtral")
     with pytest.raises(ConfigError, match="adapter_names: an adapter of expert weights"):
         model(tokens(), adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_the_same(reentrant):
+    model = train(adapted("qwen3_moe")).train()
+    results = []
+    for _ in range(2):
+        model.zero_grad()
+        loss(model(input_ids=tokens()).logits).backward()
+        results.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    assert all(map(torch.equal, *results))
+
+
+def test_layer_states_have_a_row_for_each_stack():
+    model = train(adapted("mixtral"))
+    states = layer_states(model, 3)
+    assert [state.layer for state in states] == [layer.name for layer in doran_layers(model)]
+    assert all(1.0 <= state.effective_rank <= 3.0 and state.norm > 0 for state in states)
+
+
+def test_adapters_of_experts_are_not_combined():
+    model = train(adapted("mixtral"))
+    with pytest.raises(ConfigError, match="adapts expert weights"):
+        model.add_weighted_adapter(["default"], [0.5], "half", combination_type="cat")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_parameters_are_as_many_as_the_guide_says():
+    model = adapted("qwen3_moe", rank=4)
+    rank, hidden, inner, embedding = 4, 32, 24, 16
+    gate_up = EXPERTS * (rank * (hidden + 2 * inner) + 2 * inner)
+    down = EXPERTS * (rank * (inner + hidden) + hidden)
+    trunk = 2 * (rank * embedding + rank * embedding)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 2 * (gate_up + down + trunk + 2)  # and a tau for each stack

@@ -82,6 +82,11 @@ def _check(
     for name in adapters:
         check_adapter(tuner.model, name)
         config = tuner.peft_config[name]
+        if config.target_parameters:
+            raise ConfigError(
+                f"the adapter {name!r} adapts expert weights (target_parameters), which cannot be combined; activate "
+                "several adapters at once, or merge them"
+            )
         for option in ("modules_to_save", "trainable_token_indices"):
             if getattr(config, option):
                 raise ConfigError(f"the adapter {name!r} has {option}: whole parameters cannot be combined")

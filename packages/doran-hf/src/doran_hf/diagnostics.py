@@ -124,6 +124,8 @@ def layer_states(
             A, B = adapter.factor_pair()
             norm, tau = adapter.norm(layer.view, A, B), adapter.tau.value()
             scale = adapter.output_scale(norm)
+            values = singular_values(A, B, adapter.scaling)
+            ranks = [effective_rank(own) for own in values.reshape(-1, values.shape[-1])]  # one an expert
         split = (splits or {}).get(layer.name)
         states.append(
             LayerState(
@@ -132,7 +134,7 @@ def layer_states(
                 tau=float(tau.mean()),
                 norm=float(norm.mean()),
                 scale=float(scale.mean()),
-                effective_rank=effective_rank(singular_values(A, B, adapter.scaling)),
+                effective_rank=sum(ranks) / len(ranks),
                 gradient_orthogonal=None if split is None else split.orthogonal,
                 gradient_parallel=None if split is None else split.parallel,
                 gradient_parallel_kept=None if split is None else split.kept_parallel,

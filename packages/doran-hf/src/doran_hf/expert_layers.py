@@ -145,6 +145,8 @@ class DoranExperts(nn.Module):
         """The adapted parameters by name."""
         return {name: child for name, child in self._modules.items() if isinstance(child, DoranStack)}
 
+    # The routing breaks the graph anyway, and the stand-ins are no tensors.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the experts module."""
         self._refuse_bypass()

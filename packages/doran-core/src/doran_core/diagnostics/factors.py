@@ -15,11 +15,11 @@ def singular_values(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     """Singular values of ``g B A``, ``[min(r, d_out, d_in)]``, float64, from the largest to the smallest.
 
     Args:
-        A: ``[r, d_in]``.
+        A: ``[r, d_in]``; with a first dimension of experts the result has it, too.
         B: ``[d_out, r]``.
         scaling: g.
     """
-    inner = torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.double().T).R.T
+    inner = torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.double().mT).R.mT
     values: Tensor = torch.linalg.svdvals(inner)
     return values * abs(scaling)
 

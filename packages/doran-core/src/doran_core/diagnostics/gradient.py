@@ -73,7 +73,7 @@ class ProbedLayer:
     @property
     def can_be_split(self) -> bool:
         """Whether it is a linear layer whose weight can be read."""
-        return self.view.kind in ("linear", "conv1d")
+        return self.view.kind in ("linear", "conv1d") and self.view.experts is None
 
 
 class GradientProbe:
