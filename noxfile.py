@@ -40,6 +40,9 @@ LOWEST = {
 }
 """For ``lowest``: the extras of each package whose ranges are tried, and the tests that try them."""
 
+SHORT_DISTRIBUTED = "memory or files or (float32 and hf and generated) or (fsdp2 and model-wide and hf)"
+"""The tests of two processes that the session hf runs, under a minute; the session distributed runs all of them."""
+
 nox.options.sessions = [
     "lint",
     "types",
@@ -166,6 +169,8 @@ def hf(session: nox.Session) -> None:
     install_models(session, "smollm2")
     session.env["DORAN_REQUIRE_MODELS"] = "1"
     test_side_by_side(session, "packages/doran-hf/tests")
+    if not session.posargs:
+        test(session, "packages/doran-hf/tests_distributed", "-k", SHORT_DISTRIBUTED)
 
 
 @nox.session

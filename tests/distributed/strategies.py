@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Options:
     Attributes:
         strategy: one of STRATEGIES, or "single".
         bf16: the strategy's own mixed precision; for DDP and one process autocast.
-        units: FSDP: "block", "linear" (every base Linear, too) or "root" alone.
+        units: FSDP: "block", "linear" (every base Linear, too), "root" alone, or for FSDP1 "peft" (PEFT's policy).
         reshard: FSDP: free what was gathered after the forward pass.
         accumulate: micro-batches per step.
         steps: optimizer steps.
@@ -153,12 +154,18 @@ def _fsdp1(model: nn.Module, options: Options, block: type[nn.Module]) -> Spread
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+    policies: dict[str, Any] = {"block": ModuleWrapPolicy({block})}
+    if options.units == "peft":
+        from peft.utils.other import fsdp_auto_wrap_policy
+
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block.__name__
+        policies["peft"] = fsdp_auto_wrap_policy(model)
     sharding = ShardingStrategy.FULL_SHARD if options.reshard else ShardingStrategy.SHARD_GRAD_OP
     half = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if options.bf16 else None
     wrapped = FullyShardedDataParallel(
         model,
         sharding_strategy=ShardingStrategy.NO_SHARD if options.no_shard else sharding,
-        auto_wrap_policy=ModuleWrapPolicy({block}) if options.units == "block" else None,
+        auto_wrap_policy=policies.get(options.units),
         mixed_precision=half,
         use_orig_params=True,
         device_id=torch.device("cpu"),

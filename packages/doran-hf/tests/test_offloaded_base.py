@@ -100,7 +100,7 @@ def test_merging_onto_an_offloaded_base_and_back(way: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "device_map"])
 def test_gradients_on_an_offloaded_base(way: str, tmp_path: Path) -> None:
-    """Trainer refuses such bases itself; in a loop of one's own they train as others do."""
+    """In a loop of one's own."""
     tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     model = get_peft_model(make_llama(), DoranConfig(target_modules=TARGETS))
     disturb(model)

@@ -9,7 +9,8 @@ import torch
 from conftest import MAKERS, disturb, logits, make_llama
 from peft import get_peft_model
 
-from doran_hf import DoranConfig
+from doran_core.errors import ConfigError
+from doran_hf import DoranConfig, refresh
 from doran_hf.layer import doran_layers
 
 OPTIONS: list[dict[str, Any]] = [
@@ -87,3 +88,25 @@ def test_a_trained_adapter_is_not_rounded_when_the_model_is_cast(factors: str) -
     for name, parameter in model.named_parameters():
         assert name not in before or (parameter.dtype == torch.float32 and torch.equal(parameter, before[name]))
     assert torch.equal(logits(model), logits(on_half))  # and ||W0||^2 is that of the rounded weight
+
+
+def test_weights_written_to_unseen_are_taken_anew() -> None:
+    config = {"target_modules": "all-linear"}
+    changed = make_llama()
+    for parameter in changed.parameters():
+        parameter.data.mul_(2)
+    expected = get_peft_model(changed, DoranConfig(**config))
+    model = get_peft_model(make_llama(), DoranConfig(**config))
+    disturb(model)
+    disturb(expected)
+    values = dict(model.named_parameters())
+    for name, parameter in expected.named_parameters():
+        if "doran_" in name:
+            parameter.data.copy_(values[name])
+        else:
+            values[name].data.copy_(parameter)
+    assert (logits(model) - logits(expected)).abs().max() > 1e-3  # its norms are those of the former weights
+    refresh(model)
+    assert torch.equal(logits(model), logits(expected))
+    with pytest.raises(ConfigError, match="has no DoRAN adapter"):
+        refresh(make_llama())

@@ -6,12 +6,15 @@ import functools
 
 import pytest
 import torch
-from models import Adaptation, Outcome, train
+from models import Adaptation, Outcome, batches, train
 from processes import Pair
 from strategies import STRATEGIES, Options
 
 EXACT = 1e-5
 """What float32's other order of sums may change in ten steps: losses, and trained parameters."""
+
+ROUNDING = 1.25
+"""Half precision: so many times LoRA's distance; what is rounded differs, and ten losses are few to take a mean of."""
 
 
 @functools.cache
@@ -45,15 +48,25 @@ def test_float32_is_one_process(pair: Pair, strategy: str, method: str, factors:
     assert max(abs(a - b) for a, b in zip(one.losses, one.losses[1:], strict=False)) > 1e-2  # it does train
 
 
+def relative_distances(outcomes: list[Outcome], one: Outcome) -> tuple[float, float]:
+    """Distances of losses and of logits to one process, over what the training has changed.
+
+    The change is computed in half precision, too, and DoRAN's is larger than LoRA's after as many steps.
+    """
+    rounds = len({tuple(batch[0].flatten().tolist()) for batch in batches(len(one.losses), None)})
+    exact = torch.tensor(one.losses, dtype=torch.float64)
+    fall = (exact[rounds:] - exact[torch.arange(rounds, len(exact)) % rounds]).square().mean().sqrt()
+    losses = (mean_losses(outcomes) - exact).square().mean().sqrt() / fall
+    logits = (outcomes[0].logits - one.logits).norm() / (one.logits - one.start).norm()
+    return float(losses), float(logits)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("method", ["core", "hf"])
 def test_bf16_is_as_near_as_lora(pair: Pair, strategy: str, method: str) -> None:
-    """To one process in float32, in the loss of every step; LoRA under the same policy is the yardstick."""
-    lora = distances(pair.run(train, Adaptation("lora"), Options(strategy, bf16=True)), alone(("lora", "")))
-    ours = distances(
-        pair.run(train, Adaptation(method, {"factors": "generated"}), Options(strategy, bf16=True)),
-        alone((method, "generated")),
-    )
-    assert lora[0] > 1e-5  # half precision it was
-    assert ours[0] <= 2.0 * lora[0], (ours, lora)
-    assert ours[2] <= 2.0 * lora[2], (ours, lora)
+    """To one process in float32; LoRA under the same policy is the yardstick."""
+    options, how = Options(strategy, bf16=True), Adaptation(method, {"factors": "generated"})
+    lora = relative_distances(pair.run(train, Adaptation("lora"), options), alone(("lora", "")))
+    ours = relative_distances(pair.run(train, how, options), alone((method, "generated")))
+    assert min(lora) > 1e-3  # half precision it was
+    assert (ours[0] <= ROUNDING * lora[0], ours[1] <= ROUNDING * lora[1]) == (True, True), (ours, lora)

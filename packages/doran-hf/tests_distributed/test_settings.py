@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from models import Adaptation, train
+from models import Adaptation, adapted, train
 from processes import Pair, RemoteError
 from strategies import Options
 from test_matrix import EXACT, distances
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from doran_core.method.shared_network import shared_networks
 
 PENALTY = {"factor_penalty": 1.0}
 MODEL_WIDE = {"sharing": "model"}
@@ -29,6 +34,7 @@ RIGHT: dict[str, tuple[Adaptation, Options]] = {
     ),
     "fsdp2, penalty": (Adaptation(options=PENALTY), Options("fsdp2", penalty=True)),
     "fsdp1, one unit": (Adaptation(), Options("fsdp1", units="root")),
+    "fsdp1, PEFT's wrapping policy": (Adaptation(), Options("fsdp1", units="peft")),
     "fsdp1, checkpointing": (Adaptation(checkpointing="plain"), Options("fsdp1")),
     "fsdp1, reentrant checkpointing": (Adaptation(checkpointing="reentrant"), Options("fsdp1")),
     "fsdp1, accumulation": (Adaptation(), Options("fsdp1", accumulate=2)),
@@ -58,6 +64,22 @@ def test_it_is_one_process(pair: Pair, setting: str, method: str) -> None:
     how = Adaptation(method, how.options, how.checkpointing)
     one = train(how, Options(accumulate=options.accumulate, penalty=options.penalty))
     found = distances(pair.run(train, how, options), one)
+    assert max(found) < EXACT, found
+
+
+def networks_first(how: Adaptation, options: Options) -> nn.Module:
+    """The shared networks are units of their own, as docs/howto/scaling.md has it."""
+    model = adapted(how)
+    mesh = init_device_mesh("cpu", (2,))
+    for network in shared_networks(model):
+        fully_shard(network, mesh=mesh, reshard_after_forward=False)
+    return model
+
+
+@pytest.mark.parametrize("method", ["core", "hf"])
+def test_fsdp2_with_networks_as_units_of_their_own(pair: Pair, method: str) -> None:
+    how = Adaptation(method, MODEL_WIDE)
+    found = distances(pair.run(train, how, Options("fsdp2"), None, networks_first), train(how, Options()))
     assert max(found) < EXACT, found
 
 

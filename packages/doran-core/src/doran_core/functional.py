@@ -20,7 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from doran_core.support.accumulation import accumulation_dtype, row_chunks, wide_product, wide_transposed_product
+from doran_core.support.accumulation import (
+    accumulation_dtype,
+    squared_row_norms,
+    wide_product,
+    wide_transposed_product,
+)
 
 __all__ = [
     "CANCELLATION_THRESHOLD",
@@ -66,8 +71,7 @@ def base_squared_norm(weight: Tensor) -> Tensor:
     Returns:
         ``[d_out]`` in float32, or float64 for a float64 weight.
     """
-    dtype = accumulation_dtype(weight)
-    return torch.cat([weight[rows].to(dtype).square().sum(1) for rows in row_chunks(weight, dtype)])
+    return squared_row_norms(weight)
 
 
 def start_norm(squared_norm: Tensor) -> Tensor:

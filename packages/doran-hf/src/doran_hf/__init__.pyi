@@ -10,6 +10,7 @@ from doran_hf.layer import DoranLayer as DoranLayer
 from doran_hf.model import DoranModel as DoranModel
 from doran_hf.peft_internals import DoranPeftType as DoranPeftType
 from doran_hf.peft_internals import register as register
+from doran_hf.precision import refresh as refresh
 from doran_hf.precision import restore_start as restore_start
 from doran_hf.weight_decay import exempt_from_decay as exempt_from_decay
 

@@ -9,11 +9,12 @@ from torch import nn
 
 from doran_core.method.config import ALL_LINEAR
 from doran_core.support.names import plain_name
+from doran_core.targets import expert_weights, matches
 from doran_hf.expert_layers import DoranExperts
 
 __all__ = ["expert_share", "warn_of_experts"]
 
-_EXPERTS = re.compile(r"(^|\.|_)experts?(\.|_|$)")
+_EXPERTS = re.compile(r"(?<![a-z])experts?(?![a-z])")
 
 
 def expert_share(model: nn.Module) -> float:
@@ -37,6 +38,7 @@ def expert_share(model: nn.Module) -> float:
 def warn_of_experts(model: nn.Module, targets: str | list[str] | set[str] | None) -> None:
     """Warn if targets name all layers, or experts by name, and expert weights stay unadapted."""
     wanted = targets == ALL_LINEAR or any(_EXPERTS.search(target) for target in _texts(targets))
+    wanted = wanted or (targets is not None and any(matches(name, targets) for name in expert_weights(model)))
     share = expert_share(model) if wanted else 0.0
     if share > 0.0:
         warnings.warn(

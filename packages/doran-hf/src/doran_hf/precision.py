@@ -1,14 +1,15 @@
-"""restore_start: adapters back in float32, with an exact start, after TRL has rounded them to bfloat16."""
+"""refresh: what is kept of base weights, anew. restore_start: adapters back in float32 after TRL has rounded them."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from doran_core import kernels
 from doran_core.errors import ConfigError
 from doran_hf.layer import check_adapter, doran_layers
 
-__all__ = ["restore_start"]
+__all__ = ["refresh", "restore_start"]
 
 
 @torch.no_grad()
@@ -36,3 +37,24 @@ def restore_start(model: nn.Module, adapter_name: str = "default") -> None:
         adapter = layer.adapter(adapter_name)
         adapter.float()
         adapter.initialise(layer.view)
+
+
+@torch.no_grad()
+def refresh(model: nn.Module) -> None:
+    """Take everything anew that is kept of the base weights and of the adapters, ``||W0||^2`` included.
+
+    To be called after writes that PyTorch does not count: through ``.data``, as some moving averages do, or from
+    outside of PyTorch. All others are noticed.
+
+    Args:
+        model: with DoRAN adapters, wrapped by PEFT or not; merged layers are left alone.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    check_adapter(model)
+    for layer in doran_layers(model):
+        if not layer.merged:
+            for name in layer.doran_adapter:
+                layer.adapter(name).reset_base(layer.view)
+    kernels.refresh()

@@ -21,7 +21,7 @@ from doran_core.method.config import DoranConfig
 from doran_core.method.experts import RankOneExperts
 from doran_core.method.factors import LayerSpec, factor_penalty
 from doran_core.method.tau import Tau
-from doran_core.support.sharding import is_dtensor, is_sharded, read
+from doran_core.support.sharding import is_dtensor, read, refuse_zero_init
 
 __all__ = ["DoranAdapter"]
 
@@ -94,11 +94,7 @@ class DoranAdapter(nn.Module):
                 f"{self.spec.name}: its weight is a DTensor. Adapt the model before fully_shard; DoRAN does not adapt "
                 "models under a tensor parallel plan (tp_plan): load the model without one"
             )
-        if any(is_sharded(parameter) for parameter in self.parameters()):
-            raise TargetError(
-                f"{self.spec.name}: an adapter cannot be made inside deepspeed.zero.Init(); make the base model there, "
-                "and adapt it after the context"
-            )
+        refuse_zero_init(self, self.spec.name)
 
     @torch.no_grad()
     def reset_base(self, view: BaseView) -> None:

@@ -16,6 +16,7 @@ from doran_core.layers.swap import WeightSwap
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import FactorBuilder, LayerSpec, StaticFactors
 from doran_core.method.sharing import SharedTrunks, block_of
+from doran_core.support.sharding import refuse_zero_init
 
 __all__ = [
     "AdaptedLayer",
@@ -43,7 +44,12 @@ def layer_spec(name: str, view: BaseView, config: DoranConfig) -> LayerSpec:
 
 
 def make_factor_builder(config: DoranConfig) -> FactorBuilder:
-    """The factor builder for the config. Use one builder per model, because it keeps the sharing groups."""
+    """The factor builder for the config. Use one builder per model, because it keeps the sharing groups.
+
+    Raises:
+        TargetError: inside deepspeed.zero.Init, which partitions new modules and changes how tensors are made.
+    """
+    refuse_zero_init(nn.LayerNorm(1), "make_factor_builder")
     return StaticFactors if config.factors == "static" else SharedTrunks(config).build
 
 

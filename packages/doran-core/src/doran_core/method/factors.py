@@ -142,7 +142,7 @@ class _HiddenLayers(nn.Module):
         self.weights = _Weights(map(nn.Parameter, weights))
 
     def forward(self, offset: Tensor | None) -> Tensor:
-        embedding = read(self.embedding)
+        embedding = read(self.embedding, 2)
         embedding = embedding if offset is None else embedding + offset.to(embedding)
         hidden: Tensor = self.weights(embedding, self.features)
         return hidden

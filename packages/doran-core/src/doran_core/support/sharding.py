@@ -24,6 +24,7 @@ __all__ = [
     "is_sharded",
     "is_whole",
     "read",
+    "refuse_zero_init",
     "shard_like",
     "whole",
     "whole_shape",
@@ -69,8 +70,12 @@ def is_whole(tensor: Tensor, numel: int) -> bool:
     return not is_dtensor(tensor) and tensor.numel() == numel and not tensor.is_meta
 
 
-def read(parameter: Tensor) -> Tensor:
+def read(parameter: Tensor, dims: int = 0) -> Tensor:
     """A parameter as the formulas use it: whole, in float32 or wider, differentiable.
+
+    Args:
+        parameter: it.
+        dims: dimensions that it has at least; FSDP1's parts have one.
 
     Mixed precision hands float32 parameters over in half precision. A DTensor, outside its FSDP2 unit, is gathered
     here; its gradient is the mean over the processes, as FSDP2's own.
@@ -80,12 +85,26 @@ def read(parameter: Tensor) -> Tensor:
     """
     if type(parameter) not in _PLAIN and is_dtensor(parameter):
         parameter = _Gathered.apply(parameter)  # type: ignore[no-untyped-call]
-    elif is_flattened(parameter) and parameter.requires_grad and torch.is_grad_enabled():
+    elif is_flattened(parameter) and (parameter.dim() < dims or (parameter.requires_grad and torch.is_grad_enabled())):
         raise TargetError(
             "FSDP1: a layer's networks are used outside the FSDP unit that owns them (sharing='model', or a factor "
             "penalty), where FSDP1 loses their gradient; use FSDP2 (fully_shard), or sharing='block' without a penalty"
         )
     return parameter.float() if parameter.dtype.itemsize < 4 else parameter
+
+
+def refuse_zero_init(made: nn.Module, name: str) -> None:
+    """Refuse to make an adapter where new modules are in parts from the first on.
+
+    Args:
+        made: a module that was just made.
+        name: the layer, for the message.
+    """
+    if any(is_sharded(parameter) for parameter in made.parameters()):
+        raise TargetError(
+            f"{name}: an adapter cannot be made inside deepspeed.zero.Init(); make the base model there, and adapt it "
+            "after the context"
+        )
 
 
 def carried(parameter: Tensor) -> Tensor:
