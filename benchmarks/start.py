@@ -84,7 +84,7 @@ def run(method: str, args: argparse.Namespace, queue: Any) -> None:
 
 def in_a_process(method: str, args: argparse.Namespace) -> Any:
     # glibc then gives every larger block back at once: what is resident is what is in use.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "4194304"}
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=run, args=(method, args, queue))
