@@ -27,7 +27,7 @@ from doran_core.targets import matches, refuse_read, warn_unused_patterns
 from doran_hf.base_check import base_fingerprint, base_ties, check_base, module_kinds, stored_experts, stored_names
 from doran_hf.combine import add_weighted_adapter
 from doran_hf.config import DoranConfig
-from doran_hf.defaults import DEFAULT_TARGETS
+from doran_hf.defaults import DEFAULT_TARGETS, fill_head_dim
 from doran_hf.expert_layers import DoranExperts, DoranStack
 from doran_hf.expert_share import warn_of_experts
 from doran_hf.expert_targets import expand_parameters
@@ -36,7 +36,7 @@ from doran_hf.mixed_batch import adapter_per_row
 from doran_hf.peft_internals import PREFIX, is_offloaded_and_unhooked
 from doran_hf.penalty import PenaltyHook
 from doran_hf.random_start import warn_random_start
-from doran_hf.targets import check_exclusions, check_targets, expand_all_linear, fill_targets
+from doran_hf.targets import check_exclusions, check_targets, expand_all_linear, fill_targets, refuse_saved
 from doran_hf.untying import keep_untied
 
 __all__ = ["DoranModel"]
@@ -89,7 +89,7 @@ class DoranModel(BaseTuner):
             check_targets(config, model)
             check_exclusions(config, model)
         warn_random_start(model, config.modules_to_save)
-        _fill_head_dim(config, model)
+        fill_head_dim(config, model)
         core = config.core()
         # One builder for all layers of the adapter, because it keeps the sharing groups.
         self._plan = _Plan(core, make_factor_builder(core), read)
@@ -170,7 +170,7 @@ class DoranModel(BaseTuner):
                 "get_peft_model, then set_peft_model_state_dict(model, load_peft_weights(path))"
             )
         refuse_read(name, self._plan.read)
-        _refuse_saved(name, config)
+        refuse_saved(name, config)
         core, builder = self._plan.core, self._plan.builder
         if parameter_name is not None:
             self._adapt_parameter(config, adapter_name, target, target_name, parent, name)
@@ -341,16 +341,6 @@ def _warn_uncalled(model: nn.Module, adapter_names: Sequence[str], doing: str) -
         warn_uncalled((layer.adapter(name) for layer in doran_layers(model, name)), doing)
 
 
-def _refuse_saved(name: str, config: DoranConfig) -> None:
-    """PEFT matches modules_to_save against the ends of names, and cannot fully train an adapted module."""
-    for entry in config.modules_to_save or []:
-        if name.endswith(entry):
-            raise TargetError(
-                f"{name}: modules_to_save={entry!r} means this module, too (PEFT compares the ends of names), so that "
-                "it trains in full; leave it out of target_modules, or exclude it with exclude_modules"
-            )
-
-
 def _tensors_by_name(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """An adapter's tensors under all of their names in the model."""
     return {
@@ -373,24 +363,6 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
     for name, experts in modules:
         if experts.drop_empty():
             model.set_submodule(name, experts.base_layer)
-
-
-def _fill_head_dim(config: DoranConfig, model: nn.Module) -> None:
-    """Set head_dim from the model's configuration if tau per head needs it."""
-    if config.tau_granularity != "head" or config.head_dim is not None:
-        return
-    facts = getattr(model, "config", None)
-    size = getattr(facts, "head_dim", None)
-    hidden, heads = getattr(facts, "hidden_size", None), getattr(facts, "num_attention_heads", None)
-    if isinstance(size, int):
-        config.head_dim = size
-    elif isinstance(hidden, int) and isinstance(heads, int) and heads:
-        config.head_dim = hidden // heads
-    else:
-        raise ConfigError(
-            "DoranConfig.tau_granularity='head' needs head_dim: "
-            f"{type(model).__name__} has no configuration to take it from"
-        )
 
 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:

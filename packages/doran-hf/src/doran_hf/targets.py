@@ -18,7 +18,7 @@ from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
 from doran_hf.peft_internals import linear_layers
 
-__all__ = ["check_exclusions", "check_targets", "expand_all_linear", "fill_targets"]
+__all__ = ["check_exclusions", "check_targets", "expand_all_linear", "fill_targets", "refuse_saved"]
 
 
 def fill_targets(config: DoranConfig, model: nn.Module) -> None:
@@ -141,3 +141,19 @@ def _base_modules(model: nn.Module) -> dict[str, bool]:
         inside = f"{name}." if adapted else ""  # a module's submodules directly follow it
         names[name] = adapted or is_adaptable(module)
     return names
+
+
+def refuse_saved(name: str, config: DoranConfig) -> None:
+    """Refuse a target that modules_to_save means, too.
+
+    PEFT matches modules_to_save against the ends of names, and cannot fully train an adapted module.
+
+    Raises:
+        TargetError: naming both.
+    """
+    for entry in config.modules_to_save or []:
+        if name.endswith(entry):
+            raise TargetError(
+                f"{name}: modules_to_save={entry!r} means this module, too (PEFT compares the ends of names), so that "
+                "it trains in full; leave it out of target_modules, or exclude it with exclude_modules"
+            )

@@ -1,4 +1,4 @@
-"""Where PEFT would look for a pickle: an adapter without safetensors is refused before PEFT opens anything of it."""
+"""Refuses an adapter without safetensors before PEFT opens anything of it: PEFT would look for a pickle."""
 
 from __future__ import annotations
 
