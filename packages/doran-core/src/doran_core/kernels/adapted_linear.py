@@ -257,7 +257,9 @@ def adapted_linear(
     passes = passes_of("torch" if implementation == "reference" else implementation)
     limit = small_scale(x.dtype, has_bias=bias is not None)
     ports = A, B_scaled, scale[None].expand(passes.sum_parts(weight.shape[0]), -1)
-    low_A, low_B = (tensor.detach().to(x.dtype, copy=True) for tensor in (A, B_scaled))
+    low_A, low_B = (
+        tensor.detach().to(x.dtype, copy=True, memory_format=torch.contiguous_format) for tensor in (A, B_scaled)
+    )
     c = scale.detach().clone()
     return apply(
         LayerSide(low_A, low_B, c, ports, passes, lambda: bool((c.abs() < limit).any())), x, None, weight, bias, None

@@ -33,8 +33,7 @@ def run(adapter: DoranAdapter, view: BaseView, x: Tensor, base_output: Tensor | 
         BackendError: an implementation was asked for by name and cannot run on these tensors.
     """
     implementation = _implementation(adapter, view, x)
-    # The kernels were seen to give wrong outputs with shared output layers; the cause is not found yet.
-    if implementation == "reference" or (implementation == "triton" and adapter.config.share_output):
+    if implementation == "reference":
         return None
     own = view.layer._parameters
     weight, bias = own.get("weight"), own.get("bias")

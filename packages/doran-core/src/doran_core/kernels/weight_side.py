@@ -156,6 +156,7 @@ def compute(
         U: ``W0 A^T [N, d_out, r]`` acc, where W0 is hidden.
     """
     found: list[LayerSide] = []
+    A, B = A.contiguous(), B.contiguous()  # a generator may give a transpose, and kernels take rows
     if torch.is_grad_enabled():
         ports = _apply(shape, used, found, A, B, magnitude, tau, U)
         count = len(found)
