@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
 
 from doran_core import DoranConfig, adapt
 from doran_core.kernels import use_backend
@@ -330,3 +331,21 @@ def test_layers_of_other_scalings_compile_one_after_the_other() -> None:
         found = torch.autograd.grad(compiled(x).square().sum(), list(layer.doran_adapter.parameters()))
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_default_compilers_backward_overwrites_nothing_that_it_still_reads(rank: int) -> None:
+    """Inductor of torch 2.13 reuses the memory of a saved tensor though other saved tensors are views of it."""
+    torch.manual_seed(0)
+    model = Stack(1)
+    handle = adapt(model, DoranConfig(rank=rank, target_modules="all-linear"))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(300, 8).requires_grad_()
+    with use_backend("reference"):
+        expected = run(model, model, x)
+    with inductor_config.patch(force_disable_caches=True):  # what another version of this code has left there
+        found = run(model, torch.compile(model, fullgraph=True), x)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-4 * value.norm(), name

@@ -26,7 +26,6 @@ __all__ = [
     "distributed_data_parallel",
     "has_saved_tensor_hooks",
     "is_replica",
-    "keep_saved_tensors",
     "needs_single_operations",
     "uses_fully_shard",
     "version",
@@ -48,12 +47,6 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     (_C, "_get_tracing_state", "a trace must not hold weight sides as constants", "torch.jit.trace is gone"),
     ("torch.ops.aten", "_unsafe_view", "a Function may return no view", "it may return one of what it made itself"),
     (_C, "_cuda_getCurrentRawStream", "the stream of a launch past Triton's dispatcher", _LAUNCH),
-    (
-        "torch._functorch.config",
-        "donated_buffer",
-        "Inductor's backward overwrites a saved tensor that other saved tensors are views of",
-        "it leaves out saved tensors that share memory",
-    ),
     (_C, "_cuda_getDevice", "likewise its device", _LAUNCH),
     (_C, "_FunctionBase", "apply without a look at every argument", "Function.apply takes no microseconds for it"),
     (
@@ -191,11 +184,3 @@ def _launch_is_known() -> bool:
     release = importlib.import_module("triton").__version__
     return tuple(map(int, release.split(".")[:2])) in _TRITON_WITH_KNOWN_LAUNCH
 
-
-def keep_saved_tensors() -> None:
-    """No compiled backward of this process writes into the tensors that its forward saved.
-
-    Inductor of torch 2.13 takes saved ones for its own results without a look at whether others are views of them. Here
-    g B is saved whole for the norm and in parts for the layers' products; the gradients of A were wrong in silence.
-    """
-    importlib.import_module("torch._functorch.config").donated_buffer = False  # type: ignore[attr-defined]

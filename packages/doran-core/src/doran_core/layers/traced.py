@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core import functional
-from doran_core.kernels.torch_internals import keep_saved_tensors
 from doran_core.layers.traced_norm import accumulated_product, cast, row_norms
 from doran_core.method.factors import GeneratedFactors
 from doran_core.support.sharding import read
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from doran_core.layers.base import BaseView
 
 __all__ = ["WeightSide", "forward", "share_blocks"]
-
-keep_saved_tensors()
-
 
 class WeightSide(NamedTuple):
     """What a layer's weights and parameters make of it.

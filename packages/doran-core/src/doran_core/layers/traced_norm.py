@@ -73,12 +73,16 @@ class _RowNorms(torch.autograd.Function):
     def forward(ctx: Any, A: Tensor, B: Tensor, squared_norm: Tensor, *weights: Tensor) -> Tensor:
         low_A = cast(A, weights[0].dtype)
         norm, aligned = _norms(low_A, B, squared_norm, weights)
-        ctx.save_for_backward(low_A, B, aligned, norm, *weights)
+        # The layers save parts of B. Inductor's backward overwrites a saved tensor after its last use, though others
+        # that are saved share its memory (torch 2.13): so what is saved here lies in memory of its own. A copy of B
+        # would be left out; and of two tensors side by side neither is overwritten.
+        ctx.save_for_backward(low_A, torch.cat([B, aligned], 1), norm, *weights)
         return norm
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        low_A, B, aligned, norm, *weights = ctx.saved_tensors
+        low_A, B_and_aligned, norm, *weights = ctx.saved_tensors
+        B, aligned = torch.split(B_and_aligned, low_A.shape[1], 1)
         through_norm = torch.where(norm > 0, grads[0] / norm, 0.0)[:, None]
         grad_product = cast(through_norm * B, low_A.dtype)
         parts = torch.split(grad_product, [weight.shape[0] for weight in weights])
