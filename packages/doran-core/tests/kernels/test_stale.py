@@ -224,6 +224,8 @@ def test_random_draws_are_not_kept():
     assert not torch.equal(outputs(model, x), outputs(model, x))
     model.eval()
     assert torch.equal(outputs(model, x), outputs(model, x))
+    model.train()  # what evaluation kept is not used
+    assert not torch.equal(outputs(model, x), outputs(model, x))
 
 
 def test_merged_disabled_and_back(alone):

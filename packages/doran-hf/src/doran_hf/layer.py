@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from doran_core.checkpoint.fingerprint import exact_digest
 from doran_core.errors import ConfigError, TargetError
+from doran_core.kernels.torch_internals import own_modules, own_parameters
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
 from doran_core.layers.modules import layer_spec
 from doran_core.method.config import DoranConfig as CoreConfig
@@ -70,8 +71,10 @@ class DoranLayer(nn.Module, BaseTunerLayer):
     @property
     def view(self) -> BaseView:
         """The base layer as a matrix ``[d_out, d_in]``; checked anew if the layer was exchanged or quantized."""
-        layer = self.get_base_layer()
-        weight = layer._parameters.get("weight")
+        layer = own_modules(self)["base_layer"]
+        while "base_layer" in own_modules(layer):  # another method's layer, around which PEFT has put this one
+            layer = own_modules(layer)["base_layer"]
+        weight = own_parameters(layer).get("weight")
         # None under FSDP1, which puts the weight elsewhere for each pass; another dtype than before is mixed precision.
         packed = weight is not None and not (weight.dtype.is_floating_point and weight.dtype.itemsize > 1)
         if self._view is None or self._view[0].layer is not layer or self._view[1] != packed:
@@ -127,13 +130,15 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     def adapter_in_use(self) -> tuple[DoranAdapter, BaseView] | None:
         """What the next call computes with: the active adapter and the base layer; None unless there is exactly one."""
-        names = self._names_in_use()
-        return (self.adapter(names[0]), self.view) if len(names) == 1 else None
+        adapters = self._adapters_in_use()
+        return (adapters[0], self.view) if len(adapters) == 1 else None
 
-    def _names_in_use(self) -> list[str]:
-        """The adapters whose changes a call adds to the output: the active ones, none while disabled or merged."""
-        active = () if self.disable_adapters or self.merged else self.active_adapters
-        return [name for name in active if name in self.doran_adapter]
+    def _adapters_in_use(self) -> list[DoranAdapter]:
+        """Those whose changes a call adds to the output: the active ones, none while disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        adapters = own_modules(own_modules(self)["doran_adapter"])
+        return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """Shapes and dtype of the base layer.
@@ -148,20 +153,20 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         Raises:
             ConfigError: ``adapter_names`` of another length than x, or while adapters are merged.
         """
-        if self.disable_adapters and self.merged:
+        if self.merged and self.disable_adapters:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
             check_rows(self.name, len(x), adapter_names, merged=self.merged)
             return self._forward_rows(x, self.base_layer(x, *args, **kwargs), adapter_names)
-        names = self._names_in_use()
-        view = self.view if names else None
-        if view is not None and len(names) == 1 and not args and not kwargs and view.layer is self.base_layer:
-            alone: Tensor = self.adapter(names[0])(view, x)  # which calls the base layer itself, and spares a copy
+        adapters, base_layer = self._adapters_in_use(), own_modules(self)["base_layer"]
+        view = self.view if adapters else None
+        if view is not None and len(adapters) == 1 and not args and not kwargs and view.layer is base_layer:
+            alone: Tensor = adapters[0](view, x)  # which calls the base layer itself, and spares a copy
             return alone
-        base_output: Tensor = self.base_layer(x, *args, **kwargs)
+        base_output: Tensor = base_layer(x, *args, **kwargs)
         if view is None:
             return base_output
-        outputs: list[Tensor] = [self.adapter(name)(view, x, base_output) for name in names]
+        outputs: list[Tensor] = [adapter(view, x, base_output) for adapter in adapters]
         output = outputs[0]
         for other in outputs[1:]:
             output = output + (other - base_output)

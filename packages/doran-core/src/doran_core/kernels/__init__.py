@@ -9,7 +9,8 @@ Triton is imported when first used, never before.
 
 from doran_core.kernels.adapted_linear import adapted_linear
 from doran_core.kernels.backend import Backend, get_backend, set_backend, use_backend
-from doran_core.kernels.prepare import prepare, refresh, unprepare
+from doran_core.kernels.prepare import prepare, unprepare
+from doran_core.kernels.weight_side import refresh
 
 __all__ = [
     "Backend",

@@ -60,11 +60,11 @@ class LayerSide:
         ports: A ``[r, d_in]``, B ``[d_out, r]`` and c ``[k, d_out]``, acc, through which autograd gets their
             gradients, that of c in k parts. Their values are never read. None without gradients.
         passes: the implementation of the passes.
-        has_small_scale: whether some ``|c|`` is below :func:`small_scale`.
+        has_small_scale: tells whether some ``|c|`` is below :func:`small_scale`.
         recomputes: keep neither y nor W0 x; and so under hooks on saved tensors, such as checkpointing's.
     """
 
-    __slots__ = ("A", "B", "_is_small", "checked", "passes", "ports", "recomputes", "scale")
+    __slots__ = ("A", "B", "checked", "has_small_scale", "passes", "ports", "recomputes", "scale")
 
     def __init__(
         self,
@@ -73,15 +73,12 @@ class LayerSide:
         scale: Tensor,
         ports: tuple[Tensor, Tensor, Tensor] | None,
         passes: TorchPasses,
-        is_small: Callable[[], bool],
+        has_small_scale: Callable[[], bool],
     ) -> None:
         self.A, self.B, self.scale, self.ports, self.passes = A, B, scale, ports, passes
-        self._is_small = is_small
+        self.has_small_scale = has_small_scale
         self.recomputes = (False, False)
         self.checked: Any = None
-
-    def has_small_scale(self) -> bool:
-        return self._is_small()
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -155,8 +152,7 @@ class AdaptedLinear(torch.autograd.Function):
         base: Tensor | None,
         *ports: Tensor,
     ) -> Tensor:
-        with without_autocast(side.scale):
-            y, hidden = _forward(side, x, low, weight, bias, base)
+        y, hidden = _forward(side, x, low, weight, bias, base)
         ctx.side, ctx.writes = side, None
         kept = base
         if base is None and not recomputes:
@@ -169,38 +165,41 @@ class AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackendError(SECOND_DERIVATIVE)
+        kind = grad.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return AdaptedLinear.backward(ctx, grad)
         kept, hidden, x, low, weight, bias = ctx.saved_tensors
         need_x, need_low, _, _, need_base, *need_ports = ctx.needs_input_grad[2:]
         side: LayerSide = ctx.side
         shape, out_shape = (x if low is None else low).shape, grad.shape
         rows, scale = _flat(x if low is None else low), side.scale
         A, B = _factors(side, rows.dtype)
-        with without_autocast(scale):
-            grad = _flat(grad).contiguous()
-            is_output = ctx.writes is not None and not ctx.writes.moved() and not side.has_small_scale()
-            if not is_output and x is not None:
-                assert weight is not None
-                kept, bias = F.linear(_flat(x), weight), None
-            scaled, sums = side.passes.scale_gradient(grad, _flat(kept), scale, bias, is_output=is_output)
-            grad_hidden = scaled @ B
-            grad_A = grad_B = None
-            if any(need_ports):
-                grad_A = accumulating_product(grad_hidden.T, rows)
-                if is_output:
-                    grad_B = accumulating_product(scaled.T, hidden)
-                else:
-                    grad_B = accumulating_product(grad.T, hidden)
-                    sums[0] += (grad_B * B).sum(1)
-                    grad_B *= scale[:, None]
-            grad_x = grad_low = None
-            if need_x:
-                assert weight is not None
-                grad_x = scaled @ weight
-                if low is None:
-                    grad_x.addmm_(grad_hidden, A)
-                grad_x = grad_x.view(shape)
-            if need_low:
-                grad_low = (grad_hidden @ A).view(shape)
+        grad = _flat(grad).contiguous()
+        is_output = ctx.writes is not None and not ctx.writes.moved() and not side.has_small_scale()
+        if not is_output and x is not None:
+            assert weight is not None
+            kept, bias = F.linear(_flat(x), weight), None
+        scaled, sums = side.passes.scale_gradient(grad, _flat(kept), scale, bias, is_output=is_output)
+        grad_hidden = scaled @ B
+        grad_A = grad_B = None
+        if any(need_ports):
+            grad_A = accumulating_product(grad_hidden.T, rows)
+            if is_output:
+                grad_B = accumulating_product(scaled.T, hidden)
+            else:
+                grad_B = accumulating_product(grad.T, hidden)
+                sums[0] += (grad_B * B).sum(1)
+                grad_B *= scale[:, None]
+        grad_x = grad_low = None
+        if need_x:
+            assert weight is not None
+            grad_x = scaled @ weight
+            if low is None:
+                grad_x.addmm_(grad_hidden, A)
+            grad_x = grad_x.view(shape)
+        if need_low:
+            grad_low = (grad_hidden @ A).view(shape)
         grad_base = scaled.view(out_shape) if need_base else None
         return None, None, grad_x, grad_low, None, None, grad_base, grad_A, grad_B, sums
 
@@ -229,9 +228,12 @@ def apply(
         base: the base layer's output, where the layer was called; else it is computed from x and W0.
         recomputes: do not keep the output.
     """
+    kind = side.scale.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return apply(side, x, low, weight, bias, base, recomputes=recomputes)
     if not torch.is_grad_enabled():
-        with without_autocast(side.scale):
-            return _forward(side, x, low, weight, bias, base)[0]
+        return _forward(side, x, low, weight, bias, base)[0]
     assert side.ports is not None
     y: Tensor = _apply(side, recomputes, x, low, weight, bias, base, *side.ports)
     return y

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from doran_core.kernels import torch_internals as internals
-from doran_core.kernels.adapted_linear import LayerSide, without_autocast
-from doran_core.kernels.backend import Implementation
+from doran_core.kernels.adapted_linear import LayerSide, small_scale, without_autocast
+from doran_core.kernels.backend import Backend, Implementation, choose, get_backend
 from doran_core.kernels.passes import passes_of
 from doran_core.kernels.weight_side import Product, Shape, Stack, compute
 from doran_core.method.experts import RankOneExperts
@@ -27,19 +27,24 @@ if TYPE_CHECKING:
 __all__ = [
     "LayerGroup",
     "LayerInputs",
+    "can_be_read",
     "choose_recomputed",
     "compute_alone",
     "group_layers",
-    "has_known_parts",
+    "implementation_of",
     "is_ordinary",
-    "is_supported",
+    "requires_grad",
 ]
 
 _Slot = tuple[Mapping[str, Any], str]
 """Where a module keeps something: one of its dictionaries, and the name there."""
 
+requires_grad: Callable[[Tensor], bool] = operator.attrgetter("requires_grad")
+_is_training: Callable[[nn.Module], bool] = operator.attrgetter("training")
+_own = internals.own_parameters
 
-def is_supported(adapter: DoranAdapter, view: BaseView) -> bool:
+
+def _is_supported(adapter: DoranAdapter, view: BaseView) -> bool:
     """Whether a layer of this kind and method has a backward by hand."""
     return view.kind in ("linear", "conv1d", "opaque") and adapter.config.norm_method != "direct"
 
@@ -58,49 +63,71 @@ class LayerInputs:
         adapter: the layer's adapter.
         view: of its base layer.
         device: of all of it.
+        dtype: of W0, or that of magnitude where W0 is hidden or magnitude is wider than float32.
         columns: its trainable tensors by name, the same names for all layers of a group.
-        implementation: the backend that was asked for, and what it came to; None before that was looked up.
+        is_usable: whether an implementation other than the reference can read it all, now and at the next call.
         key: what the layers of a group have in common.
     """
 
     def __init__(self, adapter: DoranAdapter, view: BaseView) -> None:
         self.adapter, self.view, self.device = adapter, view, view.device
-        factors, tau = adapter.factors, adapter.tau
-        columns: dict[str, _Slot] = {"magnitude": (adapter._parameters, "magnitude")}
+        tau, experts, factors = adapter.tau, adapter.experts, adapter.factors
+        self._draws: list[nn.Module] = [tau] if tau.kind == "gaussian" else []
+        columns: dict[str, _Slot] = {"magnitude": (_own(adapter), "magnitude")}
         if tau.raw is not None:
-            columns["tau"] = (tau._parameters if "raw" in tau._parameters else tau._buffers, "raw")
-        if adapter.experts is not None:
-            columns["coefficients"] = (adapter.experts._parameters, "coefficients")
-        modules: list[_Slot] = [(vars(adapter), name) for name in ("config", "scaling")]
-        modules += [(adapter._modules, name) for name in ("factors", "tau", "experts")]
+            columns["tau"] = (_own(tau) if "raw" in _own(tau) else internals.own_buffers(tau), "raw")
+        if experts is not None:
+            columns["coefficients"] = (_own(experts), "coefficients")
+            self._draws += [] if experts.mask == "none" else [experts]
+        others: list[_Slot] = [(vars(adapter), name) for name in ("config", "scaling")]
+        others += [(internals.own_modules(adapter), name) for name in ("factors", "tau", "experts")]
         hooked: list[nn.Module] = [factors]
         if isinstance(factors, GeneratedFactors):
-            trunk = factors.trunk
-            hooked += [trunk, trunk.A, trunk.B]
-            modules += [(factors._modules, "trunk"), (factors._modules, "block_embedding")]
+            hooked += [factors.trunk, factors.trunk.A, factors.trunk.B]
+            others += [(internals.own_modules(factors), name) for name in ("trunk", "block_embedding")]
             columns |= _network_columns(factors)
         else:
-            columns |= {name: (factors._parameters, name) for name in ("A", "B")}
-        base = view.layer
-        own = [(base._parameters, name) for name in base._parameters] + [(base._buffers, n) for n in base._buffers]
-        own += [(adapter._buffers, "base_squared_norm")]
-        self._hooks = [hooks for module in hooked for hooks in internals.call_hooks(module)]
+            columns |= {name: (_own(factors), name) for name in ("A", "B")}
+        base = [_own(view.layer), internals.own_buffers(view.layer)]
+        others += [(names, name) for names in base for name in names]
+        others += [(internals.own_buffers(adapter), "base_squared_norm")]
         self.columns: dict[str, Any] = {name: slot[0].get(slot[1]) for name, slot in columns.items()}
-        self._slots = [(names, name, names.get(name)) for names, name in (*columns.values(), *own, *modules)]
-        self.tensors = [value for _, _, value in self._slots if isinstance(value, Tensor)]
+        # Three lists beside each other and the hooks' dictionaries: compared at each use without a loop in Python.
+        self._places, self._names = zip(*columns.values(), *others, strict=True)
+        self._values = list(map(dict.get, self._places, self._names))
+        self._hooks = [hooks for module in hooked for hooks in internals.call_hooks(module)]
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._frozen = [tensor for names in base for tensor in names.values() if isinstance(tensor, Tensor)]
         self.is_usable = not any(self._hooks) and all(map(self._fits, self.columns.values())) and self._base_fits()
-        self._addresses = [tensor.data_ptr() for tensor in self.tensors] if self.is_usable else []
-        self._weight = base._parameters.get("weight") if self.is_usable else None
+        self._addresses = list(map(Tensor.data_ptr, self._tensors)) if self.is_usable else []
+        self._weight = base[0].get("weight") if self.is_usable else None
         self._weight_version = 0 if self._weight is None else internals.version(self._weight)
-        self.implementation: tuple[str, Implementation] | None = None
-        self.key: tuple[Any, ...] = self._key() if self.is_usable else ()
+        self._implementations: dict[tuple[Backend, torch.dtype], Implementation] = {}
+        weight, self.dtype = view.weight(), self.columns["magnitude"].dtype
+        if weight is not None and self.dtype.itemsize <= 4:
+            self.dtype = weight.dtype
+        self.key: tuple[Any, ...] = self._key(weight) if self.is_usable else ()
 
     def is_random(self) -> bool:
-        """Whether a call would draw random numbers: then it draws them itself, so that its recomputation does, too."""
-        tau, experts = self.adapter.tau, self.adapter.experts
-        if tau.kind == "gaussian" and tau.training:
-            return True
-        return experts is not None and experts.mask != "none" and experts.training
+        """Whether a call draws random numbers (a gaussian tau, expert masks in training): the layer then draws alone.
+
+        Reentrant checkpointing repeats a block from the generator's state at the block's start. Numbers drawn for all
+        layers at the start of the pass would not be drawn again there: the gradients would be those of other numbers.
+        """
+        return any(map(_is_training, self._draws))
+
+    def implementation(self, dtype: torch.dtype) -> Implementation:
+        """The implementation for an input of this dtype, by the backend that is asked for now.
+
+        Raises:
+            BackendError: it was asked for by name and cannot run on these tensors.
+        """
+        key = get_backend(), dtype
+        found = self._implementations.get(key)
+        if found is None:
+            wide = self.columns["magnitude"].dtype
+            found = self._implementations[key] = choose(self.device, wide if wide.itemsize > 4 else dtype)
+        return found
 
     def _fits(self, tensor: Any) -> bool:
         magnitude = self.columns["magnitude"]
@@ -113,16 +140,13 @@ class LayerInputs:
         )
 
     def _base_fits(self) -> bool:
-        own = [*self.view.layer._parameters.values(), *self.view.layer._buffers.values()]
         norm = self.adapter.base_squared_norm
-        return (
-            norm is not None
-            and norm.device == self.device
-            and all(tensor is None or (is_ordinary(tensor) and not tensor.is_inference()) for tensor in own)
-        )
+        if norm is None or norm.device != self.device or any(map(requires_grad, self._frozen)):
+            return False
+        return all(is_ordinary(tensor) and not tensor.is_inference() for tensor in self._frozen)
 
-    def _key(self) -> tuple[Any, ...]:
-        adapter, weight, factors = self.adapter, self.view.weight(), self.adapter.factors
+    def _key(self, weight: Tensor | None) -> tuple[Any, ...]:
+        adapter, factors = self.adapter, self.adapter.factors
         made_by = factors.trunk.A.activation if isinstance(factors, GeneratedFactors) else "static"
         shapes = tuple((name, tensor.shape) for name, tensor in self.columns.items())
         base = None if weight is None else (weight.shape, weight.stride(), weight.dtype)
@@ -133,42 +157,60 @@ class LayerInputs:
         """Whether W0 was not written to since this was made: else ``||W0||^2`` is another."""
         return self._weight is None or internals.version(self._weight) == self._weight_version
 
-    def hold(self) -> bool:
-        """Whether every tensor, module and option is the object that it was, where it was, and no hook wants a call."""
-        if any(self._hooks):
-            return False
-        for names, name, value in self._slots:
-            if names.get(name) is not value:
-                return False
-        return [tensor.data_ptr() for tensor in self.tensors] == self._addresses
+    def versions(self) -> list[int] | None:
+        """PyTorch's counters of writes to the tensors.
 
-    def versions(self) -> list[int]:
-        """PyTorch's counters of what was written to the tensors."""
-        return [internals.version(tensor) for tensor in self.tensors]
+        None unless every tensor, module and option is the object that it was, where it was, no hook wants a call, and
+        the base layer is frozen.
+        """
+        same = all(map(operator.is_, map(dict.get, self._places, self._names), self._values))
+        if not same or any(self._hooks) or any(map(requires_grad, self._frozen)):
+            return None
+        moved = list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+        return None if moved else list(map(internals.version, self._tensors))
 
 
 def _network_columns(factors: GeneratedFactors) -> dict[str, _Slot]:
     trunk, columns = factors.trunk, {}
     for name, outputs, size in (("A", trunk.output_A, factors.d_in), ("B", trunk.output_B, factors.d_out)):
         part = getattr(trunk, name)
-        columns[f"embedding_{name}"] = (part._parameters, "embedding")
-        for layer in part.weights._parameters:
-            columns[f"w1_{name}_{layer}"] = (part.weights._parameters, layer)
-        shared = factors.share_output
-        columns[f"w2_{name}"] = (outputs._parameters, str(size)) if shared else (factors._parameters, f"w2_{name}")
-    block = factors.block_embedding
-    if block is not None:
-        columns["block"] = (block._parameters, "vector")
+        columns[f"embedding_{name}"] = (_own(part), "embedding")
+        columns |= {f"w1_{name}_{layer}": (_own(part.weights), layer) for layer in _own(part.weights)}
+        columns[f"w2_{name}"] = (_own(outputs), str(size)) if factors.share_output else (_own(factors), f"w2_{name}")
+    if factors.block_embedding is not None:
+        columns["block"] = (_own(factors.block_embedding), "vector")
     return columns
 
 
-def has_known_parts(adapter: DoranAdapter) -> bool:
+def can_be_read(adapter: DoranAdapter, view: BaseView) -> bool:
     """Whether the adapter's modules are this package's own, whose parameters can be read without calling them."""
+    weight = view.weight()
     return (
-        type(adapter.factors) in (StaticFactors, GeneratedFactors)
+        _is_supported(adapter, view)
+        and (weight is None or is_ordinary(weight))
+        and type(adapter.factors) in (StaticFactors, GeneratedFactors)
         and type(adapter.tau) is Tau
         and type(adapter.experts) in (RankOneExperts, type(None))
     )
+
+
+def implementation_of(adapter: DoranAdapter, view: BaseView, x: Tensor) -> Implementation:
+    """The implementation for a call. The reference computes what the others do not.
+
+    Embeddings and convolutions, a trained weight or bias, a norm that is to be taken directly, tensor subclasses
+    (DTensor), sharded or missing parameters, and DataParallel's replicas.
+
+    Raises:
+        BackendError: an implementation was asked for by name and cannot run on these tensors.
+    """
+    magnitude = adapter.magnitude
+    if not _is_supported(adapter, view) or not is_ordinary(magnitude) or magnitude.dtype.itemsize < 4:
+        return "reference"
+    weight, bias = view.weight(), view.bias
+    trained = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    if trained or (weight is not None and not is_ordinary(weight)) or internals.is_replica(adapter):
+        return "reference"
+    return choose(x.device, magnitude.dtype if magnitude.dtype == torch.float64 else x.dtype)
 
 
 _stack, _product = internals.apply_directly(Stack), internals.apply_directly(Product)
@@ -235,14 +277,15 @@ def _shape_of(layers: Sequence[tuple[DoranAdapter, BaseView]], implementation: I
     weights = [view.weight() for _, view in layers]
     norms = torch.stack([adapter.squared_norm_of_base(view) for adapter, view in layers])
     hidden = weights[0] is None
+    dtype = norms.dtype if hidden else weights[0].dtype  # type: ignore[union-attr]
     table = None
     if implementation == "triton" and not hidden:
         table = _address_table(view.device, tuple(weight.data_ptr() for weight in weights))  # type: ignore[union-attr]
     return Shape(
         weights=None if hidden else [weight.detach() for weight in weights],  # type: ignore[union-attr]
         squared_norm=norms,
-        has_bias=[view.bias is not None for _, view in layers],
-        dtype=norms.dtype if hidden else weights[0].dtype,  # type: ignore[union-attr]
+        least_scales=[small_scale(dtype, has_bias=view.bias is not None) for _, view in layers],
+        dtype=dtype,
         scaling=adapter.scaling,
         detach_norm=adapter.config.norm_grad == "detached",
         repair=adapter.config.norm_method == "auto" and not hidden,

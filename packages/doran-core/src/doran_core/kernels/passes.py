@@ -25,9 +25,9 @@ def narrow_on_cuda(tensor: Tensor) -> bool:
 
 def accumulating_product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` of two matrices, accumulated and returned in acc."""
-    if narrow_on_cuda(left):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return functional.wide_product(left, right)
+    if left.dtype.itemsize >= 4:
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else functional.wide_product(left, right)
 
 
 class TorchPasses:

@@ -29,24 +29,24 @@ from torch.utils.hooks import RemovableHandle
 
 from doran_core.kernels import torch_internals as internals
 from doran_core.kernels.adapted_linear import LayerSide
-from doran_core.kernels.backend import Implementation, choose, get_backend
+from doran_core.kernels.backend import Implementation, get_backend
 from doran_core.kernels.layer_groups import (
     LayerGroup,
     LayerInputs,
+    can_be_read,
     choose_recomputed,
     compute_alone,
     group_layers,
-    has_known_parts,
-    is_ordinary,
-    is_supported,
+    implementation_of,
+    requires_grad,
 )
-from doran_core.kernels.weight_side import forget, now
+from doran_core.kernels.weight_side import now, refresh
 
 if TYPE_CHECKING:
     from doran_core.layers.adapter import DoranAdapter
     from doran_core.layers.base import BaseView
 
-__all__ = ["Runtime", "prepare", "refresh", "unprepare", "watch_optimizers"]
+__all__ = ["Runtime", "prepare", "unprepare", "watch_optimizers"]
 
 _RECOMPUTED, _RECOMPUTED_UNDER_HOOKS = 1 / 16, 1 / 6
 """Recompute budgets on a GPU, as fractions of the adapted layers' products. Checkpointing, whose hooks pack what is
@@ -59,7 +59,7 @@ _watching: list[RemovableHandle] = []
 def watch_optimizers() -> None:
     """Let any optimizer's step end what was computed before: fused ones write past PyTorch's counters."""
     if not _watching:
-        _watching.append(register_optimizer_step_post_hook(lambda *_: forget()))
+        _watching.append(register_optimizer_step_post_hook(lambda *_: refresh()))
 
 
 class _Checked:
@@ -73,14 +73,17 @@ class _Checked:
         self.stream = internals.current_stream(inputs.device)
         watch_optimizers()
 
-    def hold(self, view: BaseView, implementation: Implementation) -> bool:
+    def hold(self, view: BaseView, dtype: torch.dtype) -> bool:
+        """Whether nothing has changed for a call with this view and an input of this dtype."""
+        inputs = self.inputs
         return (
             self.epoch == now()
-            and self.implementation == implementation
-            and self.inputs.view is view
-            and self.stream == internals.current_stream(self.inputs.device)
-            and self.inputs.hold()
-            and self.inputs.versions() == self.versions
+            and inputs.view is view
+            and inputs.implementation(dtype) == self.implementation
+            and self.stream == internals.current_stream(inputs.device)
+            and self.versions is not None
+            and not inputs.is_random()
+            and inputs.versions() == self.versions
         )
 
 
@@ -107,32 +110,33 @@ class Runtime:
         """The layer's inputs as they are now; None if they cannot be read, or are drawn anew by each call."""
         inputs = self.inputs
         known = inputs is not None and inputs.view is view and inputs.is_usable
-        if inputs is None or not known or not inputs.hold() or not inputs.weight_is_unwritten():
-            weight = view.weight()
-            if not has_known_parts(adapter) or (weight is not None and not is_ordinary(weight)):
+        if inputs is None or not known or inputs.versions() is None or not inputs.weight_is_unwritten():
+            if not can_be_read(adapter, view):
                 return None
             adapter.refresh(view)
             self.inputs = inputs = LayerInputs(adapter, view)
         return None if not inputs.is_usable or inputs.is_random() else inputs
 
-    def side(self, adapter: DoranAdapter, view: BaseView, implementation: Implementation) -> LayerSide:
-        """The layer's weight side for one call."""
-        if torch.is_grad_enabled():
-            return self._with_gradients(adapter, view, implementation)
-        side = _from_window(adapter, view, implementation) or self.kept
-        if side is not None and side.checked.hold(view, implementation):
-            return side
-        self.kept = None  # free the old one before the new one is made
-        with torch.inference_mode(False), torch.no_grad():
-            inputs = self.current_inputs(adapter, view)
-            side = compute_alone(adapter, view, implementation)
-            if inputs is not None and not _is_capturing(view.device):
-                side.checked, self.kept = _Checked(inputs, implementation), side
-        return side
+    def side(self, adapter: DoranAdapter, view: BaseView, x: Tensor) -> LayerSide | None:
+        """The layer's weight side for one call; None if the call is the reference's.
 
-    def _with_gradients(self, adapter: DoranAdapter, view: BaseView, implementation: Implementation) -> LayerSide:
+        Raises:
+            BackendError: an implementation was asked for by name and cannot run on these tensors.
+        """
+        learns = torch.is_grad_enabled()
+        side = _from_window(adapter)
+        if side is None and not learns:
+            side = self.kept
+        # An interrupt skips the hook that closes a window: so a weight side is checked when it is used, too.
+        if side is None or not side.checked.hold(view, x.dtype):
+            side, implementation = None, implementation_of(adapter, view, x)
+            if implementation == "reference":
+                return None
+            if not learns:
+                return self._computed_and_kept(adapter, view, implementation)
+        if not learns:
+            return side
         self.kept = None
-        side = _from_window(adapter, view, implementation)
         if internals.has_saved_tensor_hooks():
             if side is None and internals.backward_pass() != -1:
                 side = self.last
@@ -140,14 +144,14 @@ class Runtime:
                 self.last = side
         return compute_alone(adapter, view, implementation) if side is None else side
 
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def refresh() -> None:
-    """Use no weight side again that was computed before; call it after writes that PyTorch does not count."""
-    forget()
+    def _computed_and_kept(self, adapter: DoranAdapter, view: BaseView, implementation: Implementation) -> LayerSide:
+        self.kept = None  # free the old one before the new one is made
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = self.current_inputs(adapter, view)
+            side = compute_alone(adapter, view, implementation)
+            if inputs is not None and not (view.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                side.checked, self.kept = _Checked(inputs, implementation), side
+        return side
 
 
 class _Window:
@@ -156,8 +160,8 @@ class _Window:
     Those of a shape are computed when one of its layers first asks: then the GPU has work while Python goes on.
     """
 
-    def __init__(self, opener: nn.Module, groups: list[LayerGroup]) -> None:
-        self.opener, self.backward_pass = opener, internals.backward_pass()
+    def __init__(self, opener: nn.Module, model: _Model, groups: list[LayerGroup]) -> None:
+        self.opener, self.model, self.backward_pass = opener, model, internals.backward_pass()
         self.groups = {member.adapter: group for group in groups for member in group.members}
         self._sides: dict[DoranAdapter, LayerSide] = {}
 
@@ -177,7 +181,7 @@ class _Window:
             sides = group.compute()
         for member, side, choice in zip(group.members, sides, group.recomputed, strict=True):
             side.recomputes, side.checked = choice, _Checked(member, group.implementation)
-            if side.ports is not None and not any(tensor.requires_grad for tensor in member.columns.values()):
+            if side.ports is not None and not any(map(requires_grad, member.columns.values())):
                 A, B, c = side.ports  # others of its shape train, it does not
                 side.ports = A.detach(), B.detach(), c.detach()
             self._sides[member.adapter] = side
@@ -195,13 +199,11 @@ class _Windows(threading.local):
 _windows = _Windows()
 
 
-def _from_window(adapter: DoranAdapter, view: BaseView, implementation: Implementation) -> LayerSide | None:
-    """From the innermost open window that has the adapter; None if there is none or its inputs have changed."""
+def _from_window(adapter: DoranAdapter) -> LayerSide | None:
+    """From the innermost open window that has the adapter; None if there is none."""
     for window in reversed(_windows.open):
         if adapter in window.groups and window.backward_pass == internals.backward_pass():
-            side = window.side(adapter)
-            # An interrupt skips the hook that closes a window: so a weight side is checked when it is used, too.
-            return side if side.checked.hold(view, implementation) else None
+            return window.side(adapter)
     return None
 
 
@@ -216,8 +218,8 @@ class _Model:
     def groups(self) -> list[LayerGroup]:
         """Those of what the layers' next calls will use, as it is now."""
         pairs = [layer.adapter_in_use() for layer in self.layers]
-        found = [pair[0].runtime.current_inputs(*pair) for pair in pairs if pair is not None and is_supported(*pair)]
-        inputs = [(each, _implementation(each)) for each in found if each is not None]
+        found = [pair[0].runtime.current_inputs(*pair) for pair in pairs if pair is not None]
+        inputs = [(each, each.implementation(each.dtype)) for each in found if each is not None]
         if inputs != self._inputs:
             self._inputs, self._groups = inputs, group_layers(inputs)
             # Which outputs are kept is decided by sizes alone, so that a resumed run has the same bits.
@@ -230,18 +232,8 @@ class _Model:
         return self._groups
 
 
-def _implementation(inputs: LayerInputs) -> Implementation:
-    backend = get_backend()
-    if inputs.implementation is not None and inputs.implementation[0] == backend:
-        return inputs.implementation[1]
-    wide = inputs.columns["magnitude"].dtype
-    weight = inputs.view.weight()
-    dtype = wide if wide.itemsize > 4 or weight is None else weight.dtype
-    inputs.implementation = backend, choose(inputs.device, dtype)
-    return inputs.implementation[1]
-
-
 _models: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()
+"""The same for all modules from a root down to the lowest one that holds all its adapted layers."""
 _handles: WeakKeyDictionary[nn.Module, tuple[RemovableHandle, RemovableHandle]] = WeakKeyDictionary()
 
 
@@ -252,12 +244,12 @@ def open_window(module: nn.Module, args: object) -> None:
     if internals.is_replica(module) or internals.needs_single_operations() or internals.uses_fully_shard():
         return
     _windows.open = [window for window in _windows.open if window.opener is not module]  # what an interrupt left open
-    model = _models.get(module)
-    if model is None:
-        _models[module] = model = _Model(module)
+    model = _models.get(module) or _layers_of(module)  # none in a copy of a model, which has its hooks
+    if any(window.model is model for window in _windows.open):
+        return
     groups = model.groups()
     if groups and not any(groups[0].members[0].adapter in window.groups for window in _windows.open):
-        _windows.open.append(_Window(module, groups))
+        _windows.open.append(_Window(module, model, groups))
 
 
 def close_window(module: nn.Module, args: object, output: object) -> None:
@@ -275,11 +267,17 @@ def prepare(root: nn.Module) -> None:
         root: the model, or a wrapper of it. Layers are the modules with a method ``adapter_in_use``, which gives the
             adapter that the next call uses and the view of its base layer, or None.
     """
+    _layers_of(root)
     for module in _path(root):
-        _models.pop(module, None)
         if module not in _handles:
             opens = module.register_forward_pre_hook(open_window)
             _handles[module] = opens, module.register_forward_hook(close_window, always_call=True)
+
+
+def _layers_of(root: nn.Module) -> _Model:
+    model = _Model(root)
+    _models.update(dict.fromkeys(_path(root), model))
+    return model
 
 
 def unprepare(root: nn.Module) -> None:

@@ -1,7 +1,6 @@
-"""Every private name of PyTorch and Triton that the accelerated path uses, each with why and what would make it go.
+"""Every private name of PyTorch and Triton that layers and kernels use, each with why and what would make it go.
 
-A test checks that each still exists. Elsewhere only the dictionaries that every module carries are read
-(``_parameters``, ``_buffers``, ``_modules``).
+A test checks that each still exists.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "ATTRIBUTES",
     "NAMES",
     "apply_directly",
     "backward_pass",
@@ -25,8 +25,12 @@ __all__ = [
     "direct_launch",
     "distributed_data_parallel",
     "has_saved_tensor_hooks",
+    "is_observed",
     "is_replica",
     "needs_single_operations",
+    "own_buffers",
+    "own_modules",
+    "own_parameters",
     "uses_fully_shard",
     "version",
     "without_view",
@@ -57,11 +61,48 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
 )  # fmt: skip
 """``(module, name, why, removed when)``."""
 
+_OWN = "attribute look-up of nn.Module takes microseconds, and ZeRO-3 answers it by gathering", "nn.Module has a query"
+_HOOKS = "hooks that see a module's calls", "nn.Module has a query"
+ATTRIBUTES: tuple[tuple[type, str, str, str], ...] = (
+    (nn.Module, "_parameters", *_OWN),
+    (nn.Module, "_buffers", *_OWN),
+    (nn.Module, "_modules", *_OWN),
+    (nn.Module, "_forward_pre_hooks", *_HOOKS),
+    (nn.Module, "_forward_hooks", *_HOOKS),
+    (nn.Module, "_backward_pre_hooks", *_HOOKS),
+    (nn.Module, "_backward_hooks", *_HOOKS),
+    (Tensor, "_version", "writes to a parameter", "Tensor has a public counter"),
+)
+"""Attributes of objects: ``(class, name, why, removed when)``."""
+
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
 """PyTorch's counter of writes to a tensor; inference tensors have none."""
 
 _KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS: list[Mapping[Any, Any]] = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in _KINDS]
+
+call_hooks: Callable[[nn.Module], tuple[Mapping[Any, Any], ...]] = operator.attrgetter(*_KINDS)
+"""The dictionaries of hooks that see a module's calls."""
+
+
+def own_parameters(module: nn.Module) -> dict[str, Any]:
+    """The dictionary in which a module has its own parameters, None for those that it could have."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Any]:
+    """The same of buffers."""
+    return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, Any]:
+    """The same of modules."""
+    return module._modules
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether any hook, a global one included, sees the module's calls."""
+    return any(call_hooks(module)) or any(_GLOBAL_HOOKS)
 
 
 def backward_pass() -> int:
@@ -104,11 +145,6 @@ def uses_fully_shard() -> bool:
 def is_replica(module: nn.Module) -> bool:
     """Whether nn.DataParallel made this module, for one call in a thread of its own."""
     return "_is_replica" in vars(module)
-
-
-def call_hooks(module: nn.Module, *, global_hooks: bool = False) -> list[Mapping[Any, Any]]:
-    """The dictionaries of hooks that see the module's calls."""
-    return [*(getattr(module, kind) for kind in _KINDS), *(_GLOBAL_HOOKS if global_hooks else ())]
 
 
 def current_stream(device: torch.device) -> int:
@@ -183,4 +219,3 @@ def _dispatch(
 def _launch_is_known() -> bool:
     release = importlib.import_module("triton").__version__
     return tuple(map(int, release.split(".")[:2])) in _TRITON_WITH_KNOWN_LAUNCH
-

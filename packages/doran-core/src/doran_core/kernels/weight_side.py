@@ -15,6 +15,8 @@ without memory of their own. A layer called twice adds up; of a layer that was n
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,22 +26,22 @@ import torch
 from torch import Tensor
 
 from doran_core.errors import BackendError
-from doran_core.kernels.adapted_linear import SECOND_DERIVATIVE, LayerSide, small_scale, without_autocast
+from doran_core.kernels.adapted_linear import SECOND_DERIVATIVE, LayerSide, without_autocast
 from doran_core.kernels.passes import TorchPasses
 from doran_core.kernels.torch_internals import apply_directly
 
-__all__ = ["Product", "Shape", "Stack", "compute", "forget", "now"]
+__all__ = ["Product", "Shape", "Stack", "compute", "now", "refresh"]
 
 _epoch = [0]
 
 
-def forget() -> None:
-    """No weight side that was computed before this call is used again."""
+def refresh() -> None:
+    """Use no weight side again that was computed before; call it after writes that PyTorch does not count."""
     _epoch[0] += 1
 
 
 def now() -> int:
-    """Changes with :func:`forget`."""
+    """Changes with :func:`refresh`."""
     return _epoch[0]
 
 
@@ -50,7 +52,7 @@ class Shape:
     Attributes:
         weights: the W0 ``[d_out, d_in]``; None if the layers hide them.
         squared_norm: ``||W0||^2``, ``[N, d_out]`` acc.
-        has_bias: of each layer.
+        least_scales: :func:`small_scale` of each layer.
         dtype: of A and B in the layers.
         scaling: ``g``.
         detach_norm: no gradient through the norm.
@@ -61,7 +63,7 @@ class Shape:
 
     weights: list[Tensor] | None
     squared_norm: Tensor
-    has_bias: Sequence[bool]
+    least_scales: Sequence[float]
     dtype: torch.dtype
     scaling: float
     detach_norm: bool
@@ -123,9 +125,9 @@ class Stack(torch.autograd.Function):
         for layer, parameter in enumerate(ctx.index):
             users[parameter].append(layer)
         found: list[Tensor | None] = []
+        wanted = [True] * len(ctx.used) if _is_distributed() else ctx.used
         for layers, needed in zip(users, ctx.needs_input_grad[2:], strict=True):
-            used = [layer for layer in layers if ctx.used[layer]]
-            if not needed or not (used or _is_distributed()):
+            if not needed or not any(map(wanted.__getitem__, layers)):
                 found.append(None)
             else:
                 found.append(grad[layers[0]] if len(layers) == 1 else torch.stack([grad[i] for i in layers]).sum(0))
@@ -179,7 +181,7 @@ def _forward(
             weights, products, low_A if U is None else A, B, shape.squared_norm, magnitude, tau, shape.scaling,
             shape.table, repair=shape.repair,
         )  # fmt: skip
-    small = _SmallScales(scale, [small_scale(shape.dtype, has_bias=bias) for bias in shape.has_bias])
+    small = _SmallScales(scale, shape.least_scales)
     for layer, values in enumerate(zip(low_A.detach().unbind(), low_B.unbind(), scale.unbind(), strict=True)):
         found.append(LayerSide(*values, None, shape.passes, small.of(layer)))
     return low_A, aligned, norm, scale
@@ -213,7 +215,7 @@ class WeightSide(torch.autograd.Function):
     def backward(ctx: Any, *ports: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackendError(SECOND_DERIVATIVE)
-        forget()  # what follows a backward pass may change parameters past PyTorch's counters
+        refresh()  # what follows a backward pass may change parameters past PyTorch's counters
         count = len(ports) // 3
         ctx.used[:] = [port is not None for port in ports[2 * count :]]
         saved = ctx.saved_tensors
@@ -259,7 +261,7 @@ def _backward(
 
 def _stacked(gradients: Sequence[Tensor | None], like: Tensor, size: Sequence[int]) -> Tensor:
     """``[N, ...]``; zeros for layers without a gradient."""
-    if any(each is None for each in gradients):
+    if any(map(operator.is_, gradients, itertools.repeat(None))):
         zeros = like.new_zeros(size)
         gradients = [zeros if each is None else each for each in gradients]
     return torch.stack(gradients)  # type: ignore[arg-type]
@@ -268,7 +270,7 @@ def _stacked(gradients: Sequence[Tensor | None], like: Tensor, size: Sequence[in
 class _SmallScales:
     """Which layers have a scale too near 0 for y to tell the output before scaling; on its way to the host."""
 
-    def __init__(self, scale: Tensor, limits: list[float]) -> None:
+    def __init__(self, scale: Tensor, limits: Sequence[float]) -> None:
         self._limits = limits
         self._small: list[bool] | None = None
         self._event: torch.cuda.Event | None = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from doran_core import functional
 from doran_core.errors import TargetError
-from doran_core.kernels.torch_internals import call_hooks
+from doran_core.kernels.torch_internals import is_observed, own_parameters, version
 from doran_core.layers.supported import Convolution, check_supported, has_matrix, is_transposed
 from doran_core.support.sharding import gathered, held, is_flattened, is_whole, whole, whole_shape
 
@@ -110,7 +110,7 @@ class BaseView(ABC):
 
     def refuse_flattened(self) -> None:
         """Raise TargetError if FSDP1 has sharded the layer's parameters into its flat parameter."""
-        weight = self.layer._parameters.get(self.parameter)
+        weight = own_parameters(self.layer).get(self.parameter)
         if weight is not None and weight.dim() == 1 and is_flattened(weight):
             raise TargetError(
                 f"{type(self.layer).__name__}: its parameters are sharded by FSDP1; call this inside "
@@ -134,8 +134,7 @@ class BaseView(ABC):
         if self.weight() is None or self.parameter in vars(self.layer):
             return None
         weight = cast(Tensor, getattr(self.layer, self.parameter))
-        version = 0 if weight.is_inference() else weight._version
-        return weight.data_ptr(), version, weight.dtype
+        return weight.data_ptr(), 0 if weight.is_inference() else version(weight), weight.dtype
 
     def product(self, A: Tensor) -> Tensor:
         """``U = W0 @ A.T``, ``[d_out, r]``, differentiable in A ``[r, d_in]``."""
@@ -181,7 +180,7 @@ class _LinearView(BaseView):
     def is_plain(self) -> bool:
         layer = self.layer
         own = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
-        return own and not any(call_hooks(layer, global_hooks=True))
+        return own and not is_observed(layer)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)

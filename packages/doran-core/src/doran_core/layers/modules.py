@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.checkpoint.fingerprint import exact_digest
+from doran_core.kernels.torch_internals import own_modules
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView, base_view
 from doran_core.layers.swap import WeightSwap
@@ -88,8 +89,7 @@ class AdaptedLayer(nn.Module):
     @property
     def view(self) -> BaseView:
         """The base layer as a matrix. The layer is checked once, and again only after it was replaced."""
-        layer = self._modules["base_layer"]
-        assert layer is not None
+        layer: nn.Module = own_modules(self)["base_layer"]
         if torch.compiler.is_compiling():
             return base_view(layer, self.doran_adapter.spec.name)
         if self._view.layer is not layer or self._view.layer_type is not type(layer):

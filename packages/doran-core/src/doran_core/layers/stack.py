@@ -16,6 +16,7 @@ from doran_core import functional
 from doran_core.errors import ConfigError, TargetError
 from doran_core.kernels.adapted_linear import without_autocast
 from doran_core.kernels.prepare import watch_optimizers
+from doran_core.kernels.torch_internals import own_parameters, version
 from doran_core.kernels.weight_side import now
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView
@@ -46,7 +47,7 @@ class StackView(BaseView):
     """
 
     def __init__(self, layer: nn.Module, parameter: str, *, transposed: bool = False, name: str = "stack") -> None:
-        weight = layer._parameters.get(parameter)
+        weight = own_parameters(layer).get(parameter)
         if weight is None:
             raise TargetError(f"{name}: {type(layer).__name__} has no parameter {parameter!r}")
         shape = whole_shape(weight)
@@ -68,7 +69,7 @@ class StackView(BaseView):
 
     def weight(self) -> Tensor | None:
         """W0 as a view ``[experts, d_out, d_in]``; None where it is sharded or offloaded."""
-        held: Any = self.layer._parameters.get(self.parameter)
+        held: Any = own_parameters(self.layer).get(self.parameter)
         whole = type(held) in (Tensor, nn.Parameter) and not held.is_meta and held.dim() == 3
         return self.matrix(held) if whole else None
 
@@ -198,7 +199,7 @@ class StackAdapter(DoranAdapter):
         random = self.training and self.config.tau_kind == "gaussian"
         if weight is None or weight.is_inference() or not ordinary or random:
             return None
-        return now(), weight.data_ptr(), weight._version, *((t.data_ptr(), t._version, t.dtype) for t in tensors)
+        return now(), weight.data_ptr(), version(weight), *((t.data_ptr(), version(t), t.dtype) for t in tensors)
 
     def forward(self, view: BaseView, x: Tensor, base_output: Tensor | None = None) -> Tensor:
         """Not defined: a stack has no one input."""

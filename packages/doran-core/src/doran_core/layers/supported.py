@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from doran_core.errors import TargetError
+from doran_core.kernels.torch_internals import own_parameters
 from doran_core.support.sharding import held, whole_shape
 
 __all__ = ["Convolution", "check_supported", "has_matrix", "is_adaptable", "is_linear", "is_transposed"]
@@ -96,7 +97,7 @@ def _refuse_composed(layer: nn.Module, name: str) -> None:
 
 def _fsdp_put(layer: nn.Module) -> bool:
     """Whether FSDP put the weight there: FSDP2 beside the parameter, FSDP1 for a pass in place of one."""
-    return "weight" in layer._parameters or not list(layer.named_parameters())
+    return "weight" in own_parameters(layer) or not list(layer.named_parameters())
 
 
 def _refuse_own_forward(layer: nn.Module, name: str) -> None:

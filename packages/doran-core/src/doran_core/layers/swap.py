@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.errors import DoranError, NonFiniteError, TargetError
+from doran_core.kernels.torch_internals import own_parameters
 from doran_core.layers.base import BaseView
 from doran_core.support.sharding import is_dtensor, shard_like, whole_shape
 
@@ -46,7 +47,7 @@ class WeightSwap:
     @contextmanager
     def whole_original(self, view: BaseView) -> Iterator[Tensor | None]:
         """W0 ``[d_out, d_in]`` as in :meth:`original`, gathered if it must be, which all processes then have to do."""
-        current = view.layer._parameters.get(view.parameter)
+        current = own_parameters(view.layer).get(view.parameter)
         try:
             if self._original is not None:
                 setattr(view.layer, view.parameter, self._original)
@@ -64,7 +65,7 @@ class WeightSwap:
             TargetError: names the call that gathers the weight.
         """
         view.refuse_flattened()
-        weight = view.layer._parameters.get(view.parameter)
+        weight = own_parameters(view.layer).get(view.parameter)
         if weight is not None and (weight.is_meta or weight.shape != whole_shape(weight)):
             raise TargetError(
                 f"{name}: its weight is partitioned by ZeRO-3 or offloaded; merge inside "
@@ -79,7 +80,7 @@ class WeightSwap:
             TargetError: if the layer gives no access to its weight.
             NonFiniteError: if the rounded weight has NaN or infinite values and ``check_finite``; nothing is changed.
         """
-        current = view.layer._parameters.get(view.parameter)
+        current = own_parameters(view.layer).get(view.parameter)
         if view.kind == "opaque" or current is None:
             raise TargetError(
                 f"{name}: {type(view.layer).__name__} gives no access to its weight, so it cannot be merged in place; "
