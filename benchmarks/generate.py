@@ -4,7 +4,8 @@
     python benchmarks/generate.py --out results --cpu      (8 layers of width 1024, float32)
 
 All linear layers, r = 16, one sequence, greedy. The methods take turns in one process; a figure is the median, and the
-minimum, over all turns of one turn's time by its tokens. Writes generate.json and generate.md.
+minimum, over all turns of one turn's time by its tokens. On a machine that others use, ``--cpu-time`` with
+OMP_NUM_THREADS=1 counts this process's own time. Writes generate.json and generate.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,19 +32,26 @@ class Result:
     minimum_ms: float
 
 
-def ms_per_token(model: PeftModel, prompt: torch.Tensor, tokens: int) -> float:
+def ms_per_token(model: PeftModel, prompt: torch.Tensor, tokens: int, clock: Callable[[], float]) -> float:
     """Of one call of generate()."""
     if prompt.is_cuda:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     made = model.generate(input_ids=prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     if prompt.is_cuda:
         torch.cuda.synchronize()
     assert made.shape[1] == prompt.shape[1] + tokens
-    return 1e3 * (time.perf_counter() - start) / tokens
+    return 1e3 * (clock() - start) / tokens
 
 
-def measure(base: torch.nn.Module, methods: Sequence[str], rank: int, tokens: int, turns: int) -> list[Result]:
+def measure(
+    base: torch.nn.Module,
+    methods: Sequence[str],
+    rank: int,
+    tokens: int,
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Result]:
     """All methods, in turns."""
     device = next(base.parameters()).device
     prompt = torch.randint(2, 512, (1, 16), device=device)
@@ -51,7 +59,7 @@ def measure(base: torch.nn.Module, methods: Sequence[str], rank: int, tokens: in
     times: dict[str, list[float]] = {method: [] for method in methods}
     for turn in range(turns + 1):
         for method in methods if turn % 2 == 0 else reversed(methods):
-            taken = ms_per_token(models[method], prompt, tokens)
+            taken = ms_per_token(models[method], prompt, tokens, clock)
             if turn:  # the first is to warm up
                 times[method].append(taken)
     return [Result(method, statistics.median(taken), min(taken)) for method, taken in times.items()]
@@ -77,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="to generate in a turn (default 32)")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS[:4]))
+    parser.add_argument("--cpu-time", action="store_true", help="this process's own time; with one thread")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.cpu:
@@ -84,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base = make_base(width, 2816 * width // 1024, layers, max(2, width // 64), "cpu", torch.float32)
     else:
         base = make_base(4096, 11008, 8, 32, "cuda", torch.bfloat16)
-    results = measure(base, args.methods, args.rank, args.tokens, args.turns)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    results = measure(base, args.methods, args.rank, args.tokens, args.turns, clock)
     where = f"{'CPU' if args.cpu else torch.cuda.get_device_name()}, torch {torch.__version__}"
     print(f"{where}\n\n{table(results)}", flush=True)
     (args.out / "generate.json").write_text(json.dumps({"device": where, "results": [asdict(r) for r in results]}))
