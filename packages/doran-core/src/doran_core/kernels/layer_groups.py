@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,7 @@ __all__ = [
     "requires_grad",
 ]
 
-_Slot = tuple[Mapping[str, Any], str]
+_Slot = tuple[dict[str, Any], str]
 """Where a module keeps something: one of its dictionaries, and the name there."""
 
 requires_grad: Callable[[Tensor], bool] = operator.attrgetter("requires_grad")
@@ -171,7 +171,8 @@ class LayerInputs:
 
 
 def _network_columns(factors: GeneratedFactors) -> dict[str, _Slot]:
-    trunk, columns = factors.trunk, {}
+    trunk = factors.trunk
+    columns: dict[str, _Slot] = {}
     for name, outputs, size in (("A", trunk.output_A, factors.d_in), ("B", trunk.output_B, factors.d_out)):
         part = getattr(trunk, name)
         columns[f"embedding_{name}"] = (_own(part), "embedding")
