@@ -139,7 +139,7 @@ class DoranHandle:
             DoranError: after :meth:`remove`.
         """
         self._refuse_removed()
-        self._warn_uncalled("merging changes their weights all the same")
+        self._warn_uncalled("merging still changes their weights")
         try:
             for layer in self.layers.values():
                 layer.merge(check_finite=check_finite)

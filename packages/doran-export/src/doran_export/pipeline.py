@@ -133,7 +133,7 @@ def _require_replaced(model: PreTrainedModel, source: Source, names: Sequence[st
     if lost:
         raise ConfigError(
             f"the adapter brings {lost[0]}, which {type(model).__name__} does not have: {source.task.name} is the "
-            f"base's task; say with --task (task=) which one the adapter is to do ({', '.join(TASKS)})"
+            f"base's task; name the adapter's task with --task (task=) ({', '.join(TASKS)})"
         )
 
 

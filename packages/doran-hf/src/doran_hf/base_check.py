@@ -133,7 +133,7 @@ def check_base(model: nn.Module, adapter_name: str, config: DoranConfig) -> None
         raise BaseMismatchError(
             f"adapter {adapter_name!r} was made for the base weights {config.base_fingerprint}"
             f"{_of(config.base_model_name_or_path)}, but the weights of this {type(model).__name__} are {found}. To "
-            "load it all the same, set base_fingerprint and digest to null in its adapter_config.json"
+            "load it anyway, set base_fingerprint and digest to null in its adapter_config.json"
         )
 
 

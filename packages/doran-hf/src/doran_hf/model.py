@@ -333,7 +333,7 @@ def _patterns_hidden(config: DoranConfig) -> Iterator[None]:
         config.rank_pattern, config.alpha_pattern = before
 
 
-_MERGING = "merging changes their weights all the same"
+_MERGING = "merging still changes their weights"
 
 
 def _warn_uncalled(model: nn.Module, adapter_names: Sequence[str], doing: str) -> None:

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 PREFIX = "doran_"
-"""What the names of DORAN's submodules begin with in an adapted layer."""
+"""Prefix of the names of DORAN's submodules in an adapted layer."""
 
 
 class DoranPeftType(str, enum.Enum):  # noqa: UP042 - PEFT takes a member's name from the text "Class.NAME"

@@ -25,7 +25,7 @@ __all__ = ["column_blocks", "expand", "shrink"]
 
 
 def column_blocks(sizes: tuple[int, ...], columns: int, device: torch.device | str) -> Tensor:
-    """What each column program of `expand` works on: `[blocks, 3]` int32 of projection, first column, end."""
+    """The range of each column program of `expand`: `[blocks, 3]` int32 of projection, first column, end."""
     rows, start = [], 0
     for index, size in enumerate(sizes):
         rows += [(index, first, start + size) for first in range(start, start + size, columns)]

@@ -132,7 +132,7 @@ class ScaledOutput(StockLayer):
         return scale_output(output, self.doran_scale, self.punica_wrapper._token_lora_indices, bias)
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """What vLLM calls on the base layer's output `[..., d_out]`: adds the adapters, and here scales, too."""
+        """Called by vLLM on the base layer's output `[..., d_out]`: adds the adapters, and scales the sum."""
         if not self.doran_fused:
             return super()._apply_lora_to_output(x, output)
         # Do not view a two-dimensional output: torch.compile would copy the tensor that the operator changes in place.

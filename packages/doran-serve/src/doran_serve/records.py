@@ -47,7 +47,7 @@ class ServedAdapter:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What is known of a checked adapter without its tensors.
+    """The record of a checked adapter, without its tensors.
 
     Attributes:
         path: its directory.

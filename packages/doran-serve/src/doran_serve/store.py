@@ -283,7 +283,7 @@ class AdapterStore:
             try:
                 return read_folded(target)
             except DoranError as error:
-                _logger.warning("the folded adapter in the cache is damaged and made anew: %s", error)
+                _logger.warning("the folded adapter in the cache is damaged and is made again: %s", error)
         convert = from_peft if form == "dora" else fold_adapter
         adapter = convert(folder, self.base.directory)
         target.parent.mkdir(parents=True, exist_ok=True)

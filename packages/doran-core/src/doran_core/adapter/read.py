@@ -239,7 +239,7 @@ def _check_header(path: Path, metadata: Mapping[str, str]) -> None:
 def _say_if_unsealed(folder: Path, fields: Mapping[str, Any]) -> None:
     """Log that an adapter has no digests (format version 1), so damage cannot be detected."""
     if fields.get(DIGEST) is None or fields.get(TENSORS_DIGEST) is None:
-        _logger.warning("%s: has no digest, so that damage to it cannot be noticed; saved anew it has one", folder)
+        _logger.warning("%s: has no digest, so damage cannot be detected; save it again to add one", folder)
 
 
 def _name_map(path: Path, fields: Mapping[str, Any], name: str) -> dict[str, str] | None:

@@ -278,7 +278,7 @@ def _check_ties_known(
     if touched or len(whole) == 1:
         raise CheckpointError(
             f"{where}: changes {(touched or whole)[0]}, which may be tied to another weight. The adapter does not say, "
-            f"and doran does not know the architecture {config.get('architectures')}. Save the adapter anew with its "
+            f"and doran does not know the architecture {config.get('architectures')}. Save the adapter again with its "
             f"model, or set tie_word_embeddings to false in {checkpoint.directory}'s config.json if nothing is tied"
         )
 

@@ -115,7 +115,7 @@ def warn_uncalled(adapters: Iterable[DoranAdapter], doing: str) -> None:
 
     Args:
         adapters: those of a model.
-        doing: the coming action, for the message: "merging changes their weights all the same".
+        doing: the coming action, for the message: "merging still changes their weights".
     """
     all_of_them = list(adapters)
     uncalled = [adapter.spec.name for adapter in all_of_them if not adapter.called]
