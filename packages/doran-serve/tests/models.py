@@ -1,8 +1,9 @@
-"""Base models for the tests: tiny Llama, Qwen2 (with biases), Gemma; and Hugging Face's answers."""
+"""Base models for the tests: tiny Llama, Qwen2 (with biases), Gemma, `towers`; and Hugging Face's answers."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 from adapter_specs import AdapterSpec
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GemmaConfig, GenerationConfig, LlamaConfig, Qwen2Config
+from towers import TOWERS, build
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GemmaConfig,
+    GenerationConfig,
+    LlamaConfig,
+    Qwen2Config,
+)
 
 _TINY = {
     "vocab_size": 512,
@@ -27,14 +36,17 @@ _TINY = {
 
 
 def build_tiny(kind: str, folder: Path) -> Path:
-    """Write a random float32 checkpoint of `kind` ("llama", "qwen2", "gemma"); its biases are not zero."""
-    config = {
+    """Write a random float32 checkpoint of `kind` ("llama", "qwen2", "gemma", or one of `towers.TOWERS`).
+
+    Its biases are not zero.
+    """
+    configs: dict[str, Callable[[], Any]] = {
         "llama": lambda: LlamaConfig(**_TINY),
         "qwen2": lambda: Qwen2Config(**_TINY),
         "gemma": lambda: GemmaConfig(**_TINY | {"head_dim": 64, "tie_word_embeddings": True}),
-    }[kind]()
+    }
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = build(kind) if kind in TOWERS else AutoModelForCausalLM.from_config(configs[kind](), dtype=torch.float32)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
     model.save_pretrained(folder)
@@ -95,13 +107,15 @@ class Reference:
     """Hugging Face's own greedy answers of a base model and of checkpoints merged in float64."""
 
     def __init__(self, folder: Path) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        multimodal = "text_config" in json.loads((folder / "config.json").read_text())
+        auto_class: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        self.model: Any = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
         for config in (self.model.config, self.model.generation_config):
             config.eos_token_id = None  # every answer has the length asked for
         self.weights: dict[str, Tensor] = {
             name: module.weight.detach().clone()
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and name != "lm_head"
+            if isinstance(module, nn.Linear) and name != "lm_head" and (not multimodal or ".language_model." in name)
         }
 
     @torch.inference_mode()

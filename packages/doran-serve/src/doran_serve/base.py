@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 from pathlib import Path
 
-from doran_core.adapter import AnyAdapter
+from doran_core.adapter import FoldedAdapter, PeftAdapter
 from doran_core.checkpoint.binding import bind
 from doran_core.checkpoint.checkpoint import Checkpoint
+from doran_core.checkpoint.model_names import ModelNames
 from doran_core.errors import CheckpointError
 
 __all__ = ["BaseModel", "local_directory"]
@@ -74,17 +76,38 @@ class BaseModel:
             digest.update(f"\0{path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
-    def check(self, where: str | Path, adapter: AnyAdapter) -> None:
+    def stored_names(self, adapter: FoldedAdapter | PeftAdapter) -> dict[str, str]:
+        """The names that an adapter's modules have in the checkpoint, by the adapter's own names.
+
+        A module that the checkpoint lacks, or any if the checkpoint is not at hand, has the name that the adapter
+        records, or its own.
+        """
+        recorded = {} if isinstance(adapter, PeftAdapter) else adapter.stored_names or {}
+        keys = {name: recorded.get(f"{name}.weight", f"{name}.weight") for name in adapter.modules}
+        if self.checkpoint is not None:
+            ties = None if isinstance(adapter, PeftAdapter) else adapter.ties
+            model = ModelNames(self.checkpoint, ties, recorded)
+            for name in keys:
+                with contextlib.suppress(CheckpointError):
+                    keys[name], _ = model.locate(f"{name}.weight")
+        return {name: key.removesuffix(".weight") for name, key in keys.items()}
+
+    def check(self, where: str | Path, adapter: FoldedAdapter | PeftAdapter) -> None:
         """Refuse an adapter whose modules, shapes or fingerprint are not this base's.
 
         Args:
             where: the adapter's directory, for the message.
-            adapter: of any form.
+            adapter: any but a trainable one.
 
         Raises:
             CheckpointError: the base has no such module, or one of another shape.
             BaseMismatchError: the adapter was made for other weights; names both fingerprints.
         """
-        # vLLM renames the modules of multimodal models by its own rules, so the engine's layers decide.
-        if self.checkpoint is not None and "text_config" not in self.checkpoint.config():
-            bind(adapter, self.checkpoint, where)
+        if self.checkpoint is None:
+            return
+        if isinstance(adapter, PeftAdapter) and "text_config" in self.checkpoint.config():
+            # PEFT's files record no stored names, and other versions of transformers name the modules of multimodal
+            # models otherwise. vLLM knows some of these names; its layers decide.
+            if any(f"{name}.weight" not in self.checkpoint for name in self.stored_names(adapter).values()):
+                return
+        bind(adapter, self.checkpoint, where)

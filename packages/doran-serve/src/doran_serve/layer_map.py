@@ -5,14 +5,16 @@ vLLM packs projections with the same input (q, k, v; gate, up) into one layer, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 
-__all__ = ["Place", "nearest", "output_sizes", "places_of", "renamer"]
+from doran_serve.records import ServedModule
+
+__all__ = ["Place", "nearest", "output_sizes", "place_name", "places_of", "renamer"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,23 @@ def renamer(model: torch.nn.Module, parse: Any) -> Callable[[str], str]:
         variant = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
         mapper = variant()
     return lambda name: str(parse(f"base_model.model.{name}.lora_A.weight", mapper)[0])
+
+
+def place_name(module: ServedModule, rename: Callable[[str], str], places: Container[str]) -> str:
+    """vLLM's name for an adapted layer.
+
+    vLLM's mapping is made for the names in checkpoints, so it gets the stored name first.
+
+    Args:
+        module: the layer.
+        rename: of :func:`renamer`.
+        places: the names of vLLM's layers; embedding models are adapted without their wrapper `model`.
+
+    Returns:
+        The name in `places`, or the stored name's if there is none.
+    """
+    names = [rename(name) for name in (module.stored_name, module.name)]
+    return next((full for name in names for full in (name, f"model.{name}") if full in places), names[0])
 
 
 def nearest(name: str, places: Any) -> str:

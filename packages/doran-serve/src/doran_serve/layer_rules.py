@@ -46,7 +46,7 @@ class LayerRules:
         """How vLLM serves a layer.
 
         Args:
-            name: of the module.
+            name: of the module, in the checkpoint if the checkpoint has it.
             rows: d_out; of an embedding, d_out of its transpose.
             kind: how the base keeps the weight, if the adapter records it.
         """

@@ -23,12 +23,14 @@ class ServedModule:
         A: ``[r, d_in]``.
         B: ``[d_out, r]``, scaling included.
         scale: c, ``[d_out]`` float32; None for LoRA (all ones).
+        stored_name: the module's name in the base checkpoint, which vLLM makes its own names of.
     """
 
     name: str
     A: Tensor
     B: Tensor
     scale: Tensor | None
+    stored_name: str
 
 
 @dataclass(frozen=True)

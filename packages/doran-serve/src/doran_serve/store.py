@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -184,7 +184,7 @@ class AdapterStore:
             served, record = self._load_lora(folder)
         else:
             record = read_folded(folder) if form == "folded" else self._folded(folder, form)
-            served = _served(folder, form, record)
+            served = _served(folder, form, record, self.base.stored_names(record))
         if record is not None:
             self._check_rank(folder, record)
         if served is not None:
@@ -210,9 +210,9 @@ class AdapterStore:
 
     def _check_layers(self, folder: Path, form: AdapterForm, record: _Factored) -> tuple[str, ...]:
         """Refuse layers that vLLM does not adapt in this form; the names of those that are not linear."""
-        rules, others = LayerRules(self.base.checkpoint), []
+        rules, stored, others = LayerRules(self.base.checkpoint), self.base.stored_names(record), []
         for module in record.modules.values():
-            served_as = rules.served_as(module.name, module.B.shape[0], module.kind)
+            served_as = rules.served_as(stored[module.name], module.B.shape[0], module.kind)
             stocked = served_as in ("embedding", "output head") and form == "lora"
             if served_as == "another tower" or (stocked and not rules.stock_adapts(module.name)):
                 raise TargetError(
@@ -261,7 +261,11 @@ class AdapterStore:
         parts = adapter.modules.values()
         if any(part.kind is not None or ".experts" in part.name for part in parts):
             return None, adapter
-        modules = {part.name: ServedModule(part.name, part.A, part.B.float() * part.scaling, None) for part in parts}
+        stored = self.base.stored_names(adapter)
+        modules = {
+            part.name: ServedModule(part.name, part.A, part.B.float() * part.scaling, None, stored[part.name])
+            for part in parts
+        }
         return ServedAdapter(folder, "lora", modules), adapter
 
     def _folded(self, folder: Path, form: AdapterForm) -> FoldedAdapter:
@@ -311,7 +315,7 @@ def _form(folder: Path) -> AdapterForm:
     return "dora" if config.get("use_dora") else "lora"
 
 
-def _served(folder: Path, form: AdapterForm, adapter: FoldedAdapter) -> ServedAdapter:
+def _served(folder: Path, form: AdapterForm, adapter: FoldedAdapter, stored: Mapping[str, str]) -> ServedAdapter:
     """Refuse adapters that cannot share a batch: those with replaced base parameters, or layers that are not linear."""
     if adapter.extra:
         _refuse_replaced(folder, adapter.extra)
@@ -321,7 +325,10 @@ def _served(folder: Path, form: AdapterForm, adapter: FoldedAdapter) -> ServedAd
                 f"{folder}: {module.name}: adapts a layer of kind {module.kind!r}; mixed serving scales linear layers "
                 "only; merge it with `doran merge` and serve the merged checkpoint"
             )
-    modules = {name: ServedModule(name, module.A, module.B, module.scale) for name, module in adapter.modules.items()}
+    modules = {
+        name: ServedModule(name, module.A, module.B, module.scale, stored[name])
+        for name, module in adapter.modules.items()
+    }
     return ServedAdapter(folder, form, modules)
 
 

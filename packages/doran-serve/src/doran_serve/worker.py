@@ -16,7 +16,7 @@ import torch
 
 from doran_core.errors import AdapterFormatError, DoranError, TargetError, TensorShapeError
 from doran_serve.admission import unmarked
-from doran_serve.layer_map import nearest, output_sizes, renamer
+from doran_serve.layer_map import nearest, output_sizes, place_name, renamer
 from doran_serve.layers import ScaledOutput
 from doran_serve.records import ServedAdapter, ServedModule
 from doran_serve.store import AdapterStore
@@ -196,12 +196,7 @@ class DoranLoading(StockWorkerManager):
     def _names(self, adapter: ServedAdapter, places: Mapping[str, Any]) -> dict[str, str]:
         """The adapter's module names to vLLM's."""
         rename = renamer(self._adapter_manager.model, lookup("parse_fine_tuned_lora_name"))
-        names = {name: rename(name) for name in adapter.modules}
-        # Embedding models are adapted without their wrapper.
-        return {
-            name: f"model.{new}" if new not in places and f"model.{new}" in places else new
-            for name, new in names.items()
-        }
+        return {name: place_name(module, rename, places) for name, module in adapter.modules.items()}
 
     def _build(self, adapter: ServedAdapter, places: Mapping[str, tuple[str, int]], adapter_id: int) -> Any:
         """vLLM's record of the adapter: factors by vLLM's module names, and the scales by layer."""

@@ -66,7 +66,7 @@ def stored_candidates(config: Mapping[str, Any], parameter: str) -> list[str]:
         return []
     pattern, numbers = template(parameter)
     parts = pattern.split(".")
-    inner = {rule.partition(".")[2]: stored for rule, stored in rules.items() if rule.count(".") > 1}
+    inner = {rule.partition(".")[2]: stored for rule, stored in rules.items() if "." in rule}
     tries = [(rules, pattern), *((rules, ".".join(parts[cut:])) for cut in range(1, len(parts) - 1)), (inner, pattern)]
     for known, name in tries:
         stored = renamed_start(known, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from doran_core.errors import AdapterFormatError, TargetError, TensorShapeError
 from doran_core.functional import direction
-from doran_serve.layer_map import Place, nearest, places_of, renamer
+from doran_serve.layer_map import Place, nearest, place_name, places_of, renamer
 from doran_serve.records import ServedModule
 from doran_serve.store import AdapterStore
 from doran_serve.vllm_symbols import lookup
@@ -83,7 +84,7 @@ class MergedWeights:
             raise AdapterFormatError(f"{path}: adapts more than linear layers; merged mode cannot swap it")
         modules: dict[str, ServedModule] = {}
         for module in adapter.modules.values():
-            name = self._rename(module.name)
+            name = place_name(module, self._rename, self._places)
             if name not in self._places:
                 if self._partial:
                     continue
@@ -137,7 +138,8 @@ def _pinned(module: ServedModule) -> ServedModule:
     if not torch.cuda.is_available():
         return module
     scale = None if module.scale is None else module.scale.pin_memory()
-    return ServedModule(module.name, module.A.contiguous().pin_memory(), module.B.contiguous().pin_memory(), scale)
+    A, B = module.A.contiguous().pin_memory(), module.B.contiguous().pin_memory()
+    return replace(module, A=A, B=B, scale=scale)
 
 
 _of_model: weakref.WeakKeyDictionary[torch.nn.Module, MergedWeights] = weakref.WeakKeyDictionary()
