@@ -138,11 +138,7 @@ class Engines:
         """The running engine, if it is of this kind, or a new one."""
         if self._running is None or self._running.kind != (name, separate, merged):
             self.close()
-            from towers import TOWERS
-
-            options: dict[str, Any] = {"dtype": "bfloat16"} if name == "quantized" else {}  # for vLLM's 4-bit kernel
-            if name in TOWERS:
-                options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
+            options = {"dtype": "bfloat16"} if name == "quantized" else {}  # as vLLM's 4-bit kernel needs it
             self._running = Engine(name, self._checkpoint(name), separate=separate, merged=merged, **options)
         return self._running
 

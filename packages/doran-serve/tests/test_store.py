@@ -186,7 +186,7 @@ def test_a_damaged_cache_entry_is_made_anew(store: AdapterStore, base: Any, tmp_
 @pytest.mark.parametrize("form", ["lora", "folded"])
 def test_layers_beside_the_language_model(form: str, tmp_path: Path) -> None:
     names = ("model.language_model.layers.0.mlp.up_proj", "model.visual.blocks.0.mlp.fc1", "lm_head")
-    base = {name: torch.randn(24, 16) for name in names}
+    base = {name: torch.randn(24 if name == "lm_head" else 20, 16) for name in names}
     tensors = {f"{name}.weight": weight for name, weight in base.items()}
     tensors["model.language_model.embed_tokens.weight"] = torch.randn(24, 16)
     (tmp_path / "base").mkdir()

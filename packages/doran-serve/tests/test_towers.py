@@ -17,12 +17,13 @@ pytest.importorskip("vllm")
 
 import torch
 from adapter_specs import FORMS, make_adapter
-from test_mixed import ALL, check_mixed, five_adapters, prompts_of, requests_for
+from test_mixed import ALL, ask_elsewhere, prompts_of
 from torch import nn
 from towers import TOWERS, own_mapper
 
 from doran_core.adapter import FoldedAdapter, FoldedModule
 from doran_core.errors import BaseMismatchError, DoranError
+from doran_core.merge import merge_checkpoint
 from doran_serve import AdapterStore
 from doran_serve.base import BaseModel
 from doran_serve.layer_map import place_name, renamer
@@ -43,17 +44,21 @@ def record(names: list[str], stored: dict[str, str] | None = None) -> FoldedAdap
     )
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["mixed", "merged"])
 @pytest.mark.parametrize("kind", TOWERS)
-def test_every_form_in_a_running_engine(
-    kind: str, merged: bool, engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+def test_a_running_engine_answers_as_one_of_the_merged_checkpoint(
+    kind: str, checkpoint: Callable[[str], Path], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """The base and five adapters, mixed; the requests have no images, which is where the adapted layers are read."""
+    """Mixed and merged mode, prompts of text alone; what `doran merge` writes is the oracle, in vLLM, too."""
     need(kind)
-    base = reference(kind)
-    adapters = five_adapters(base.weights, 0.5)
-    lora, prompts = requests_for(adapters, tmp_path), prompts_of([5, 9], 500, seed=11)
-    check_mixed(engine(kind, merged=merged), base, adapters, lora, prompts=prompts, tokens=8)
+    spec = make_adapter("trainable", reference(kind).weights, ALL, rank=4, seed=3, size=0.5)
+    adapter = spec.write(tmp_path / "adapter")
+    merge_checkpoint(checkpoint(kind), adapter, tmp_path / "merged")
+    prompts, options = prompts_of([5, 9], 500, seed=11), {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+    expected = ask_elsewhere(tmp_path / "merged", {}, prompts, 8, mode="mixed", engine=options)["None"]
+    for mode in ("mixed", "merged"):
+        found = ask_elsewhere(checkpoint(kind), {"adapter": adapter}, prompts, 8, mode=mode, engine=options)
+        assert found["adapter"] == expected, mode
+        assert found["None"] != expected, mode
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole model", "without its head"])

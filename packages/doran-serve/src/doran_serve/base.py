@@ -105,9 +105,8 @@ class BaseModel:
         """
         if self.checkpoint is None:
             return
+        # PEFT's files record neither stored names nor ties, and other versions of transformers name the modules of
+        # multimodal models otherwise. vLLM knows these names; its layers decide.
         if isinstance(adapter, PeftAdapter) and "text_config" in self.checkpoint.config():
-            # PEFT's files record no stored names, and other versions of transformers name the modules of multimodal
-            # models otherwise. vLLM knows some of these names; its layers decide.
-            if any(f"{name}.weight" not in self.checkpoint for name in self.stored_names(adapter).values()):
-                return
+            return
         bind(adapter, self.checkpoint, where)

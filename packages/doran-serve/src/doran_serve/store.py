@@ -196,9 +196,9 @@ class AdapterStore:
         if record is None:
             return AdapterInfo(folder, "lora", None, 0, 0)
         form = "lora" if served is None else served.form
+        others = self._check_layers(folder, form, record)
         if form in ("lora", "folded"):  # the converters have checked the other forms against the base
             self.base.check(folder, record)
-        others = self._check_layers(folder, form, record)
         modules = record.modules.values() if served is None else served.modules.values()
         values = sum(
             module.A.numel() + module.B.numel() + (0 if getattr(module, "scale", None) is None else module.B.shape[0])
