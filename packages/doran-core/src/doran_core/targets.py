@@ -48,16 +48,16 @@ def find_targets(model: nn.Module, config: DoranConfig, known: Collection[str] =
             matches a module that DoRAN cannot adapt, or that the model does not call.
     """
     modules = plain_modules(model)
-    candidates = {name: module for name, module in modules.items() if name and is_adaptable(module)}
+    read = {name: reason for name, reason in read_not_called(model).items() if name not in known}
+    candidates = {name: m for name, m in modules.items() if name and (is_adaptable(m) or name in read)}
     targets = config.target_modules
     if not targets:
         raise TargetError(
             f"DoranConfig.target_modules is {targets!r}; expected name endings, a regex or {ALL_LINEAR!r}. "
             f"This model has {_summary(candidates)}"
         )
-    read = {name: reason for name, reason in read_not_called(model).items() if name not in known}
     if targets == ALL_LINEAR:
-        linear = [name for name, module in candidates.items() if is_linear(module)]
+        linear = [name for name, module in candidates.items() if is_linear(module) or isinstance(module, nn.Linear)]
         found = [name for name in linear if name not in read]
         warn_left_out(model, (name for name in linear if name in read), read)
     else:

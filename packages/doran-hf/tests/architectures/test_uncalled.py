@@ -43,7 +43,7 @@ def test_the_table_is_what_the_sources_of_transformers_say() -> None:
     ("family", "target"),
     [
         ("mamba", "conv1d"), ("mamba", "dt_proj"), ("mamba", "out_proj"), ("mamba2", "conv1d"), ("mamba2", "out_proj"),
-        ("jamba", "dt_proj"), ("t5", "shared"), ("bart", "shared"),
+        ("jamba", "dt_proj"), ("t5", "shared"), ("bart", "shared"), ("siglip", "out_proj"),
     ],
 )  # fmt: skip
 def test_a_layer_that_is_read_is_refused_by_name(family: str, target: str) -> None:
@@ -51,6 +51,15 @@ def test_a_layer_that_is_read_is_refused_by_name(family: str, target: str) -> No
         get_peft_model(FAMILIES[family].make(), DoranConfig(target_modules=[target]))
     with pytest.raises(TargetError, match=f"{target}.*never called"):
         adapt(FAMILIES[family].make(), CoreConfig(target_modules=[target]))
+
+
+def test_a_layer_that_is_read_can_be_excluded() -> None:
+    options = {"target_modules": ["out_proj"], "exclude_modules": [r"head.attention.out_proj"]}
+    handle = adapt(FAMILIES["siglip"].make(), CoreConfig(**options))
+    model = get_peft_model(FAMILIES["siglip"].make(), DoranConfig(**options))
+    assert {layer.name for layer in doran_layers(model)} == set(handle.layers)
+    assert handle.layers
+    assert not any("head" in name for name in handle.layers)
 
 
 def test_all_linear_leaves_them_out_and_says_so() -> None:
@@ -62,11 +71,11 @@ def test_all_linear_leaves_them_out_and_says_so() -> None:
     assert not any("dt_proj" in name for name in handle.layers)
 
 
-def test_all_linear_names_the_experts_that_it_leaves_out() -> None:
+def test_doran_cores_all_linear_names_the_experts_that_it_leaves_out() -> None:
     with pytest.warns(
         UserWarning, match=r"leaves out model\.layers\.0\.mlp\.experts\.gate_up_proj.* and 1 more, weights of exp"
     ):
-        get_peft_model(FAMILIES["mixtral"].make(), DoranConfig(target_modules="all-linear"))
+        adapt(FAMILIES["mixtral"].make(), CoreConfig(target_modules="all-linear"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_peft_model(make_llama(), DoranConfig(target_modules="all-linear"))
