@@ -11,6 +11,7 @@ from doran_core import kernels
 from doran_core.errors import TargetError
 from doran_core.handle import DoranHandle, read_trainable, set_trained
 from doran_core.layers.modules import AdaptedLayer, make_factor_builder, wrap
+from doran_core.layers.statistics import keep_statistics
 from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import pad_encoders
 from doran_core.method.config import DoranConfig
@@ -62,6 +63,7 @@ def _adapt(
     for place, layer in places:
         model.set_submodule(place, layer)
     pad_encoders(model, layers.values())
+    keep_statistics(model)
     for name in saved:
         modules[name].requires_grad_(True)
     kernels.prepare(model)

@@ -27,6 +27,7 @@ from doran_core.checkpoint.ties import tied_parameters
 from doran_core.errors import AdapterFormatError, ConfigError, DoranError, TargetError
 from doran_core.layers.base import BaseView
 from doran_core.layers.modules import AdaptedLayer
+from doran_core.layers.statistics import forget_statistics, warn_moved_statistics
 from doran_core.layers.traced import share_blocks
 from doran_core.layers.uncalled import unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig
@@ -171,6 +172,7 @@ class DoranHandle:
             layer.release(trained)
             self.model.set_submodule(place, layer.base_layer)
         unpad_encoders(self.model)
+        forget_statistics(self.model)
         kernels.unprepare(self.model)
         share_blocks(self.model)
         set_trained(self._trained)
@@ -237,6 +239,7 @@ class DoranHandle:
             DoranError: if an adapter is there already and ``overwrite`` is not set.
         """
         self._warn_uncalled("their adapters are saved as they are")
+        warn_moved_statistics(self.model, self.modules_to_save)
         if form == "compiled":
             warnings.warn('form="compiled" is called "folded" now', DeprecationWarning, stacklevel=2)
             form = "folded"

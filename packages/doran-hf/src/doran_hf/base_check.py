@@ -19,7 +19,15 @@ from doran_hf.expert_layers import DoranStack
 from doran_hf.layer import DoranLayer, doran_layers
 from doran_hf.renaming import StoredStack, stored_name, stored_stack
 
-__all__ = ["base_fingerprint", "base_ties", "check_base", "module_kinds", "stored_experts", "stored_names"]
+__all__ = [
+    "base_fingerprint",
+    "base_model",
+    "base_ties",
+    "check_base",
+    "module_kinds",
+    "stored_experts",
+    "stored_names",
+]
 
 
 def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
@@ -69,7 +77,7 @@ def stored_experts(model: nn.Module, adapter_name: str) -> dict[str, list[str]]:
 
 
 def _stored_stacks(model: nn.Module, adapter_name: str) -> dict[str, StoredStack]:
-    base = _base(model)
+    base = base_model(model)
     stacks = [layer for layer in doran_layers(model, adapter_name) if isinstance(layer, DoranStack)]
     if not isinstance(base, PreTrainedModel):
         return {}
@@ -84,7 +92,7 @@ def _stored_stacks(model: nn.Module, adapter_name: str) -> dict[str, StoredStack
 
 def base_ties(model: nn.Module) -> dict[str, str]:
     """Each tied parameter of the base model and its source, by the base model's names."""
-    return tied_parameters(_base(model))
+    return tied_parameters(base_model(model))
 
 
 def stored_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -93,7 +101,7 @@ def stored_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     Covers adapted weights, tied parameters and modules_to_save, by the base model's names. Empty for models outside
     transformers, and if no name changes.
     """
-    base = _base(model)
+    base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         return {}
     ties = base_ties(model)
@@ -111,7 +119,7 @@ def stored_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return {parameter: name for parameter, name in names.items() if name not in (None, parameter)}
 
 
-def _base(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     """The model below PEFT's and torch.compile's wrappers."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base = base.model if isinstance(base, BaseTuner) else base

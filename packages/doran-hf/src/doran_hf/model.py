@@ -18,8 +18,9 @@ from doran_core.adapter.validate import check_tensors
 from doran_core.errors import ConfigError, MissingKeyError, TargetError, UnexpectedKeyError
 from doran_core.kernels import prepare, unprepare
 from doran_core.layers.modules import make_factor_builder
+from doran_core.layers.statistics import forget_statistics, keep_statistics
 from doran_core.layers.traced import share_blocks
-from doran_core.layers.uncalled import pad_encoders, read_not_called, unpad_encoders, warn_uncalled
+from doran_core.layers.uncalled import pad_encoders, read_not_called, unpad_encoders
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
 from doran_core.support.names import plain_name
@@ -33,6 +34,7 @@ from doran_hf.expert_share import warn_of_experts
 from doran_hf.expert_targets import expand_parameters
 from doran_hf.layer import DoranLayer, doran_layers, layer_class
 from doran_hf.mixed_batch import adapter_per_row
+from doran_hf.notices import before_merging, before_saving
 from doran_hf.peft_internals import PREFIX, is_offloaded_and_unhooked
 from doran_hf.penalty import PenaltyHook
 from doran_hf.random_start import warn_random_start
@@ -101,6 +103,7 @@ class DoranModel(BaseTuner):
             _check_adapter_name(model, adapter_name)
             check_base(model, adapter_name, config)
             pad_encoders(model, doran_layers(model))
+            keep_statistics(model)
         except Exception:
             _withdraw(model, adapter_name)
             raise
@@ -231,7 +234,7 @@ class DoranModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the model in place; see the base class for the arguments."""
-        _warn_uncalled(self.model, adapter_names or self.active_adapters, _MERGING)
+        before_merging(self.model, adapter_names or self.active_adapters)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -242,11 +245,12 @@ class DoranModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            _warn_uncalled(self.model, adapter_names or self.active_adapters, _MERGING)
+            before_merging(self.model, adapter_names or self.active_adapters)
         PenaltyHook.detach(self.model)
         unprepare(self)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unpad_encoders(model)
+        forget_statistics(model)
         share_blocks(model)
         keep_untied(model)
         return model
@@ -262,7 +266,7 @@ class DoranModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # PEFT calls this first when it saves, with both model and configuration.
         if isinstance(config, DoranConfig):
-            _warn_uncalled(model, [adapter_name], "their adapters are saved as they are")
+            before_saving(model, adapter_name)
             config.record(
                 format_version=FORMAT_VERSION,
                 base_fingerprint=base_fingerprint(model, adapter_name),
@@ -331,14 +335,6 @@ def _patterns_hidden(config: DoranConfig) -> Iterator[None]:
         yield
     finally:
         config.rank_pattern, config.alpha_pattern = before
-
-
-_MERGING = "merging still changes their weights"
-
-
-def _warn_uncalled(model: nn.Module, adapter_names: Sequence[str], doing: str) -> None:
-    for name in adapter_names:
-        warn_uncalled((layer.adapter(name) for layer in doran_layers(model, name)), doing)
 
 
 def _tensors_by_name(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
