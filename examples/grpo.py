@@ -25,7 +25,7 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [len({*text.split()}) / max(1, len(text.split())) for text in completions]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> GRPOTrainer:
     """Train and save the adapter."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="directory or hub name of the base model")
@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     exempt_from_decay(trainer)
     trainer.train()
     trainer.save_model()
+    return trainer
 
 
 if __name__ == "__main__":

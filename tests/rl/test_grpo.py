@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import json
 import os
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.generation import vllm_generation
 from vllm import SamplingParams
 
+from doran_core.adapter import read_adapter
 from doran_core.errors import ConfigError, DoranError
 from doran_hf import DoranConfig, save_folded
 from doran_serve import AdapterSync, with_adapter_sync
@@ -66,7 +68,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def exact_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL has no way to hand options to its engine."""
-    monkeypatch.setattr(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, **EXACT))
+
+    class ExactEngine(vllm_generation.LLM):  # type: ignore[name-defined, misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **(options | EXACT))
+
+    monkeypatch.setattr(vllm_generation, "LLM", ExactEngine)
 
 
 @pytest.fixture
@@ -199,6 +206,20 @@ def test_adapter_sync_leaves_both_bases_alone(base: Path, tmp_path: Path, monkey
                     parameter.mul_(0.5)
     finally:
         end(llm)
+
+
+@pytest.mark.usefixtures("exact_engine")
+def test_the_example(base: Path, tmp_path: Path) -> None:
+    prompts = [{"prompt": " ".join(f"t{number}" for number in prompt)} for prompt in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "grpo.py"))
+    paths = [str(base), str(tmp_path / "prompts.jsonl"), str(tmp_path / "out")]
+    trainer = example["main"]([*paths, "--steps", "2", "--tokens", "4"])
+    try:
+        assert read_adapter(tmp_path / "out").modules
+        assert trainer.vllm_generation.llm.doran_request is not None
+    finally:
+        end(trainer.vllm_generation.llm)
 
 
 def test_adapter_sync_with_a_server(base: Path, tmp_path: Path) -> None:

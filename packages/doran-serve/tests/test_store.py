@@ -16,7 +16,16 @@ from safetensors.torch import save_file
 
 from doran_core import DoranConfig
 from doran_core.adapter import TrainableAdapter, write_trainable
-from doran_core.errors import AdapterFormatError, CheckpointError, RankError, TargetError, UnexpectedKeyError
+from doran_core.checkpoint import binding
+from doran_core.checkpoint.fingerprint import fingerprint_weights
+from doran_core.errors import (
+    AdapterFormatError,
+    BaseMismatchError,
+    CheckpointError,
+    RankError,
+    TargetError,
+    UnexpectedKeyError,
+)
 from doran_serve import AdapterStore
 
 
@@ -123,6 +132,27 @@ def test_an_adapter_of_stacked_expert_weights_is_refused_by_name(tmp_path: Path)
     store = AdapterStore(tmp_path / "moe", max_rank=16, cache_directory=tmp_path / "cache")
     with pytest.raises(AdapterFormatError, match=rf"stacked expert weights {re.escape(name)}.*doran merge"):
         store.check(tmp_path / "adapter")
+
+
+def test_the_base_is_read_for_the_first_version_of_a_policy_alone(
+    store: AdapterStore, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Any] = []
+    digest = binding._digest
+    monkeypatch.setattr(binding, "_digest", lambda *part: (reads.append(part), digest(*part))[1])
+    fingerprint = fingerprint_weights(base.items())
+
+    def version(seed: int, fingerprint: str) -> Path:
+        spec = make_adapter("folded", base, ("up_proj",), rank=3, seed=seed, size=0.4)
+        folder = spec.write(tmp_path / str(seed))
+        spec.write_scales(folder, fingerprint=fingerprint)
+        return folder
+
+    for seed in range(3):
+        store.check(version(seed, fingerprint))
+    assert len(reads) == len(base)
+    with pytest.raises(BaseMismatchError, match="sha256:0123"):
+        store.check(version(3, "sha256:0123"))
 
 
 def test_rank_limit(store: AdapterStore, base: Any, tmp_path: Path) -> None:

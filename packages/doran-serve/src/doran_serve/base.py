@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from doran_core.adapter import FoldedAdapter, PeftAdapter
@@ -43,6 +44,7 @@ class BaseModel:
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
+        self._fingerprints: set[tuple[str | None, frozenset[str]]] = set()
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint | None:
@@ -105,8 +107,14 @@ class BaseModel:
         """
         if self.checkpoint is None:
             return
-        # PEFT's files record neither stored names nor ties, and other versions of transformers name the modules of
-        # multimodal models otherwise. vLLM knows these names; its layers decide.
-        if isinstance(adapter, PeftAdapter) and "text_config" in self.checkpoint.config():
+        if isinstance(adapter, PeftAdapter):
+            # PEFT's files record neither stored names nor ties, and other versions of transformers name the modules of
+            # multimodal models otherwise. vLLM knows these names; its layers decide.
+            if "text_config" not in self.checkpoint.config():
+                bind(adapter, self.checkpoint, where)
             return
+        known = adapter.base_fingerprint, frozenset(adapter.modules)
+        if known in self._fingerprints:  # a policy's next version; to compute it reads all adapted weights
+            adapter = replace(adapter, base_fingerprint=None)
         bind(adapter, self.checkpoint, where)
+        self._fingerprints.add(known)
