@@ -13,6 +13,9 @@ from models import Adaptation, handle_of, probe, train
 from processes import Pair, RemoteError
 from strategies import Options, Spread
 
+from doran_core.adapter import read_folded
+from doran_hf import save_folded
+
 
 def save(spreading: Spread, folder: str) -> tuple[str | None, dict[str, str]]:
     """The fingerprint, and digests of the files of both forms."""
@@ -47,6 +50,25 @@ def test_the_files_are_those_of_one_process(pair: Pair, tmp_path: Path, options:
     found = pair.run(train_and_save, options, str(tmp_path / "two"))
     assert [part[0] for part in found] == [fingerprint, fingerprint]
     assert found[0][1] == files
+
+
+def fold(options: Options, folder: str) -> Any:
+    """The tensors that each process has for its own engine."""
+
+    def run(spreading: Spread) -> dict[str, torch.Tensor]:
+        place = f"{folder}/{torch.distributed.get_rank() if torch.distributed.is_initialized() else 'one'}"
+        modules = read_folded(save_folded(spreading.inner, place)).modules
+        return {f"{name}.{part}": getattr(m, part) for name, m in modules.items() for part in ("A", "B", "scale")}
+
+    return train(Adaptation("hf"), options, run)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_every_process_folds_the_policy_of_one_process(pair: Pair, tmp_path: Path, strategy: str) -> None:
+    one = fold(Options(steps=3), str(tmp_path))
+    assert any(float(tensor.abs().max()) > 0 for key, tensor in one.items() if key.endswith(".B"))
+    for found in pair.run(fold, Options(strategy, steps=3), str(tmp_path)):
+        torch.testing.assert_close(found, one, atol=1e-5, rtol=0)
 
 
 def merge(options: Options) -> Any:
