@@ -13,6 +13,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 from peft import get_peft_model
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -59,7 +60,21 @@ def main() -> None:
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator)
     exempt_from_decay(trainer)
     trainer.train()
-    trainer.save_model()
+    save(trainer)
+
+
+def save(trainer: Trainer) -> None:
+    """Trainer's own saving, but under FSDP1, whose state dict has no place for networks that layers share."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 1:
+        trainer.save_model()
+        return
+    with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
+        trained = {
+            name: p.detach() for name, p in trainer.model_wrapped.named_parameters() if ".doran_adapter." in name
+        }
+        if trainer.is_world_process_zero():
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(trainer.args.output_dir, state_dict=trained)
 
 
 if __name__ == "__main__":

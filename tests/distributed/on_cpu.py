@@ -2,7 +2,7 @@
 
 accelerate knows FSDP and ZeRO on accelerators alone. It is told that there are some, joined by gloo, and that its
 device is the CPU (ACCELERATE_TORCH_DEVICE=cpu); all else is its own. The last line says what it made of its
-configuration. With ``--ddp``, and `accelerate launch --cpu`, nothing is changed: accelerate knows DDP on a CPU.
+configuration. With ``--ddp`` it is told the truth: DDP it knows on a CPU.
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ import sys
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-
-def on_gloo(*args: object, **kwargs: object) -> tuple[str, DistributedType]:
-    """In place of `PartialState._prepare_backend`."""
-    return "gloo", DistributedType.MULTI_GPU
-
-
 if __name__ == "__main__":
-    sys.argv = sys.argv[1:]
-    if sys.argv[0] == "--ddp":
-        sys.argv = sys.argv[1:]
-    else:
-        PartialState._prepare_backend = on_gloo  # type: ignore[method-assign]
+    ddp = sys.argv[1] == "--ddp"
+    found = ("gloo", DistributedType.MULTI_CPU if ddp else DistributedType.MULTI_GPU)
+    PartialState._prepare_backend = lambda *args, **kwargs: found  # type: ignore[method-assign]
+    sys.argv = sys.argv[2:] if ddp else sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
     state = AcceleratorState()
     version = getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", None)

@@ -255,7 +255,6 @@ def test_what_cannot_sync_by_adapter_says_so(base: Path, tmp_path: Path) -> None
     with pytest.raises(DoranError, match="SFTTrainer: does not roll out with TRL's VLLMGeneration"):
         with_adapter_sync(SFTTrainer, save_folded)
     wrapped = with_adapter_sync(GRPOTrainer, save_folded)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for options, config, message in (
         ({"use_vllm": False}, DoranConfig(rank=4), "set use_vllm=True"),
         ({"use_vllm": True}, None, "LlamaForCausalLM has no adapter"),
@@ -272,7 +271,7 @@ def test_what_cannot_sync_by_adapter_says_so(base: Path, tmp_path: Path) -> None
         )
         with pytest.raises(ConfigError, match=message):
             wrapped(
-                model,
+                AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
                 reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
                 args=arguments,
                 train_dataset=Dataset.from_list([{"prompt": "t5"}]),

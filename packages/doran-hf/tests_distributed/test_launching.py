@@ -71,7 +71,6 @@ def run(folder: Path, name: str, command: list[str], batch: int) -> str:
 def test_the_adapter_is_that_of_one_process(name: str, folder: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / f"{name}.yaml")]
     launch += ["--mixed_precision", "no", "--main_process_port", "0"]
-    launch += ["--cpu"] if name == "ddp" else []  # the one strategy that accelerate itself knows on a CPU
     script = [str(ON_CPU), *(["--ddp"] if name == "ddp" else []), str(EXAMPLES / "train.py")]
     assert f"{SPREAD[name]} over 2" in run(folder, name, launch + script, BATCH // 2)
     one, two = (load_file(folder / path / "adapter_model.safetensors") for path in ("one", name))

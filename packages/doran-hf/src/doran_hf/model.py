@@ -44,6 +44,8 @@ from doran_hf.untying import keep_untied
 __all__ = ["DoranModel"]
 
 _MARK = ".doran_adapter."
+_FSDP1 = "_fsdp_wrapped_module."
+"""What FSDP1 puts into the names of what it wraps, and takes out of those in state dicts."""
 
 
 class _Plan(NamedTuple):
@@ -279,6 +281,16 @@ class DoranModel(BaseTuner):
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        # PEFT looks for modules under FSDP1's own names. And ZeRO-3's state dict has a shared network once for each
+        # layer that holds it, where a file has one.
+        seen: set[int] = set()
+        for name, tensor in _tensors_by_name(model, adapter_name).items():
+            key = name.replace(_FSDP1, "")
+            if id(tensor) in seen:
+                selected.pop(key, None)
+            elif key in state_dict:
+                selected[key] = state_dict[key]
+            seen.add(id(tensor))
         return selected
 
     @classmethod
