@@ -22,4 +22,13 @@ if __name__ == "__main__":
     state = AcceleratorState()
     version = getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", None)
     stage = state.deepspeed_plugin.zero_stage if state.distributed_type == DistributedType.DEEPSPEED else None
-    print(f"spread by {state.distributed_type.value} {version or stage or ''} over {state.num_processes}")
+    print(
+        " ".join(
+            [
+                "spread by",
+                state.distributed_type.value,
+                *filter(None, [str(version or stage or "")]),
+                f"over {state.num_processes}",
+            ]
+        )
+    )

@@ -286,8 +286,10 @@ def test_a_sleeping_engine_keeps_its_base() -> None:
     levels = []
 
     class Engine:
+        def __init__(self, **kwargs: Any) -> None: ...
+
         def sleep(self, level: int = 1, **kwargs: Any) -> None:
             levels.append((level, kwargs))
 
-    type("PolicyEngine", (_PolicyEngine, Engine), {})().sleep(level=2, mode="abort")
+    type("PolicyEngine", (_PolicyEngine, Engine), {"doran_options": {}})().sleep(level=2, mode="abort")
     assert levels == [(1, {"mode": "abort"})]

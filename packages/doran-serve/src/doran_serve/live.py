@@ -55,7 +55,10 @@ async def reload_adapter_async(llm: Any, name: str, directory: str | Path) -> An
 
 def _request(engine: Any, name: str, directory: str | Path) -> Any:
     path = str(Path(directory).resolve())
-    return current_request(engine.vllm_config, lookup("LoRARequest")(name, adapter_id(name), path))
+    request = current_request(engine.vllm_config, lookup("LoRARequest")(name, adapter_id(name), path))
+    last = _loaded.get(engine, {}).get(name)
+    # The number is the content's: from another directory it is the version that is loaded.
+    return last if last is not None and last.lora_int_id == request.lora_int_id else request
 
 
 def _replaced(engine: Any, request: Any, name: str) -> Any | None:
