@@ -50,20 +50,24 @@ def throw(legal: Path, count: int, seed: int, seconds: float, failures: Path, wo
     totals: dict[str, Any] = dict.fromkeys(
         ("inputs", "calls", "accepted", "refused", "crashes", "hangs", "other_errors", "silent"), 0
     ) | {"slowest": 0.0, "memory_mb": 0.0}
-    running = [_Worker(legal, range(first, count, workers), seed, failures) for first in range(workers)]
-    while any(worker.alive for worker in running):
-        for worker in running:
-            worker.listen(totals)
-            if time.monotonic() > end:
-                worker.stop()
+    # Of a process that is killed, the folder of its last input stays.
+    with tempfile.TemporaryDirectory(prefix="doran-faults-", dir=_memory_disk(), ignore_cleanup_errors=True) as scratch:
+        running = [
+            _Worker(legal, range(first, count, workers), seed, failures, Path(scratch)) for first in range(workers)
+        ]
+        while any(worker.alive for worker in running):
+            for worker in running:
+                worker.listen(totals)
+                if time.monotonic() > end:
+                    worker.stop()
     return totals
 
 
 class _Worker:
     """A process that works through its inputs, and another one that goes on where it died."""
 
-    def __init__(self, legal: Path, indices: range, seed: int, failures: Path) -> None:
-        self.legal, self.seed, self.failures = legal, seed, failures
+    def __init__(self, legal: Path, indices: range, seed: int, failures: Path, scratch: Path) -> None:
+        self.legal, self.seed, self.failures, self.scratch = legal, seed, failures, scratch
         self.left = list(indices)
         self.alive = True
         self._start()
@@ -71,7 +75,8 @@ class _Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(self.legal, self.left, self.seed, self.failures, theirs))
+        arguments = (self.legal, self.left, self.seed, self.failures, self.scratch, theirs)
+        self._process = context.Process(target=_work, args=arguments)
         self._process.start()
         theirs.close()
         self._heard = time.monotonic()
@@ -120,7 +125,7 @@ class _Worker:
             self.alive = False
 
 
-def _work(legal: Path, indices: list[int], seed: int, failures: Path, pipe: Connection) -> None:
+def _work(legal: Path, indices: list[int], seed: int, failures: Path, scratch_root: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
@@ -131,7 +136,7 @@ def _work(legal: Path, indices: list[int], seed: int, failures: Path, pipe: Conn
     for done, index in enumerate(list(indices)):
         if done == 100:  # by then every package is imported
             start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with tempfile.TemporaryDirectory(prefix="doran-faults-", dir=_scratch()) as scratch:
+        with tempfile.TemporaryDirectory(dir=scratch_root) as scratch:
             try:
                 report = _one(legal, index, seed, failures, Path(scratch), meanings)
             except Exception:  # the harness' own
@@ -141,7 +146,7 @@ def _work(legal: Path, indices: list[int], seed: int, failures: Path, pipe: Conn
         pipe.send(report | {"index": index, "memory_mb": 0.0 if start is None else (now - start) / 1024})
 
 
-def _scratch() -> str | None:
+def _memory_disk() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
