@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import doran_core
 from doran_core import DoranConfig, adapt, load, read_adapter, read_folded
@@ -287,3 +288,21 @@ def test_module_paths_of_before_are_still_importable():
     assert factors.LayerSpec is doran_core.LayerSpec
     assert tau.Tau is doran_core.Tau
     assert Checkpoint is Home
+
+
+@pytest.mark.parametrize("factors", ["generated", "static"])
+def test_no_product_with_the_weight_at_the_start_nor_on_loading(factors, tmp_path):
+    """A new adapter's B is 0, and of a saved one the magnitude is known: ``||W0||^2`` is all that is taken."""
+    product = 2 * 512 * 256 * 2  # operations of W0 @ A.T
+    made = [nn.Linear(256, 512) for _ in range(2)]
+    made[1].load_state_dict(made[0].state_dict())
+    models = [nn.ModuleDict({"layer": layer}) for layer in made]
+    with FlopCounterMode(display=False) as start:
+        handle = adapt(models[0], DoranConfig(rank=2, target_modules=["layer"], factors=factors))
+    handle.save(tmp_path / "a")
+    with FlopCounterMode(display=False) as loading:
+        load(models[1], tmp_path / "a")
+    with FlopCounterMode(display=False) as forward:
+        models[1]["layer"](torch.randn(1, 256))
+    assert max(start.get_total_flops(), loading.get_total_flops()) < product / 2
+    assert forward.get_total_flops() > product

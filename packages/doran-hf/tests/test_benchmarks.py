@@ -40,3 +40,12 @@ def test_an_adapted_layer_calls_few_python_functions(tmp_path: Path) -> None:
     calls = {(row["what"], row["method"]): row["calls"] for row in found}
     assert calls["token", "DoRAN"] <= 1.3 * calls["token", "LoRA"]
     assert calls["step", "DoRAN"] <= 3.5 * calls["step", "LoRA"]
+
+
+def test_the_start_of_a_small_model() -> None:
+    command = [sys.executable, str(BENCHMARKS / "start.py"), "--width", "128", "--layers", "2", "--rounds", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].removeprefix("| ") for row in rows[2:]] == ["PEFT LoRA", "PEFT DoRA", "DoRAN", "DoRAN static"]
+    assert all(float(row[1]) > 0 and float(row[3]) > 0 for row in rows[2:])
