@@ -4,6 +4,10 @@ import pytest
 import torch
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "no_triton: tries the implementation in PyTorch; Triton has no part in it")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-ADAPTERS = [["my-adapter"], ["folded", "cosines"], []]
+ADAPTERS = [["my-adapter"], ["cosines", "folded"], []]
 
 
 @pytest.mark.parametrize(("code", "adapters"), list(zip(EXAMPLES, ADAPTERS, strict=True)))

@@ -4,10 +4,6 @@ import cases
 import pytest
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "no_triton: tries the implementation in PyTorch; Triton has no part in it")
-
-
 @pytest.fixture(
     params=[pytest.param("torch", marks=pytest.mark.no_triton), pytest.param("triton", marks=cases.needs_triton)]
 )
