@@ -65,6 +65,7 @@ def test_flags_go_before_the_file(tmp_path: Path) -> None:
         ("base: ''", r"base: expected a name or directory"),
         ("task: image-classification\ndata: {train: t, choices: [a, b]}", r"data.choices.* are for task causal-lm"),
         ("a: [", r"config.yaml: not valid YAML"),
+        ("learning_rate: .e5", r"config.yaml: not valid YAML: could not convert"),
     ],
 )
 def test_what_is_wrong_is_named(change: str, message: str, tmp_path: Path) -> None:
