@@ -7,16 +7,20 @@ configuration. With ``--ddp`` it is told the truth: DDP it knows on a CPU.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from processes import skip_builds
 
 if __name__ == "__main__":
     ddp = sys.argv[1] == "--ddp"
     found = ("gloo", DistributedType.MULTI_CPU if ddp else DistributedType.MULTI_GPU)
     PartialState._prepare_backend = lambda *args, **kwargs: found  # type: ignore[method-assign]
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        skip_builds()
     sys.argv = sys.argv[2:] if ddp else sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
     state = AcceleratorState()

@@ -13,7 +13,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
-__all__ = ["Pair", "RemoteError"]
+__all__ = ["Pair", "RemoteError", "skip_builds"]
 
 WORLD = 2
 _START = 600.0
@@ -121,6 +121,14 @@ class Pair:
         self._answers("start", _START)
 
 
+def skip_builds() -> None:
+    """Leave DeepSpeed's collectives in shared memory to gloo: DeepSpeed compiles them at the first use.
+
+    The build takes a minute, and a killed one leaves a lock that all later processes wait for.
+    """
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def _serve(rank: int, meeting: str, preload: Sequence[str], pipe: Connection) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
@@ -135,6 +143,8 @@ def _serve(rank: int, meeting: str, preload: Sequence[str], pipe: Connection) ->
     torch.set_num_threads(1)
     for name in preload:
         import_module(name)
+    if "deepspeed" in preload:
+        skip_builds()
     torch.distributed.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=_START)
     )
