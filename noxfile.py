@@ -183,7 +183,7 @@ def distributed(session: nox.Session) -> None:
         env={"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"},
         success_codes=[0, 1],  # without it the tests of ZeRO are skipped, and say so
     )
-    session.env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    session.env.update({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
     test(session, "packages/doran-hf/tests_distributed")
 
 
