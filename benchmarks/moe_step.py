@@ -121,10 +121,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--implementation", default="grouped_mm", choices=["eager", "batched_mm", "grouped_mm"])
-    sizes = {"rank": 8, "batch": 4, "length": 128, "rounds": 8, "layers": 4}
-    sizes |= {"experts": 16, "top-k": 4, "hidden": 512, "moe-hidden": 256}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--moe-hidden", type=int, default=256)
     parser.add_argument("--markdown", type=Path, help="write the table there, too")
     args = parser.parse_args()
     memory = {method: peak_memory(method, args) for method in args.methods}
