@@ -8,17 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-import yaml
 
 from experiments.__main__ import STUDIES, main
 from experiments.collect import KEYS
 from experiments.store import Store
+from experiments.tests.conftest import needs_a_folder
 
-TRAINED = sorted(
-    path.stem
-    for path in STUDIES.glob("*.yaml")
-    if path.stem != "theory" and "/" not in yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-)
+TRAINED = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.stem != "theory" and not needs_a_folder(path))
 """Studies that need no folder of the user's; test_folders has the others."""
 MEASURES = [
     "rank",
