@@ -103,8 +103,9 @@ def test_photos_that_are_not_there_or_of_other_classes(photos: Path) -> None:
 
 
 def test_a_run_on_photos_learns(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_graph(tmp_path / "vit.onnx")
-    monkeypatch.setattr(sources, "dinov2_file", lambda: tmp_path / "vit.onnx")
+    (tmp_path / "models").mkdir()
+    tiny_graph(tmp_path / "models" / "vit_s_focus.onnx")
+    monkeypatch.setattr(sources, "_folder", lambda package, install: tmp_path)
     task = load_task("dinov2/two", tmp_path / "cache", photos)
     run = Run("dinov2/two", "doran", (), ("q_proj", "v_proj"), 2, "rank", 1e-2, 1e-2, 30, 8, 1.0, 0)
     (row,) = train_runs(
