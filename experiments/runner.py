@@ -17,7 +17,7 @@ from experiments.errors import ExperimentError
 from experiments.methods import METHODS
 from experiments.store import Store
 from experiments.study import Run, Study
-from experiments.tasks import load_task, require
+from experiments.tasks import load_task, prepare, require
 from experiments.train import train_runs
 
 __all__ = ["plan", "run_studies"]
@@ -124,8 +124,7 @@ def _prepare(stacks: Sequence[Sequence[Run]], folder: Path, data: Path | None) -
     models = {run.model for stack in stacks for run in stack}
     for model in sorted(models):
         require(model, data)
-    for model in {"vit"} & models or {name for name in models if name.startswith(("dinov2/", "random_vit/"))}:
-        load_task(model, folder / "models", data)
+    prepare(models, folder / "models")
 
 
 def _watch(processes: Sequence[Any], reports: Any, total: int, started: float) -> tuple[int, list[str]]:

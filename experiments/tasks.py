@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from experiments import digits, dinov2, photos, questions, sources
 from experiments.data import Examples, Split
 from experiments.errors import ExperimentError
 
-__all__ = ["Task", "load_task", "require"]
+__all__ = ["Task", "load_task", "prepare", "require"]
 
 Features = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """From model, inputs and lengths to features ``[N, d]``."""
@@ -60,6 +60,15 @@ def require(name: str, data: Path | None = None) -> None:
     if folder and (data is None or not (data / folder).is_dir()):
         where = f"{data / folder}: no such directory" if data else f"{name} is trained on data of yours"
         raise ExperimentError(f"{where}; --data DIR names the folder that holds {folder!r}")
+
+
+def prepare(names: Collection[str], cache: Path) -> None:
+    """Put the models that these tasks keep in ``cache`` there, if they are not: processes that share it would race."""
+    models = {name.partition("/")[0] for name in names}
+    if "vit" in models:
+        digits.pretrained_vit(cache)
+    if models & {"dinov2", "random_vit"}:
+        dinov2.load_dinov2(sources.dinov2_file(), cache)
 
 
 def load_task(name: str, cache: Path, data: Path | None = None) -> Task:

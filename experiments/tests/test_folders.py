@@ -17,7 +17,7 @@ from experiments.dinov2 import load_dinov2
 from experiments.errors import ExperimentError
 from experiments.photos import SIDE, photo_split
 from experiments.study import Run
-from experiments.tasks import load_task, require
+from experiments.tasks import load_task, prepare, require
 from experiments.train import train_runs
 
 onnx = pytest.importorskip("onnx")
@@ -179,3 +179,12 @@ def test_what_is_missing_is_said(photos: Path, capsys: pytest.CaptureFixture[str
         require("minilm/two", photos)
     assert main(["run", "commonsense_smollm2", "--data", str(photos), "--check"]) == 1
     assert "smollm2/commonsense: " in capsys.readouterr().out
+
+
+def test_every_model_that_workers_share_is_made_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr("experiments.digits.pretrained_vit", lambda cache: made.append("vit"))
+    monkeypatch.setattr("experiments.dinov2.load_dinov2", lambda file, cache: made.append("dinov2"))
+    monkeypatch.setattr(sources, "dinov2_file", lambda: tmp_path)
+    prepare(["vit", "dinov2/two", "random_vit/two", "minilm"], tmp_path)
+    assert made == ["vit", "dinov2"]

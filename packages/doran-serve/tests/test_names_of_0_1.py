@@ -1,4 +1,4 @@
-"""Every public name of doran-serve 0.1 is still there; one that was renamed says its present name."""
+"""Every public name of doran-serve 0.1 is still there, as it was or as an alias."""
 
 import importlib
 import warnings
