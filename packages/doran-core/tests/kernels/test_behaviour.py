@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from doran_core import DoranConfig
 from doran_core.errors import BackendError
 from doran_core.kernels import get_backend, set_backend, use_backend
+from doran_core.kernels.backend import choose
 from doran_core.layers import DoranLinear, wrap
 
 USUAL = cases.CASES["usual"]
@@ -207,6 +208,14 @@ def test_choosing_by_name():
 def test_triton_by_name_where_it_cannot_run():
     with pytest.raises(BackendError, match="backend 'triton' cannot run here: "):
         set_backend("triton")
+
+
+@cases.needs_triton
+def test_old_gpus_have_no_triton(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for capability, found in [((7, 5), "torch"), ((8, 0), "triton")]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, is_of=capability: is_of)
+        assert choose(torch.device("cuda", 0), torch.float16) == found
 
 
 @cases.needs_triton

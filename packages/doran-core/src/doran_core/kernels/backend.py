@@ -23,6 +23,8 @@ Backend = Literal["auto", "reference", "torch", "triton"]
 
 _VARIABLE = "DORAN_BACKEND"
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_LEAST_CAPABILITY = (8, 0)
+"""Below it Triton makes no use of a GPU's matrix units."""
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,6 +95,8 @@ def _triton_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed (pip install 'doran-core[triton]')"
     if device.type != "cuda" and not interpreting():
         return f"the tensors are on {device}, not on a CUDA device"
+    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return f"{device} has a compute capability below {'.'.join(map(str, _LEAST_CAPABILITY))}, which Triton asks for"
     if dtype not in _TRITON_DTYPES:
         return f"the dtype is {dtype}, the kernels know {list(_TRITON_DTYPES)}"
     return None

@@ -80,41 +80,24 @@ def scale_gradient_kernel(
 
 
 @triton.jit
-def _direct_row(weight, A, B, row, rank, d_in, stride_row, stride_column, scaling, first, BLOCK_R, BLOCK_K):
-    """``V[row, first : first + BLOCK_K]`` of ``W0 + g B A``, masked beyond d_in."""
-    columns = first + tl.arange(0, BLOCK_K)
-    inside = columns < d_in
-    values = tl.load(weight + row.to(tl.int64) * stride_row + columns * stride_column, inside, 0.0).to(tl.float32)
-    for start in range(0, rank, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        b = tl.load(B + row * rank + ranks, ranks < rank, 0.0)
-        mask = (ranks < rank)[:, None] & inside[None, :]
-        a = tl.load(A + ranks[:, None] * d_in + columns[None, :], mask, 0.0).to(tl.float32)
-        values += scaling * tl.sum(b[:, None] * a, 0)
-    return values
-
-
-@triton.jit
-def _repair_row(
-    weight, A, B, aligned, row, rank, d_in, stride_row, stride_column, scaling,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+def _direct_row(
+    weight, A, B, row, rank, d_in, stride_row, stride_column, scaling, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """``||V||^2`` of one row from V itself; its ``K = V A^T`` is stored."""
-    total = tl.zeros([BLOCK_K], tl.float32)
-    for first in range(0, d_in, BLOCK_K):
-        v = _direct_row(weight, A, B, row, rank, d_in, stride_row, stride_column, scaling, first, BLOCK_R, BLOCK_K)
+    """``K = V A^T`` and ``||V||^2`` of one row from ``V = W0 + g B A`` itself."""
+    ranks = tl.arange(0, BLOCK_R)
+    rank_ok = ranks < rank
+    b = scaling * tl.load(B + row * rank + ranks, rank_ok, 0.0)
+    weight += row.to(tl.int64) * stride_row
+    total, along = tl.zeros([BLOCK_K], tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    for start in range(0, d_in, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        column_ok = columns < d_in
+        a = tl.load(A + ranks[:, None] * d_in + columns[None, :], rank_ok[:, None] & column_ok[None, :], 0.0)
+        a = a.to(tl.float32)
+        v = tl.load(weight + columns * stride_column, column_ok, 0.0).to(tl.float32) + tl.sum(b[:, None] * a, 0)
         total += v * v
-    for start in range(0, rank, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        along = tl.zeros([BLOCK_R], tl.float32)
-        for first in range(0, d_in, BLOCK_K):
-            v = _direct_row(weight, A, B, row, rank, d_in, stride_row, stride_column, scaling, first, BLOCK_R, BLOCK_K)
-            columns = first + tl.arange(0, BLOCK_K)
-            mask = (ranks < rank)[:, None] & (columns < d_in)[None, :]
-            a = tl.load(A + ranks[:, None] * d_in + columns[None, :], mask, 0.0).to(tl.float32)
-            along += tl.sum(a * v[None, :], 1)
-        tl.store(aligned + row * rank + ranks, along, ranks < rank)
-    return tl.sum(total, 0)
+        along += tl.sum(a * v[None, :], 1)
+    return along, tl.sum(total, 0)
 
 
 @triton.jit
@@ -162,11 +145,12 @@ def row_scales_kernel(
             for index in range(BLOCK_D):
                 here = tl.arange(0, BLOCK_D) == index
                 if tl.max((here & lost).to(tl.int32), 0) > 0:
-                    anew = _repair_row(
-                        weight, A, B, aligned, tl.program_id(0) * BLOCK_D + index, rank, d_in,
-                        stride_row, stride_column, scaling, BLOCK_R, BLOCK_K,
-                    )  # fmt: skip
-                    square = tl.where(here, anew, square)
+                    row = tl.program_id(0) * BLOCK_D + index
+                    along, length = _direct_row(
+                        weight, A, B, row, rank, d_in, stride_row, stride_column, scaling, BLOCK_R, BLOCK_K
+                    )
+                    tl.store(aligned + row * rank + ranks, along, rank_ok)
+                    square = tl.where(here, length, square)
     positive = square > 0
     n = tl.where(positive, tl.sqrt_rn(tl.where(positive, square, 1.0)), 0.0)
     if TAU_PER_ROW:

@@ -96,13 +96,14 @@ class TritonPasses(TorchPasses):
                 weights, products, A, B, squared_norm, magnitude, tau, scaling, table, repair=repair
             )
         aligned, norm, scale = torch.empty_like(B), torch.empty_like(magnitude), torch.empty_like(magnitude)
-        block_d = 64
+        block_d, block_r = 64, _padded(rank)
         launch(
             kernels.row_scales_kernel, (_cdiv(d_out, block_d), layers),
             (table, A, B, squared_norm, magnitude, tau, aligned, norm, scale),
             (d_out, rank, A.shape[2], *weights[0].stride(), scaling, functional.CANCELLATION_THRESHOLD),
             TAU_PER_ROW=tau.shape[1] > 1, REPAIR=repair, PRECISION=_precision(A), WIDEN=_INTERPRETING,
-            BLOCK_D=block_d, BLOCK_R=_padded(rank), BLOCK_K=128, num_stages=4,
+            BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_K=128,
+            num_stages=4 if block_r <= 32 else 3,  # more does not fit into the shared memory of consumer GPUs
         )  # fmt: skip
         return aligned, norm, scale
 
