@@ -134,3 +134,8 @@ def lora_tensors(name, d_out, d_in, rank=4, seed=7, magnitude=None):
 def folder_bytes(directory):
     """Contents of all files below a directory, by relative path."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def hidden(folder):
+    """Names in a directory that start with a dot, as those of unfinished writes do."""
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]

@@ -154,6 +154,12 @@ def llama() -> LlamaForCausalLM:
     return make_llama()
 
 
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough for bitsandbytes' blocks of 64 values."""

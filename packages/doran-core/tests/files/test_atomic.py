@@ -1,28 +1,21 @@
-"""The one atomic writer: other programs' files, kills, races, places that cannot be replaced, modes, full disks."""
+"""The one atomic writer: other programs' files, kills, races, places that cannot be replaced, modes, errors."""
 
 import errno
 import multiprocessing
 import os
-import shutil
-import subprocess
 import threading
 import time
 from pathlib import Path
 
 import made
 import pytest
-import torch
 
 from doran_core.adapter import read_adapter, write_trainable
-from doran_core.checkpoint.checkpoint import Checkpoint
-from doran_core.convert import fold_adapter
-from doran_core.diagnostics import inspect_adapter
-from doran_core.errors import CheckpointError, CorruptFileError, DoranError, NonFiniteError
+from doran_core.errors import CheckpointError, CorruptFileError, DoranError
 from doran_core.files import swap
 from doran_core.files.atomic import new_directory, write_file
 from doran_core.files.temporary import SUFFIX, temporary
 from doran_core.merge import merge_checkpoint
-from doran_core.merge import run as merge_run
 
 OWNED = ("a", "b")
 
@@ -30,10 +23,6 @@ OWNED = ("a", "b")
 def save(target, content, *, overwrite=True):
     with new_directory(target, overwrite=overwrite, owned=OWNED) as staging:
         (staging / "a").write_text(content)
-
-
-def hidden(folder):
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_other_programs_files_stay(tmp_path):
@@ -51,7 +40,7 @@ def test_other_programs_files_stay(tmp_path):
         "link": b"mine",
     }
     assert (tmp_path / "out" / "link").is_symlink()
-    assert hidden(tmp_path) == []
+    assert made.hidden(tmp_path) == []
 
 
 def test_files_that_come_at_any_moment_stay(tmp_path, monkeypatch):
@@ -82,7 +71,7 @@ def test_files_that_come_at_any_moment_stay(tmp_path, monkeypatch):
         "late": b"4",
         "log": b"first line\nsecond line\n",
     }
-    assert hidden(tmp_path) == []
+    assert made.hidden(tmp_path) == []
 
 
 def test_what_is_written_after_the_swap_is_not_set_back(tmp_path, monkeypatch):
@@ -134,7 +123,7 @@ def test_writers_beside_lose_nothing(tmp_path, monkeypatch, links):
     lost = [n for n in written if not (target / f"note-{n}").exists()]
     assert (len(written) > 8, lost) == (True, [])
     assert all((target / f"note-{n}").read_text() == str(n) for n in written)
-    assert hidden(tmp_path) == []
+    assert made.hidden(tmp_path) == []
 
 
 def hang(target, ready):
@@ -154,13 +143,13 @@ def test_leftovers_of_the_killed_are_swept_and_those_of_the_living_stay(tmp_path
         assert ready.wait(60)
     processes[0].kill()
     processes[0].join()
-    assert len(hidden(tmp_path)) == 2
+    assert len(made.hidden(tmp_path)) == 2
     save(tmp_path / "another", "1")
-    assert [name.split(".")[1] for name in hidden(tmp_path)] == ["living"]
+    assert [name.split(".")[1] for name in made.hidden(tmp_path)] == ["living"]
     processes[1].kill()
     processes[1].join()
     write_file(tmp_path / "file", "x")
-    assert hidden(tmp_path) == []
+    assert made.hidden(tmp_path) == []
 
 
 def test_a_symlink_that_looks_like_a_leftover_is_not_followed(tmp_path):
@@ -188,7 +177,7 @@ def test_two_writers_at_once(tmp_path):
         thread.join()
     assert not failures
     assert (tmp_path / "out" / "a").read_text() in "0123"
-    assert hidden(tmp_path) == []
+    assert made.hidden(tmp_path) == []
 
 
 @pytest.mark.parametrize("empty", [True, False])
@@ -202,7 +191,7 @@ def test_a_second_writer_without_overwrite_is_refused_at_the_end_too(tmp_path, e
         save(target, "first", overwrite=False)
     assert (target / "a").read_text() == "first"
     assert empty or (target / "notes").read_text() == "mine"
-    assert hidden(tmp_path) == []
+    assert made.hidden(tmp_path) == []
 
 
 @pytest.mark.parametrize("given", [".", "", "../here", "..", "/"])
@@ -217,7 +206,7 @@ def test_the_current_directory_is_not_taken_away(tmp_path, monkeypatch, given, o
     ):
         pytest.fail("nothing is to be written")
     assert Path().stat().st_ino == inode == (tmp_path / "here").stat().st_ino
-    assert hidden(tmp_path) == hidden(tmp_path / "here") == []
+    assert made.hidden(tmp_path) == made.hidden(tmp_path / "here") == []
 
 
 def test_saving_and_merging_into_the_current_directory(tmp_path, monkeypatch):
@@ -260,176 +249,9 @@ def test_an_error_inside_removes_what_was_begun(tmp_path):
     assert made.folder_bytes(tmp_path) == {"out/a": b"1"}
 
 
-def test_a_full_disk_has_one_error_whoever_meets_it(tmp_path):
-    def fail(error):
-        with new_directory(tmp_path / "out") as staging:
-            (staging / "x").write_text("1")
-            raise error
-
-    for error in (OSError(errno.ENOSPC, "No space left"), OSError(errno.EDQUOT, "quota"), ValueError("a library")):
-        if isinstance(error, ValueError):
-            error.__cause__ = OSError(errno.ENOSPC, "No space left")
-        with pytest.raises(CheckpointError, match=r"cannot write .*out: the disk is full"):
-            fail(error)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 kB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "doran-test", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.parametrize("left", [0, 4096])
-def test_a_disk_with_nothing_left(small_disk, tmp_path, left):
-    weights = made.base_weights()
-    made.write_base(tmp_path / "base", weights)
-    made.write_adapter(tmp_path / "adapter", weights)
-    record, _ = made.trainable_record(weights)
-    with (small_disk / "full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):  # noqa: PT012
-        while True:
-            file.write(b"x" * 4096)
-    os.truncate(small_disk / "full", (small_disk / "full").stat().st_size - left)
-    for use in (
-        lambda: merge_checkpoint(tmp_path / "base", tmp_path / "adapter", small_disk / "out"),
-        lambda: write_trainable(record, small_disk / "saved"),
-        lambda: write_file(small_disk / "file", b"x" * 32768),
-    ):
-        with pytest.raises(CheckpointError, match=r"cannot write .*the disk is full"):
-            use()
-        assert [path.name for path in small_disk.iterdir()] == ["full"]
-
-
-def test_a_disk_that_fills_up_while_the_small_files_are_copied(tmp_path, monkeypatch):
-    made.write_base(tmp_path / "base")
-    made.write_adapter(tmp_path / "adapter", made.base_weights())
-
-    def full(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
-
-    monkeypatch.setattr("doran_core.merge.side_files.shutil.copyfile", full)
-    with pytest.raises(CheckpointError, match="the disk is full"):
-        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert hidden(tmp_path) == []
-
-
 def test_temporary_names_fit_any_target(tmp_path):
     with temporary(tmp_path / ("n" * 250), directory=True) as path:
         assert path.is_dir()
-
-
-class TestABaseThatChanges:
-    """Bytes of two bases never meet in one result."""
-
-    @pytest.fixture
-    def folder(self, tmp_path):
-        weights = made.base_weights()
-        made.write_base(tmp_path / "base", weights, shards=3)
-        made.write_base(tmp_path / "other", {name: 2 * value for name, value in weights.items()}, shards=3)
-        made.write_adapter(tmp_path / "adapter", weights, fingerprint=False)
-        return tmp_path
-
-    @staticmethod
-    def change(folder, how):
-        shard = "model-00003-of-00003.safetensors"
-        if how == "the directory":
-            (folder / "base").rename(folder / "was")
-            (folder / "other").rename(folder / "base")
-        elif how == "a shard, by a rename":
-            (folder / "other" / shard).replace(folder / "base" / shard)
-        elif how == "a shard, in place":
-            (folder / "base" / shard).write_bytes((folder / "other" / shard).read_bytes())
-        elif how == "the configuration":
-            (folder / "base" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "x": 1}')
-        else:
-            (folder / "base" / shard).unlink()
-
-    HOWS = ("the directory", "a shard, by a rename", "a shard, in place", "the configuration", "a shard is removed")
-
-    @pytest.mark.parametrize("how", HOWS)
-    def test_while_it_is_merged(self, folder, monkeypatch, how):
-        write = merge_run.write_companions
-
-        def then_change(*arguments):
-            write(*arguments)
-            self.change(folder, how)
-
-        monkeypatch.setattr(merge_run, "write_companions", then_change)
-        with pytest.raises(CheckpointError, match="changed while it was being read"):
-            merge_checkpoint(folder / "base", folder / "adapter", folder / "out")
-        assert not (folder / "out").exists()
-        assert hidden(folder) == []
-
-    @pytest.mark.parametrize("how", HOWS[:3])
-    @pytest.mark.parametrize("use", [fold_adapter, inspect_adapter])
-    def test_while_it_is_read(self, folder, monkeypatch, how, use):
-        module = {fold_adapter: "doran_core.convert.fold", inspect_adapter: "doran_core.diagnostics.inspect"}[use]
-        name = {fold_adapter: "fold_layer", inspect_adapter: "_bound_report"}[use]
-        import importlib
-
-        original, changed = getattr(importlib.import_module(module), name), []
-
-        def change_once(*arguments):
-            result = original(*arguments)
-            if not changed:
-                changed.append(True)
-                self.change(folder, how)
-            return result
-
-        monkeypatch.setattr(f"{module}.{name}", change_once)
-        with pytest.raises(CheckpointError, match="changed while it was being read"):
-            use(folder / "adapter", folder / "base")
-
-    def test_a_base_that_stays(self, folder):
-        checkpoint = Checkpoint(folder / "base")
-        shutil.copytree(folder / "base", folder / "copy")
-        checkpoint.require_unchanged()
-
-
-@pytest.mark.parametrize("kind", ["linear", "embedding"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merged_rows_are_finite(tmp_path, kind, dtype):
-    """Huge finite factors, whose products are infinite in the dtype of the output."""
-    weights = made.base_weights()
-    made.write_base(tmp_path / "base", weights)
-    module = "model.embed_tokens" if kind == "embedding" else made.TARGETS[0]
-    rows, columns = weights[f"{module}.weight"].shape
-    names = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-    sizes = [(4, rows), (columns, 4)] if kind == "embedding" else [(4, columns), (rows, 4)]
-    tensors = {f"{module}.{name}": torch.full(size, 1e30) for name, size in zip(names, sizes, strict=True)}
-    made.write_peft(tmp_path / "adapter", tensors)
-    with pytest.raises(NonFiniteError, match=rf"{module}.weight: merged with .* is not finite in"):
-        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype=dtype)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_adapter_that_changes_between_reading_and_its_digest(tmp_path, monkeypatch):
-    """A merge that is resumed belongs to the very adapter that its finished part was made of."""
-    weights = made.base_weights()
-    made.write_base(tmp_path / "base", weights)
-    made.write_adapter(tmp_path / "adapter", weights)
-    second, _ = made.trainable_record(weights, seed=6)
-    read, seen = merge_run.read_adapter, []
-
-    def then_overwrite(folder):
-        adapter = read(folder)
-        if not seen:
-            write_trainable(second, tmp_path / "adapter", overwrite=True)
-        seen.append(adapter)
-        return adapter
-
-    monkeypatch.setattr(merge_run, "read_adapter", then_overwrite)
-    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert len(seen) == 2
-    monkeypatch.undo()
-    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "expected")
-    assert made.folder_bytes(tmp_path / "out") == made.folder_bytes(tmp_path / "expected")
 
 
 def test_a_corrupt_file_is_still_that(tmp_path):

@@ -13,6 +13,8 @@ from doran_core.kernels import use_backend
 
 prepare_module = importlib.import_module("doran_core.kernels.prepare")
 BACKEND = "triton" if cases.TRITON else "torch"
+PASS_KINDS = {"plain": None, "checkpoint": False, "reentrant": True}
+"""Ways to call a block, and for each of them `Model.reentrant`."""
 
 
 class Block(nn.Module):

@@ -14,20 +14,7 @@ from torch import nn
 from doran_core import DoranConfig, adapt
 from doran_core.kernels import use_backend
 
-
-@pytest.fixture(autouse=True)
-def _implementation(implementation, monkeypatch):
-    monkeypatch.setattr(models, "BACKEND", implementation)
-    monkeypatch.setattr(models.gradients, "__defaults__", (implementation, None))
-    monkeypatch.setattr(models.outputs, "__defaults__", (implementation,))
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    calls = []
-    compute = models.prepare_module.compute_alone
-    monkeypatch.setattr(models.prepare_module, "compute_alone", lambda *args: calls.append(args) or compute(*args))
-    return calls
+pytestmark = pytest.mark.usefixtures("used_implementation")
 
 
 def adapter_of(model, block=0, name="q"):

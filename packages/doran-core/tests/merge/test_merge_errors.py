@@ -12,6 +12,7 @@ from doran_core.errors import (
     CheckpointError,
     ConfigError,
     DoranError,
+    NonFiniteError,
     TensorShapeError,
 )
 from doran_core.merge import merge_checkpoint
@@ -165,3 +166,20 @@ def test_a_shard_that_shrinks_while_it_is_read(folder, monkeypatch):
     with pytest.raises(DoranError, match="shorter"):
         merge_checkpoint(folder / "base", folder / "adapter", folder / "out")
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merged_rows_are_finite(tmp_path, kind, dtype):
+    """Huge finite factors, whose products are infinite in the dtype of the output."""
+    weights = made.base_weights()
+    made.write_base(tmp_path / "base", weights)
+    module = "model.embed_tokens" if kind == "embedding" else made.TARGETS[0]
+    rows, columns = weights[f"{module}.weight"].shape
+    names = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    sizes = [(4, rows), (columns, 4)] if kind == "embedding" else [(4, columns), (rows, 4)]
+    tensors = {f"{module}.{name}": torch.full(size, 1e30) for name, size in zip(names, sizes, strict=True)}
+    made.write_peft(tmp_path / "adapter", tensors)
+    with pytest.raises(NonFiniteError, match=rf"{module}.weight: merged with .* is not finite in"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()

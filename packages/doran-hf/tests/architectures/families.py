@@ -1,158 +1,49 @@
 """Tiny random models of many architectures, made of their configurations alone, with inputs for each.
 
 A row names a class of transformers, the values that make its configuration tiny, the inputs, and what is adapted.
+tiny.py has what the rows share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers as tf
-from torch import Tensor, nn
-
-VOCABULARY = 61
-SPREAD = 0.17
-"""Of the random weights: 1 / sqrt(width), so that what an adapter changes shows in the outputs."""
-
-Inputs = Callable[[], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture.
-
-    Attributes:
-        model_class: name of a class of transformers.
-        config_class: name of its configuration's class.
-        values: of the configuration.
-        inputs: of a forward pass.
-        targets: what is adapted beside the tied ends.
-        options: others of DoranConfig.
-    """
-
-    model_class: str
-    config_class: str
-    values: dict[str, Any]
-    inputs: Inputs
-    targets: str | list[str] = "all-linear"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def auto_class(self) -> Any:
-        """The class that builds and loads the model."""
-        return getattr(tf, self.model_class)
-
-    def make(self) -> Any:
-        """The base model, the same at each call."""
-        torch.manual_seed(0)
-        model = self.auto_class(getattr(tf, self.config_class)(**self.values))
-        _spread(model)
-        return model.eval()
-
-
-@torch.no_grad()
-def _spread(model: nn.Module) -> None:
-    """Move away from their start the vectors that start at 0 or 1: an adapter's error must not hide behind them."""
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and name.endswith(("weight", "bias")):
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-def _tokens(rows: int = 2, columns: int = 7) -> Tensor:
-    return torch.randint(5, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(1))
-
-
-def text() -> dict[str, Tensor]:
-    """Token ids."""
-    return {"input_ids": _tokens()}
-
-
-def text_pairs() -> dict[str, Tensor]:
-    """Token ids for an encoder and its decoder."""
-    return {"input_ids": _tokens(), "decoder_input_ids": _tokens(2, 4)}
-
-
-def pixels(side: int, channels: int = 3) -> Inputs:
-    """Square images."""
-    return lambda: {"pixel_values": _random(2, channels, side, side)}
-
-
-def text_and_pixels(side: int) -> Inputs:
-    """For two towers side by side."""
-    return lambda: {"input_ids": _tokens(), "pixel_values": _random(2, 3, side, side)}
-
-
-IMAGE_TOKEN = 4
-
-
-def image_in_text(count: int, image: Callable[[], dict[str, Tensor]]) -> Inputs:
-    """Texts with ``count`` places for an image's tokens."""
-
-    def make() -> dict[str, Tensor]:
-        ids = torch.cat([_tokens(2, 2), torch.full((2, count), IMAGE_TOKEN), _tokens(2, 3)], dim=1)
-        return {"input_ids": ids, **image()}
-
-    return make
+from tiny import (
+    BART,
+    GROUPED,
+    IMAGE_TOKEN,
+    SMALL,
+    SPREAD,
+    TEXT_PART,
+    TOKENS,
+    VISION,
+    VOCABULARY,
+    Family,
+    Inputs,
+    image_in_text,
+    pixels,
+    random_tokens,
+    random_values,
+    text,
+    text_and_pixels,
+    text_pairs,
+)
+from torch import Tensor
 
 
 def _causal(name: str, inputs: Inputs = text, targets: str | list[str] = "all-linear", **values: Any) -> Family:
     return Family(f"{name}ForCausalLM", f"{name}Config", SMALL | TOKENS | values, inputs, targets)
 
 
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 64,
-    "initializer_range": SPREAD,
-}
-GROUPED = {"num_key_value_heads": 2}
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
 }
-VISION: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 8,
-    "num_channels": 3,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "initializer_range": SPREAD,
-}
 HEADLESS = {"vision_use_head": False}
 """A vision tower without its pooling head, which the language model has no use for."""
-BART: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 40,
-    "decoder_ffn_dim": 40,
-    "max_position_embeddings": 64,
-    "init_std": SPREAD,
-    "encoder_layerdrop": 0.0,
-    "decoder_layerdrop": 0.0,
-    "forced_eos_token_id": None,
-    "decoder_start_token_id": 2,
-    **TOKENS,
-}
 T5: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
@@ -163,7 +54,6 @@ T5: dict[str, Any] = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
-TEXT_PART = {**SMALL, **TOKENS, **GROUPED}
 
 DECODERS = {
     "llama": _causal("Llama", **GROUPED),
@@ -312,7 +202,7 @@ _CLIP_TEXT = SMALL | TOKENS | {"eos_token_id": 60}
 def _qwen_pixels() -> dict[str, Tensor]:
     """Two images of 4 x 4 patches in transformers' flat form: 4 tokens for each image after merging."""
     return {
-        "pixel_values": _random(32, 3 * 2 * 4 * 4),
+        "pixel_values": random_values(32, 3 * 2 * 4 * 4),
         "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
         "mm_token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0]] * 2),
     }
@@ -368,7 +258,7 @@ VISION_LANGUAGE = {
         "SmolVLMForConditionalGeneration", "SmolVLMConfig",
         {"text_config": {"model_type": "llama", **TEXT_PART}, "vision_config": VISION, "scale_factor": 2,
          "image_token_id": IMAGE_TOKEN},
-        image_in_text(1, lambda: {"pixel_values": _random(2, 1, 3, 16, 16)}),
+        image_in_text(1, lambda: {"pixel_values": random_values(2, 1, 3, 16, 16)}),
     ),
 }  # fmt: skip
 
@@ -383,15 +273,15 @@ SPEECH = {
     "whisper": Family(
         "WhisperForConditionalGeneration", "WhisperConfig",
         BART | {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16},
-        lambda: {"input_features": _random(2, 8, 16), "decoder_input_ids": _tokens(2, 4)},
+        lambda: {"input_features": random_values(2, 8, 16), "decoder_input_ids": random_tokens(2, 4)},
     ),
-    "wav2vec2": Family("Wav2Vec2ForCTC", "Wav2Vec2Config", _WAVE, lambda: {"input_values": _random(2, 200)}),
-    "hubert": Family("HubertForCTC", "HubertConfig", _WAVE, lambda: {"input_values": _random(2, 200)}),
+    "wav2vec2": Family("Wav2Vec2ForCTC", "Wav2Vec2Config", _WAVE, lambda: {"input_values": random_values(2, 200)}),
+    "hubert": Family("HubertForCTC", "HubertConfig", _WAVE, lambda: {"input_values": random_values(2, 200)}),
     "speech_to_text": Family(
         "Speech2TextForConditionalGeneration", "Speech2TextConfig",
         BART | {"input_feat_per_channel": 8, "max_source_positions": 32, "max_target_positions": 16,
                 "conv_channels": 16, "num_conv_layers": 1, "conv_kernel_sizes": (3,)},
-        lambda: {"input_features": _random(2, 12, 8), "decoder_input_ids": _tokens(2, 4)},
+        lambda: {"input_features": random_values(2, 12, 8), "decoder_input_ids": random_tokens(2, 4)},
     ),
 }  # fmt: skip
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
+from families import FAMILIES
 from peft import PeftModel, get_peft_model
+from tiny import Family
 from torch import Tensor, nn
 
 from doran_core.errors import DoranError

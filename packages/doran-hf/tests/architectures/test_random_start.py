@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from families import ENCODERS, FAMILIES, text
+from families import ENCODERS, FAMILIES
 from peft import PeftModel, get_peft_model
 from test_architectures import load, outputs
+from tiny import text
 
 from doran_hf import DoranConfig
 from doran_hf.random_start import random_parameters

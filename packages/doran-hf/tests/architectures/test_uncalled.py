@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import disturb, logits, make_llama
-from families import FAMILIES, text
+from families import FAMILIES
 from peft import PeftModel, get_peft_model
 from sources import read_layers
 from test_architectures import load, outputs, train
+from tiny import text
 from torch import nn
 
 from doran_core import adapt
