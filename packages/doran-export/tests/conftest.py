@@ -29,6 +29,10 @@ TEXT = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "initiali
 """Settings of the small text models: their logits are as large as a trained model's."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: exports SmolLM2; the session export-long runs it, before a release")
+
+
 def saved(model: PreTrainedModel, directory: Path) -> Path:
     """Save a model as a Hugging Face directory and give its path."""
     model.save_pretrained(directory)

@@ -49,6 +49,7 @@ def test_image_classifier(tmp_path: Path) -> None:
     assert results["fp32"].accuracy > 0.8
 
 
+@pytest.mark.long
 def test_decoder(decoder_work: DecoderWork) -> None:
     hold(decoder_work.results)
     proof = decoder_work.reports["fp32"].proof
@@ -59,6 +60,7 @@ def test_decoder(decoder_work: DecoderWork) -> None:
     assert all(check.max_difference["logits"] < 1e-3 for check in given)
 
 
+@pytest.mark.long
 def test_decoder_with_switched_adapters(decoder_work: DecoderWork) -> None:
     """One session that switches: against the merged export of sentiment, and PyTorch with base and critic."""
     for name in ("base", "sentiment", "critic"):
@@ -85,6 +87,7 @@ def test_decoder_with_switched_adapters(decoder_work: DecoderWork) -> None:
     assert "Paris" in runner.generate_text(["The capital of France is"], max_new_tokens=4)[0]
 
 
+@pytest.mark.long
 def test_disk_of_ten_adapters(decoder_work: DecoderWork, tmp_path: Path) -> None:
     """Ten adapters of rank 16 on query and value, each with its own values, beside the graph of SmolLM2."""
     folder = Path(shutil.copytree(decoder_work.reports["adapters"].directory, tmp_path / "ten", copy_function=os.link))
