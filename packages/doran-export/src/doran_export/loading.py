@@ -1,4 +1,4 @@
-"""Reading a Hugging Face directory strictly: what is missing or not understood is an error, never a random weight."""
+"""Reads a Hugging Face directory strictly: missing or unknown weights are an error, never random values."""
 
 from __future__ import annotations
 

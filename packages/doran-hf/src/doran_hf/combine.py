@@ -1,4 +1,4 @@
-"""The weighted sum of several adapters' changes as one adapter, exactly."""
+"""Combines several adapters into one, whose change is exactly the weighted sum of theirs."""
 
 from __future__ import annotations
 

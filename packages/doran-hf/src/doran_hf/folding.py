@@ -1,4 +1,4 @@
-"""An adapter in training as an engine serves it: its networks evaluated, without a look at the checkpoint's files."""
+"""Folds the adapter of a model in memory, for an engine to serve; reads no checkpoint files."""
 
 from __future__ import annotations
 

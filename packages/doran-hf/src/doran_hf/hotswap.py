@@ -1,4 +1,4 @@
-"""hotswap_adapter: another adapter's values in place of a loaded one's. PEFT's function so called takes LoRA alone."""
+"""hotswap_adapter: replaces a loaded adapter's values by another's. PEFT's function of this name takes LoRA alone."""
 
 from __future__ import annotations
 

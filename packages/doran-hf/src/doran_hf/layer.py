@@ -1,4 +1,4 @@
-"""DoranLayer: a base layer with several named DoRAN adapters, as PEFT wants it. The math is doran_core's."""
+"""DoranLayer: a base layer with several named DoRAN adapters, by PEFT's interface. The math is doran_core's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user is told of a model before its adapters are merged or saved."""
+"""Warnings about a model, given before its adapters are merged or saved."""
 
 from __future__ import annotations
 

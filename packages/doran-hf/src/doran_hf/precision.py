@@ -1,4 +1,4 @@
-"""refresh: what is kept of base weights, anew. restore_start: adapters back in float32 after TRL has rounded them."""
+"""refresh: recomputes values cached from base weights. restore_start: undoes TRL's rounding of an untrained adapter."""
 
 from __future__ import annotations
 

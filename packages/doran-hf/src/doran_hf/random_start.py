@@ -1,4 +1,4 @@
-"""Modules that a model's checkpoint does not hold, such as poolers and heads, and that so start at random."""
+"""Modules that start at random, such as poolers and heads, because the model's checkpoint lacks them."""
 
 from __future__ import annotations
 

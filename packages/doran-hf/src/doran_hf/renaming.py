@@ -1,4 +1,4 @@
-"""Names of parameters in the checkpoints of models whose tensors transformers renames on loading.
+"""The checkpoint's names of parameters, for models whose tensors transformers renames on loading.
 
 Uses transformers' private ``revert_weight_conversion``, with which ``save_pretrained`` renames. Remove this file when
 models report the names under which they are saved.

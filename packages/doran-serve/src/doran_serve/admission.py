@@ -1,4 +1,4 @@
-"""Private copies of admitted adapters, by the digest of their files: what was checked is what is loaded. No vLLM here.
+"""Private copies of admitted adapters, by the digest of their files: an engine loads what was checked. No vLLM here.
 
 While a request waits, its adapter's directory may be damaged, replaced or removed. So the server copies an adapter
 when it admits it, and sends the engine the directory with the digest of its files. The engine compares the digest and

@@ -1,4 +1,4 @@
-"""Everything that is changed in vLLM: each replaced name with its reason, what it was checked on, and when it can go.
+"""All changes to vLLM: each replaced name with its reason, the release it was checked on, and its removal condition.
 
 Importing this file does not import vLLM; `apply` does. To support a new vLLM release, edit this file, `vllm_symbols`,
 `versions` and the contract test.

@@ -1,4 +1,4 @@
-"""Adapters are loaded before a step, and one that fails takes its own requests along and nobody else's.
+"""Loads adapters before the engine's step: if one cannot be loaded, its own requests fail and no others.
 
 vLLM loads an adapter inside the engine's step, where an error ends the engine. This scheduler makes the workers load
 the step's adapters first. If an adapter fails, its requests are finished with an error. The step still runs them with

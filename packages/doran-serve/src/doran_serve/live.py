@@ -1,4 +1,4 @@
-"""New versions of an adapter for an engine that runs, as a training loop makes them. Does not import vLLM."""
+"""Loads new versions of an adapter into a running engine, as a training loop makes them. Does not import vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter is put into a serving directory in one step: a running server never sees half of one. No vLLM here."""
+"""Puts an adapter into a serving directory in one step: a running server never sees half of one. No vLLM here."""
 
 from __future__ import annotations
 

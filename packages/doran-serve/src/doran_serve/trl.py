@@ -1,4 +1,4 @@
-"""TRL's rollouts by adapter: each update goes to vLLM as the adapter's files, and never as the base's weights.
+"""TRL's rollouts with an adapter: each update sends vLLM the adapter's files, never the base weights.
 
 TRL's own way merges the adapter, copies every weight to the engine, and unmerges. Here the engine keeps its base, also
 a quantized one, and gets the adapter under a new version. Names of TRL's that are no public interface stand in this
@@ -74,7 +74,7 @@ class AdapterSync(TrainerCallback):
             serves (``doran serve BASE --adapters DIRECTORY``).
         write: writes a model's adapter to a directory: ``doran_hf.save_folded``; for a LoRA
             ``lambda model, directory: model.save_pretrained(directory)``. All processes call it.
-        name: of the policy, to the engine and in requests to the server.
+        name: the policy's name, in the engine and in requests to the server.
     """
 
     def __init__(self, engine: Any, write: Write, name: str = "policy") -> None:
@@ -82,10 +82,10 @@ class AdapterSync(TrainerCallback):
         self._engine, self._write, self._name = engine, write, name
 
     def load(self, model: Any) -> None:
-        """Load the adapter of a PeftModel as it is now. Requests in flight keep the version that they were sent with.
+        """Load the present adapter of a PeftModel. Requests in flight keep the version that they were sent with.
 
         Raises:
-            DoranError: it cannot be written or served, with the reason; the version before it stays.
+            DoranError: the adapter cannot be written or served, with the reason; the last version stays.
         """
         with tempfile.TemporaryDirectory(prefix="doran-policy-") as folder:
             adapter = Path(folder) / self._name
@@ -96,11 +96,11 @@ class AdapterSync(TrainerCallback):
                 publish_adapter(adapter, Path(self._engine) / self._name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The policy of the first rollout."""
+        """Load the policy for the first rollout."""
         self.load(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The policy after an update."""
+        """Load the updated policy."""
         self.load(kwargs["model"])
 
 
@@ -115,8 +115,8 @@ def with_adapter_sync(
     """TRL's GRPOTrainer, or another trainer that rolls out with its VLLMGeneration, with rollouts by adapter.
 
     With ``vllm_mode="colocate"`` TRL's engine starts with ``enable_lora``, and sleeps at level 1: level 2 drops the
-    base, which nobody pushes again here. With ``vllm_mode="server"`` the server is ``doran serve``, it needs no weight
-    transfer, and each version is published to the directory that it serves.
+    base, and no later step here sends it again. With ``vllm_mode="server"`` the server is ``doran serve``. It needs no
+    weight transfer: each version is published to the directory that it serves.
 
     Args:
         trainer: the trainer's class; it is not changed.
@@ -156,7 +156,7 @@ class _Sync:
 
 
 class _AdapterTrainer(StockTrainer):
-    """Mixin over a trainer of TRL's: made with `doran_generation` in place of TRL's own."""
+    """Mixin over a trainer of TRL's: uses `doran_generation` instead of TRL's VLLMGeneration."""
 
     doran_holders: list[Any]
     doran_generation: type
@@ -176,7 +176,7 @@ class _AdapterGeneration(StockGeneration):
     doran: _Sync
 
     def _init_vllm(self) -> None:
-        """TRL's own, with an engine that takes adapters, or a client that opens no channel for weights."""
+        """Start TRL's engine with adapters enabled, or its client without a channel for weights."""
         if not hasattr(self.model, "peft_config"):
             raise ConfigError(f"with_adapter_sync: {type(self.model).__name__} has no adapter; give a peft_config")
         home = self.doran.home
@@ -196,7 +196,7 @@ class _AdapterGeneration(StockGeneration):
         self._sync = AdapterSync(engine, self.doran.write, self.doran.name)
 
     def sync_weights(self) -> None:
-        """What TRL calls before a rollout if the policy has changed since the last one."""
+        """Load the policy into the engine. TRL calls this before a rollout if the policy has changed."""
         if self.mode == "colocate" and self.enable_sleep_mode:
             self.llm.wake_up(tags=["weights"])
             self._llm_weights_sleeping = False
@@ -208,7 +208,7 @@ class _AdapterGeneration(StockGeneration):
 
 
 class _PolicyEngine(StockEngine):
-    """Mixin over `vllm.LLM`: whatever is generated is the policy's."""
+    """Mixin over `vllm.LLM`: every request is answered with the policy's adapter."""
 
     doran_options: dict[str, Any]
     doran_request: Any = None
@@ -221,7 +221,7 @@ class _PolicyEngine(StockEngine):
         return super().generate(*args, **{"lora_request": self.doran_request, **kwargs})
 
     def sleep(self, level: int = 1, **kwargs: Any) -> Any:
-        """As vLLM's, but the base is kept: it goes to host memory."""
+        """As vLLM's, at level 1 at most: the base moves to host memory and is not dropped."""
         return super().sleep(level=min(level, 1), **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""vLLM's adapter managers, taught to read doran's forms and to hand each layer its scale. Does not import vLLM.
+"""vLLM's adapter managers, extended to read doran's forms and to give each layer its scale. Does not import vLLM.
 
 Loading checks everything, names, shapes, ranks, before vLLM registers the adapter: an error after that would leave it
 registered and half loaded. `prepare_adapters` loads what a step needs before the step, where an error harms nobody:

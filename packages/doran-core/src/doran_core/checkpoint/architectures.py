@@ -1,4 +1,4 @@
-"""A table of transformers' architectures: the parameters that each ties, and those that checkpoints call otherwise.
+"""A table of transformers' architectures: the parameters that each ties, and those stored under other names.
 
 A table, for adapters that record neither (PEFT's, and format version 1). ``tools/make_architectures.py`` makes it from
 transformers, and doran-hf's tests compare it with the installed one.

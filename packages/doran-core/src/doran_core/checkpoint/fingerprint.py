@@ -1,7 +1,7 @@
-"""The fingerprint of base weights, a short hash: by it an adapter on another base is refused.
+"""The fingerprint of base weights: a short hash, by which an adapter made for other weights is refused.
 
 The fingerprint is the same for a float32 checkpoint and its bf16 copy, because values are rounded to bf16 first. A
-float16 or quantized copy has other values: whoever holds only such a copy records no fingerprint (None).
+float16 or quantized copy has other values: an adapter made on such a copy records no fingerprint (None).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _VERSION = "doran-fingerprint-2"
 
 
 def sample_stride(rows: int, columns: int) -> int:
-    """Every how many elements of a flattened ``[rows, columns]`` one counts, from the first on: at most 65536 in all.
+    """The distance of the sampled elements in a flattened ``[rows, columns]``: at most 65536, from the first on.
 
-    The stride shares no divisor with the number of columns. So the samples wander through all of them (as far as
-    there are that many samples), where a stride of 256 in 4096 columns would meet the same 16 in every row.
+    The stride shares no divisor with the number of columns, so the samples reach every column, if there are enough of
+    them. A stride of 256 in 4096 columns would meet the same 16 columns in every row.
     """
     stride = max(1, -(-rows * columns // SAMPLES_PER_WEIGHT))
     while math.gcd(stride, columns) != 1:

@@ -1,4 +1,4 @@
-"""Tensors that an adapter has in full, such as a trained head: the base tensor that each replaces, copies left out."""
+"""Full tensors of an adapter, such as a trained head: finds the base tensor that each replaces, drops mere copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From parameter names of the adapted model to tensors of a checkpoint, also where they are renamed, tied or shared."""
+"""Finds each parameter of the adapted model in a checkpoint, also if it is renamed, tied or stacked there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From one adapter form to another: trainable or PEFT to folded, folded to a PEFT DoRA directory."""
+"""Converts adapters: trainable or PEFT to folded, folded to a PEFT DoRA directory."""
 
 from typing import TYPE_CHECKING
 

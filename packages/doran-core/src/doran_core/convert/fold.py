@@ -1,4 +1,4 @@
-"""Any adapter form to the folded one, with the base weights streamed from a checkpoint."""
+"""Folds an adapter of any form, with the base weights streamed from a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folded form as a plain PEFT DoRA directory."""
+"""Writes a folded adapter as a plain PEFT DoRA directory."""
 
 from __future__ import annotations
 

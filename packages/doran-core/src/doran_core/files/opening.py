@@ -1,6 +1,6 @@
 """Opens every file that doran reads: regular files only, sizes limited, one save at a time, errors that name the file.
 
-doran reads every file that somebody else may have written through this module.
+Every file that another program may have written is read through this module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which layers DoRAN can adapt, told apart by class and by trying them; refusals of all others. Imports no view."""
+"""Decides which layers DoRAN can adapt, by their class and by a trial call; refuses all others. Imports no view."""
 
 from __future__ import annotations
 

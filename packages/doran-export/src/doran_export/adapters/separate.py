@@ -1,4 +1,4 @@
-"""Adapters that stay apart from the base: folded against it, checked against the model, merged in for the proof."""
+"""Adapters kept apart from the base: folded against it, checked against the model, merged for the proof alone."""
 
 from __future__ import annotations
 

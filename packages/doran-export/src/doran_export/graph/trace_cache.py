@@ -1,4 +1,4 @@
-"""Traces remembered while the process lives: graphs without weights, for models that differ in their weights alone.
+"""A cache of traces in this process: graphs without weights, for models that differ in their weights alone.
 
 A trace takes about half of an export's time, and its result depends on the model's configuration only. So a second
 precision of a model, or a second adapter of its base, reuses the nodes with its own weights. Each export's proof

@@ -1,4 +1,4 @@
-"""OnnxRunner: an exported directory as something to call, with greedy generation over a key-value cache."""
+"""OnnxRunner: runs an exported directory, with greedy generation over a key-value cache."""
 
 from __future__ import annotations
 

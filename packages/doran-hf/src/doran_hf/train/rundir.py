@@ -1,4 +1,4 @@
-"""The directory of a run: what it holds, whether a rerun goes on with it, and whole files only.
+"""The directory of a run: its files, all written atomically, and whether a rerun may continue it.
 
 RUN/config.yaml      the configuration, all defaults filled in
 RUN/base.json        metrics of the untouched base model

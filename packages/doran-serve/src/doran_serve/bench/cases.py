@@ -1,4 +1,4 @@
-"""What is measured: the workload, and one engine for each case. Imports neither torch nor vLLM."""
+"""The cases of a measurement: the workload, and one engine for each case. Imports neither torch nor vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LoRA that a DoRAN adapter would be without its scale: a peer of the same shapes for stock vLLM."""
+"""Strips a DoRAN adapter of its scale: a LoRA of the same shapes, to compare with in stock vLLM."""
 
 from __future__ import annotations
 
