@@ -105,7 +105,7 @@ def require(module: str, *, package: str, extra: str | None, purpose: str) -> Mo
         module: import name, e.g. ``"matplotlib.pyplot"``.
         package: the doran distribution that needs the module, e.g. ``"doran-core"``.
         extra: the extra of `package` that brings the module, or None when it has to be installed by its own name.
-        purpose: what needs it, as the start of a sentence, e.g. ``"drawing the plot"``.
+        purpose: the task that needs the module, as the start of a sentence, e.g. ``"drawing the plot"``.
 
     Raises:
         MissingDependencyError: the module is not installed.

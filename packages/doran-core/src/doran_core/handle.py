@@ -48,7 +48,7 @@ def read_trainable(path: str | os.PathLike[str]) -> TrainableAdapter:
     """Read a directory that must contain a trainable adapter.
 
     Raises:
-        AdapterFormatError: it does not.
+        AdapterFormatError: the directory is damaged, or contains an adapter of another form.
     """
     saved = read_adapter(path)
     if not isinstance(saved, TrainableAdapter):

@@ -41,7 +41,7 @@ def find_targets(model: nn.Module, config: DoranConfig, known: Collection[str] =
     Args:
         model: the model.
         config: the options.
-        known: names to adapt even if the model may not call them: those of an existing adapter.
+        known: names to adapt even if the model may not call them, such as those of an existing adapter.
 
     Raises:
         TargetError: if no ``target_modules`` are given, one of them matches nothing (with the nearest names), or one
@@ -88,7 +88,7 @@ def refuse_read(name: str, read: Mapping[str, str]) -> None:
 
     Args:
         name: of the layer.
-        read: what :func:`~doran_core.layers.uncalled.read_not_called` says of the model.
+        read: the result of :func:`~doran_core.layers.uncalled.read_not_called` for the model.
 
     Raises:
         TargetError: naming the layer and the reason.
@@ -103,7 +103,7 @@ def refuse_read(name: str, read: Mapping[str, str]) -> None:
 def warn_left_out(
     model: nn.Module, names: Iterable[str], read: Mapping[str, str], adapted: Collection[str] = ()
 ) -> None:
-    """Warn in one line about layers that "all-linear" leaves out: those that are not called, and weights outside
+    """Warn in one line about layers that "all-linear" leaves out: layers that are never called, and weights outside of
     layers.
 
     Args:

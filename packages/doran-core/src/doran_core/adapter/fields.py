@@ -30,13 +30,13 @@ _PEFT_FIELDS = frozenset(
         "auto_mapping",
         "inference_mode",
         "revision",
-        # doran-hf's, as LoRA's
+        # fields of doran-hf's DoranConfig that PEFT's LoRA has, too
         "bias",
         "fan_in_fan_out",
         "layers_pattern",
         "layers_to_transform",
         "target_parameters",
-        # what PEFT's other methods have for the time of training or loading only
+        # fields of PEFT's other methods that count in training or loading only
         "ensure_weight_tying",
         "runtime_config",
     }

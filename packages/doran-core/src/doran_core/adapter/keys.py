@@ -115,7 +115,7 @@ def check_readable(
     """Refuse to write keys that a reader would assign to other modules or extra tensors.
 
     Args:
-        where: what is written, for messages.
+        where: the file or object to be written, for messages.
         keys: of the whole file.
         form: as in :func:`split_keys`.
         modules: names of the adapted modules.

@@ -47,9 +47,9 @@ class BoundModule:
     Attributes:
         factors: its evaluated factors.
         key: the tensor that the merge changes. For a tied weight, the checkpoint may lack this key.
-        file: where the weight lies.
-        kind: how it is kept.
-        slot: which matrix of a tensor that holds all experts it is; None where the tensor is its own.
+        file: the weight's place on disk.
+        kind: the layout of the stored weight.
+        slot: the weight's index in a tensor that holds all experts; None if the weight is a tensor of its own.
     """
 
     factors: LayerFactors
@@ -219,7 +219,7 @@ def _modules(
 
 
 class _Place(NamedTuple):
-    """One tensor of a layer: its key, where it lies, and which matrix of a stack in one tensor it is."""
+    """One tensor of a layer: its key, its place on disk, and its index if it is one matrix of a stacked tensor."""
 
     key: str
     file: WeightFile

@@ -67,7 +67,7 @@ class WeightFile:
 
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[int]:
-    """A file descriptor of a regular file; that it cannot be opened, or is damaged, is a CheckpointError."""
+    """A file descriptor of a regular file. A file that cannot be opened or is damaged raises a CheckpointError."""
     with ExitStack() as stack:
         try:
             fd = stack.enter_context(open_regular(path))
@@ -227,7 +227,7 @@ class Checkpoint:
         """config.json, or nothing if there is none.
 
         Raises:
-            CheckpointError: it is not a JSON object, or what doran reads of it is of another type.
+            CheckpointError: the file is not a JSON object, or a field that doran reads has another type.
         """
         path = self.directory / _CONFIG
         with named_errors(path, CheckpointError):

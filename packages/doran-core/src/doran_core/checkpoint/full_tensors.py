@@ -80,7 +80,7 @@ def _base_name(name: str, names: ModelNames, differences: set[tuple[str, str]], 
 
 
 def _prefixes(name: str, key: str) -> tuple[str, str] | None:
-    """The prefixes that an adapter's name and the base's key have before what is common; None for a tied weight."""
+    """The prefixes before the common part of an adapter's name and the base's key; None for a tied weight."""
     if name == key or name.endswith(f".{key}"):
         return name.removesuffix(key), ""
     return ("", key.removesuffix(name)) if key.endswith(f".{name}") else None

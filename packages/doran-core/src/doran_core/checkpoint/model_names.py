@@ -62,7 +62,7 @@ class ModelNames:
         return key in self._checkpoint
 
     def locate(self, parameter: str) -> tuple[str, WeightFile]:
-        """A parameter's name in the checkpoint, and the tensor there that holds it: for a tied one perhaps another's.
+        """A parameter's name in the checkpoint, and the tensor with its values; a tied parameter may have its source's.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor, or more than one that could be meant.
@@ -81,8 +81,8 @@ class ModelNames:
 
         Args:
             parameter: its name in the model.
-            patterns: names of one expert's tensors, with ``{}`` for its number; they hold its rows one below the other.
-            experts: how many there are.
+            patterns: names of one expert's tensors, with ``{}`` for the expert's number. Their rows follow each other.
+            experts: the number of experts.
 
         Returns:
             Whether it is one tensor, and for each expert the names and places of its parts.
@@ -130,7 +130,7 @@ class ModelNames:
     def _group(self, members: list[str]) -> TiedGroup | None:
         """The group of these parameters, the source first; None if the checkpoint has none of them."""
         present = {name: key for name in members for key in self._candidates(name) if key in self._checkpoint}
-        if not present:  # the checkpoint of a part of the model, perhaps
+        if not present:  # maybe the checkpoint of a part of the model
             found = {name: self._checkpoint.similar(key) for name in members[:1] for key in self._candidates(name)}
             present = {name: keys[0] for name, keys in found.items() if len(keys) == 1}
         if not present:

@@ -212,7 +212,7 @@ class DoranAdapter(nn.Module):
         return y
 
     def _refuse_second_backward(self) -> None:
-        """Refuse what DistributedDataParallel cannot do: parameters that reentrant checkpointing uses once more."""
+        """Refuse a second use of parameters by reentrant checkpointing, which DistributedDataParallel cannot handle."""
         ddp = distributed_data_parallel()
         if ddp is not None:
             vars(self)["_ddp_fails"] = ddp.require_backward_grad_sync and not ddp.static_graph

@@ -31,9 +31,9 @@ class BaseView(ABC):
     Attributes:
         layer: the base layer.
         layer_type: the layer's class when the view was made; a parametrization changes the class.
-        kind: what sort of layer it is.
+        kind: the kind of layer.
         d_out: rows of the matrix.
-        d_in: columns of it.
+        d_in: columns of the matrix.
         channel_dim: the output's dimension of size ``d_out``.
         parameter: the name of the layer's weight.
         experts: the number of matrices of a stack; None for one matrix.

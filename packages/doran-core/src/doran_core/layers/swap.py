@@ -20,9 +20,9 @@ __all__ = ["WeightSwap"]
 class WeightSwap:
     """Exchanges a layer's weight parameter, and restores it.
 
-    W0 stays in its own Parameter, out of the layer, while W' is in: so it comes back bit for bit, a weight that two
-    modules share (an embedding and the head tied to it) is changed for this layer alone, and the tie is there again
-    afterwards. Memory: one more weight while W' is in.
+    While W' is in, W0 stays in its own Parameter outside of the layer. So W0 comes back bit for bit. A weight that two
+    modules share (an embedding and the head tied to it) changes for this layer alone, and restoring W0 restores the
+    tie. Memory: one more weight while W' is in.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class WeightSwap:
 
         Args:
             name: the adapted layer's name, for the error.
-            state_dict: what is being loaded.
+            state_dict: the tensors to load.
             prefix: of the adapted layer's keys in it.
 
         Raises:

@@ -114,7 +114,7 @@ def warn_uncalled(adapters: Iterable[DoranAdapter], doing: str) -> None:
     """Warn once about adapted layers that no forward pass has called, if there were passes.
 
     Args:
-        adapters: those of a model.
+        adapters: the adapters of a model.
         doing: the coming action, for the message: "merging still changes their weights".
     """
     all_of_them = list(adapters)

@@ -87,7 +87,7 @@ def make_plan(
     """Plan the merge of adapters, each with its weight, into a checkpoint.
 
     Raises:
-        CheckpointError: an extra tensor has another shape than what it replaces.
+        CheckpointError: an extra tensor has another shape than the tensor that it replaces.
         ConfigError: adapters that contradict each other.
     """
     merged = _merged_tensors(adapters)
@@ -168,8 +168,8 @@ def _extra_tensors(
 def _untie(checkpoint: Checkpoint, names: ModelNames, contents: dict[str, Content]) -> bool:
     """Give tied weights separate tensors if the merge changes only one end of the tie.
 
-    ``tie_word_embeddings`` unties all at once, so that then all need one. Where the flag also decides what the model
-    computes it stays, and transformers unties what differs: only the changed groups need tensors.
+    Clearing ``tie_word_embeddings`` unties every group, so every group then needs separate tensors. In models whose
+    outputs depend on the flag, the flag stays, and transformers unties the groups that differ: only those need tensors.
 
     Returns:
         Whether the flag is to be cleared.

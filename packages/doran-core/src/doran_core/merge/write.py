@@ -55,8 +55,8 @@ class ShardWriter:
     """The writer of one shard. The constructor starts the work.
 
     Args:
-        plan: what to write.
-        path: the file; replaced if it is there.
+        plan: the shard's header, and the source of each tensor.
+        path: the file to write; an existing one is replaced.
         pool: threads that do it.
         advance: called with the number of bytes written, from those threads.
 

@@ -43,7 +43,7 @@ def parameter_groups(
     """Groups for an optimizer: with decay and without; an empty group is left out.
 
     Args:
-        parameters: names and parameters; those that are not trained are left out.
+        parameters: names and parameters; frozen ones are left out.
         weight_decay: of the first group.
 
     Raises:

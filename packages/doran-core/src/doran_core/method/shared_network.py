@@ -55,9 +55,9 @@ class SharedNetwork(nn.Module):
 class NetworkHolder(nn.Module):
     """Base of the modules that hold shared networks.
 
-    FSDP2 shards what it finds below a unit through ``children()``, and fails at parameters that an earlier unit has
-    sharded. A network that is sharded already is therefore no child here: it stays with the first unit that has it, and
-    the layers of the other units gather it for each use (:func:`doran_core.support.sharding.read`).
+    FSDP2 shards the modules that it finds below a unit through ``children()``, and fails at parameters that an earlier
+    unit has sharded. A network that is sharded already is therefore no child here: it stays with the first unit that
+    has it, and the layers of the other units gather it for each use (:func:`doran_core.support.sharding.read`).
     """
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:

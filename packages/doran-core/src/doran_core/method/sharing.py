@@ -57,7 +57,7 @@ def shared_parts(config: DoranConfig) -> dict[str, Callable[[str], object]]:
 
 
 def with_shared(tensors: Mapping[str, Mapping[str, _T]], config: DoranConfig) -> dict[str, dict[str, _T]]:
-    """Saved tensors of layers, each with those of the networks that it shares: a file holds them under one layer.
+    """Saved tensors of each layer, together with those of its shared networks, which a file holds under one layer.
 
     Args:
         tensors: by name, by layer. Any layer of a group may hold what the group shares.

@@ -15,7 +15,7 @@ _CACHED_BYTES = 2**20
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which sums over these tensors are taken: float64 if any of them is, else float32."""
+    """The dtype of sums over these tensors: float64 if any of them is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 

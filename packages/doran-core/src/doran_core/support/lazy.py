@@ -54,7 +54,7 @@ def lazy_names(
 
 
 def renamed_names(package: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
-    """A ``__getattr__`` (PEP 562) for former names: they go on working, with a DeprecationWarning.
+    """A ``__getattr__`` (PEP 562) for former names, which still work, with a DeprecationWarning.
 
     Args:
         package: import name of the package or module that has the names.
@@ -74,8 +74,8 @@ def _present(package: str, renamed: Mapping[str, str], name: str) -> Any:
 def stub_names(stub: Path) -> dict[str, str]:
     """The names that a stub imports, each with the module that it is imported from.
 
-    A submodule that is itself a name is imported from its package. No other name may be that of a submodule: whoever
-    imports the submodule would hide the name.
+    A submodule that is itself a name is imported from its package. No other name may be that of a submodule:
+    importing the submodule would hide the name.
     """
     statements = ast.parse(stub.read_text(encoding="utf-8")).body
     imports = [statement for statement in statements if isinstance(statement, ast.ImportFrom)]

@@ -2,7 +2,7 @@
 
 Patterns come with adapter files. Python's own matcher backtracks: ``([a-z.]+)+!`` on a long name never returns and lets
 no other thread run. Here Python parses a pattern and matches its single characters, and a machine follows them through
-a name, taking each pair of an instruction and a position once. It finds what Python finds: the same match, and the same
+a name, taking each pair of an instruction and a position once. The result is Python's: the same match, and the same
 first group. Only where a part that may be empty is repeated, ``(^|a)*``, may Python's match be shorter than the one
 found here.
 
@@ -37,7 +37,8 @@ class NamePattern:
         text: the regular expression.
 
     Raises:
-        ValueError: it is none, is too long, or refers back to its own groups, which cannot be matched in bounded time.
+        ValueError: the text is no regular expression, is too long, or refers back to its own groups, which cannot be
+            matched in bounded time.
     """
 
     def __init__(self, text: str) -> None:
