@@ -1,4 +1,4 @@
-"""What this package raises on purpose, below the root that the `doran` command catches."""
+"""This package's own errors, all of them DoranErrors, which the `doran` command catches."""
 
 from __future__ import annotations
 

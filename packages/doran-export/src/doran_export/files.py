@@ -83,7 +83,7 @@ def require_free_place(out: Path) -> None:
     """Check that `out` may be created: it is absent or an empty directory.
 
     Raises:
-        ExportError: it is a file, or a directory that holds something.
+        ExportError: `out` is a file, or a directory that is not empty.
     """
     if out.is_dir():
         inside = next(out.iterdir(), None)

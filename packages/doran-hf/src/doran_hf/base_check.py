@@ -34,8 +34,8 @@ def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
     """Fingerprint of the weights that this adapter adapts.
 
     Returns:
-        The fingerprint; for sharded or offloaded weights, that of the time when the adapter was made. None if memory
-        does not have the checkpoint's values: float16, quantized, or not loaded (meta device).
+        The fingerprint; for sharded or offloaded weights, the one taken when the adapter was made. None if memory does
+        not hold the checkpoint's values: float16, quantized, or not loaded (meta device).
     """
     digests = []
     for layer in doran_layers(model, adapter_name):

@@ -179,7 +179,7 @@ class DoranConfig(AdapterOptions, PeftConfig):
         Raises:
             AdapterFormatError: names file and field. Missing fields get no defaults, which could compute another
                 function.
-            CorruptFileError: it, or the tensors beside it, are not what was saved.
+            CorruptFileError: this file or the tensors beside it changed since they were saved.
         """
         path = Path(path_json_file)
         with named_errors(path, AdapterFormatError):

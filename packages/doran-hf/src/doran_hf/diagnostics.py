@@ -26,7 +26,7 @@ class LayerState:
         scale: mean of ``c = m / (n + tau)`` over the rows.
         effective_rank: of B A, from 1 to r; 0 at the start, where B = 0.
         gradient_orthogonal: Frobenius norm of the part of dL/dW' orthogonal to each row of V.
-        gradient_parallel: that of the part along each row of V.
+        gradient_parallel: Frobenius norm of the part of dL/dW' along each row of V.
         gradient_parallel_kept: the parallel part after the factor tau / (n + tau); 0 for DoRA.
     """
 

@@ -129,12 +129,12 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         return cast(DoranAdapter, self.doran_adapter[name])
 
     def adapter_in_use(self) -> tuple[DoranAdapter, BaseView] | None:
-        """What the next call computes with: the active adapter and the base layer; None unless there is exactly one."""
+        """The active adapter and the base layer, for the next call; None unless exactly one adapter is active."""
         adapters = self._adapters_in_use()
         return (adapters[0], self.view) if len(adapters) == 1 else None
 
     def _adapters_in_use(self) -> list[DoranAdapter]:
-        """Those whose changes a call adds to the output: the active ones, none while disabled or merged."""
+        """The adapters whose changes a call adds to the output: the active ones, none while disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
         adapters = own_modules(own_modules(self)["doran_adapter"])
@@ -285,7 +285,7 @@ def doran_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[
 
 
 def check_adapter(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Refuse a model without what is asked for.
+    """Refuse a model without DoRAN adapters, or without the one that is asked for.
 
     Raises:
         ConfigError: no layer has a DoRAN adapter, or none has one of this name.

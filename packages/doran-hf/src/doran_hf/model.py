@@ -45,7 +45,7 @@ __all__ = ["DoranModel"]
 
 _MARK = ".doran_adapter."
 _FSDP1 = "_fsdp_wrapped_module."
-"""What FSDP1 puts into the names of what it wraps, and takes out of those in state dicts."""
+"""FSDP1 puts this part into the names of wrapped parameters, and removes it from the names in state dicts."""
 
 
 class _Plan(NamedTuple):

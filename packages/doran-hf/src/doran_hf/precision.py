@@ -41,16 +41,16 @@ def restore_start(model: nn.Module, adapter_name: str = "default") -> None:
 
 @torch.no_grad()
 def refresh(model: nn.Module) -> None:
-    """Take everything anew that is kept of the base weights and of the adapters, ``||W0||^2`` included.
+    """Recompute all values cached from the base weights and the adapters, ``||W0||^2`` included.
 
-    To be called after writes that PyTorch does not count: through ``.data``, as some moving averages do, or from
-    outside of PyTorch. All others are noticed.
+    Call this after writes that PyTorch does not count: through ``.data``, as some moving averages do, or from outside
+    of PyTorch. The caches notice all other writes by themselves.
 
     Args:
         model: with DoRAN adapters, wrapped by PEFT or not; merged layers are left alone.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the model has no DoRAN adapter.
     """
     check_adapter(model)
     for layer in doran_layers(model):

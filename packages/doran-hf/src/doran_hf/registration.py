@@ -1,4 +1,4 @@
-"""DORAN among PEFT's methods: importing this registers it. Imported by the package, before any name of it is used."""
+"""Importing this file registers DORAN with PEFT. The package imports the file before any of its names is used."""
 
 from __future__ import annotations
 

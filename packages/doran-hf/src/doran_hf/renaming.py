@@ -54,10 +54,10 @@ class StoredStack:
 def stored_stack(
     model: PreTrainedModel, parameter: str, experts: int, rows: int, *, transposed: bool
 ) -> StoredStack | None:
-    """How ``save_pretrained`` stores a stacked parameter: found out with a small tensor whose values number the rows.
+    """How ``save_pretrained`` stores a stacked parameter, tried on a small tensor whose values number the rows.
 
     Args:
-        model: as it was loaded; how it was decides the names.
+        model: as it was loaded: the way of loading decides the names.
         parameter: its name in the model.
         experts: how many matrices it has.
         rows: d_out.
@@ -81,7 +81,7 @@ def stored_stack(
 
 
 def _expert_patterns(stored: Mapping[str, Tensor], experts: int, rows: int) -> list[str] | None:
-    """The names of one expert's tensors, in the order of their rows; None if the tensors are not such."""
+    """The names of one expert's tensors, in the order of their rows; None if a tensor is not one expert's."""
     names: dict[int, dict[int, str]] = {}
     sizes: dict[int, int] = {}
     for name, tensor in stored.items():
@@ -99,7 +99,7 @@ def _expert_patterns(stored: Mapping[str, Tensor], experts: int, rows: int) -> l
 
 
 def _pattern(names: Mapping[int, str], experts: int) -> str | None:
-    """The names of all experts as one, with ``{}`` for the number; None if they differ in more than that."""
+    """The names of all experts as one, with ``{}`` for the number; None if they differ in anything else."""
     if sorted(names) != list(range(experts)):
         return None
     columns = list(zip(*(names[expert].split(".") for expert in range(experts)), strict=False))

@@ -113,7 +113,7 @@ def check_exclusions(config: DoranConfig, model: nn.Module) -> None:
 
 
 def _is_saved(name: str, config: DoranConfig) -> bool:
-    """Whether PEFT trains this module in full: it matches modules_to_save against the ends of names."""
+    """Whether PEFT trains this module in full. PEFT matches modules_to_save against the ends of names."""
     parts = name.split(".")
     places = [".".join(parts[: end + 1]) for end in range(len(parts))]
     return any(place.endswith(entry) for entry in config.modules_to_save or [] for place in places)
@@ -131,7 +131,7 @@ def _cannot_be_saved(name: str, model: nn.Module) -> bool:
 
 
 def _base_modules(model: nn.Module) -> dict[str, bool]:
-    """Names of the base model's modules, and whether each can be adapted; what is inside adapted layers is left out."""
+    """Names of the base model's modules, without the insides of adapted layers, and whether each can be adapted."""
     names: dict[str, bool] = {}
     inside = ""
     for name, module in plain_modules(model).items():

@@ -25,7 +25,7 @@ def require_safetensors(name: str | os.PathLike[str], subfolder: str | None = No
         download: for ``hf_hub_download``.
 
     Raises:
-        MissingKeyError: it has none. PEFT would load adapter_model.bin, a pickle, instead.
+        MissingKeyError: the file is missing. PEFT would load adapter_model.bin, a pickle, instead.
         CorruptFileError: a local file is a pipe, a device or a directory.
     """
     folder = Path(name, subfolder or "")

@@ -15,9 +15,9 @@ __all__ = ["keep_untied"]
 def keep_untied(model: nn.Module) -> None:
     """Make a merged model save and load both ends of a tie that merging has broken.
 
-    transformers ties by ``tie_word_embeddings``, for all ties of a model at once. So the flag is cleared, and each
-    parameter that was tied gets memory of its own, for the checkpoint to hold all of them. Where the flag also decides
-    what the model computes, the flag stays: transformers does not tie two stored tensors that differ.
+    transformers' flag ``tie_word_embeddings`` stands for all ties of a model. So this function clears the flag, and
+    gives each tied parameter memory of its own, so that the checkpoint stores all of them. In models whose outputs
+    depend on the flag, the flag stays: transformers does not tie two stored tensors that differ.
     """
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     broken = {tied for tied, source in ties.items() if _tensor(model, tied) is not _tensor(model, source)}

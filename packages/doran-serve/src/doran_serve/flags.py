@@ -49,7 +49,7 @@ def served_rank(rank: int) -> int:
 
 
 def given_value(flags: Sequence[str], name: str) -> str | None:
-    """The value that the user gave for `name` (``--port``), as ``--port 1`` or ``--port=1``; None if none."""
+    """The user's value for `name` (``--port``), as ``--port 1`` or ``--port=1``; None without the flag."""
     for index, flag in enumerate(flags):
         key, equals, value = flag.partition("=")
         if key.replace("_", "-") == name:
@@ -60,7 +60,7 @@ def given_value(flags: Sequence[str], name: str) -> str | None:
 
 
 def given_values(flags: Sequence[str], name: str) -> list[str]:
-    """The values that the user gave for a flag of several (``--lora-target-modules``); none if it is not there."""
+    """The user's values for a flag that takes several (``--lora-target-modules``); none without the flag."""
     for index, flag in enumerate(flags):
         key, equals, value = flag.partition("=")
         if key.replace("_", "-") == name:

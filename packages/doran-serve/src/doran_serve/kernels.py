@@ -6,8 +6,8 @@ pair clears its buffer in a third launch, sums with atomics in any order, and ta
 
 Programs are dealt out by token block, not by slot: tokens come sorted by slot, and each program finds the slot of its
 block from the tokens per slot. So the grid depends on the number of tokens and slots alone, and a CUDA graph may be
-replayed with any other mix. What is compiled depends on layer and tile sizes alone, of which there are two, for few and
-for many tokens: the engine's own trial runs at its start compile both, and no request waits for it.
+replayed with any other mix. A compiled kernel depends on the layer and on one of two tile sizes alone, for few and for
+many tokens. The engine's trial runs at its start compile both, so no request waits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `doran serve` does before vLLM: checks every adapter against the base, and derives vLLM's flags from them.
+"""The part of `doran serve` before vLLM: checks every adapter against the base, and derives vLLM's flags from them.
 
 Imports vLLM only to run it, so that `--check` works on a machine without.
 """
@@ -114,8 +114,8 @@ class Plan:
     """A server that can be started.
 
     Attributes:
-        base: as it was given.
-        adapters: what was checked.
+        base: the base model, as the user gave it.
+        adapters: the checked adapters, by name.
         arguments: of `vllm serve`, after the base.
         variables: environment variables.
     """

@@ -111,7 +111,7 @@ class ScaledOutput(StockLayer):
         Args:
             index: the slot.
             parts: the full scale `[d_out_i]` of each projection packed into this layer, in the layer's order (one
-                for a layer that packs none); this rank's share of it is cut out as vLLM cuts lora_B.
+                for a layer that packs none). Each rank takes its share, cut as vLLM cuts lora_B.
         """
         columns = [part.to(torch.float32).unsqueeze(1) for part in parts]
         if len(columns) < self.n_slices:  # one tensor in the checkpoint, several slices in the layer

@@ -53,10 +53,10 @@ class AdapterInfo:
 
     Attributes:
         path: its directory.
-        form: as it lies there.
+        form: the form of its files.
         rank: the largest rank; None if only vLLM can read it.
-        modules: how many layers it adapts.
-        values: how many numbers a slot has to hold for it.
+        modules: the number of adapted layers.
+        values: the number of values that a slot holds for this adapter.
         targets: ends of the names of these layers; empty if only vLLM can read it.
         others: names of the layers that vLLM does not serve as linear ones.
         version: digest of the files, see `admission`; empty if they were checked without being admitted.

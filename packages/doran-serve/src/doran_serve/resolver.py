@@ -43,7 +43,7 @@ class DirectoryResolver:
         """The request for an adapter by its name, checked; None if there is no such subdirectory.
 
         Raises:
-            AdapterRefusedError: it is there and cannot be served; the server answers 400 with the reason.
+            AdapterRefusedError: the adapter exists and cannot be served; the server answers 400 with the reason.
         """
         path = self._find(lora_name)
         if path is None:

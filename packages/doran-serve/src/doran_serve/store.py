@@ -110,8 +110,8 @@ class AdapterStore:
         """Read and check an adapter; returns at once if its files have not changed since the last successful check.
 
         Raises:
-            AdapterFormatError: what is wrong with its files, by file and key.
-            BaseMismatchError: it was made for other base weights.
+            AdapterFormatError: a fault of its files; the message names file and key.
+            BaseMismatchError: the adapter was made for other base weights.
             CheckpointError: the base lacks an adapted module, or the adapter needs base weights and there are none.
         """
         return self._current(Path(path), None)
@@ -316,7 +316,7 @@ def _form(folder: Path) -> AdapterForm:
 
 
 def _served(folder: Path, form: AdapterForm, adapter: FoldedAdapter, stored: Mapping[str, str]) -> ServedAdapter:
-    """Refuse adapters that cannot share a batch: those with replaced base parameters, or layers that are not linear."""
+    """Refuse adapters that cannot share a batch: they replace base parameters, or adapt layers that are not linear."""
     if adapter.extra:
         _refuse_replaced(folder, adapter.extra)
     for module in adapter.modules.values():
@@ -340,7 +340,7 @@ def _refuse_replaced(folder: Path, names: Collection[str]) -> NoReturn:
 
 
 def check_mergeable(info: AdapterInfo) -> None:
-    """Raise TargetError if merged mode cannot swap the adapter: it supports linear layers only."""
+    """Raise TargetError if the adapter changes more than linear layers, which merged mode cannot swap."""
     if info.rank is None or info.others:
         layers = f": {', '.join(info.others[:3])}" if info.others else ""
         raise TargetError(

@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels for a batch: what each program works on. Imports no Triton."""
+"""Tile sizes of the kernels for a batch: the block of tokens and columns of each program. Imports no Triton."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from doran_serve.publish import publish_adapter
 if TYPE_CHECKING:
 
     class StockGeneration:
-        """What `_AdapterGeneration` relies on in TRL's `VLLMGeneration`."""
+        """The part of TRL's `VLLMGeneration` that `_AdapterGeneration` relies on."""
 
         _llm_weights_sleeping: bool
         accelerator: Any
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         def _init_vllm(self) -> None: ...
 
     class StockEngine:
-        """What `_PolicyEngine` relies on in `vllm.LLM`."""
+        """The part of `vllm.LLM` that `_PolicyEngine` relies on."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
         def generate(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         def wake_up(self, tags: list[str] | None = None) -> Any: ...
 
     class StockTrainer:
-        """What `_AdapterTrainer` relies on in TRL's trainers."""
+        """The part of TRL's trainers that `_AdapterTrainer` relies on."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 

@@ -1,8 +1,8 @@
 """vLLM's adapter managers, extended to read doran's forms and to give each layer its scale. Does not import vLLM.
 
-Loading checks everything, names, shapes, ranks, before vLLM registers the adapter: an error after that would leave it
-registered and half loaded. `prepare_adapters` loads what a step needs before the step, where an error harms nobody:
-see `guard`.
+Loading checks all names, shapes and ranks before vLLM registers the adapter: a later error would leave a registered,
+half loaded adapter. `prepare_adapters` loads a step's adapters before the step, where an error ends no engine: see
+`guard`.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def switched_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> d
 
 @contextmanager
 def replaced(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """A context in which layers have other weights, by module name.
+    """A context in which the named modules have these weights.
 
     Each layer gets a new Parameter, so layers tied to its old weight keep that weight.
     """

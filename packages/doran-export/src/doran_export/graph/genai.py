@@ -32,7 +32,7 @@ def require_genai() -> Any:
     """The onnxruntime_genai module.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: onnxruntime-genai is not installed.
     """
     return require(
         "onnxruntime_genai",
@@ -48,7 +48,7 @@ def require_plain_head(model: PreTrainedModel) -> None:
     The builder (0.18) takes every such layer for the head, and its graph gives wrong logits.
 
     Raises:
-        UnsupportedModelError: there is one.
+        UnsupportedModelError: naming that layer.
     """
     head, vocabulary = model.get_output_embeddings(), model.config.get_text_config().vocab_size
     for name, module in model.named_modules():
@@ -62,8 +62,8 @@ def require_plain_head(model: PreTrainedModel) -> None:
 def build_graph(model: Path, out: Path, precision: str, provider: str) -> None:
     """Let the builder write model.onnx, its data and genai_config.json.
 
-    It runs in a process of its own: it is made as a program, with modules named ``builders`` and ``quantization`` at
-    the top, and its memory is given back.
+    The builder runs in a process of its own, because it is a program with top-level modules named ``builders`` and
+    ``quantization``, and because the end of a process frees all memory.
 
     Args:
         model: Hugging Face model directory.

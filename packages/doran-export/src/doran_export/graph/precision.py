@@ -59,8 +59,8 @@ class Exporter:
     """One way from PyTorch to ONNX.
 
     Attributes:
-        name: what users say.
-        providers: for each precision the execution providers that run what this exporter makes in it.
+        name: the exporter's name in `--exporter`.
+        providers: for each precision, the execution providers that run this exporter's graphs.
         why_not: for a precision that only some providers run, the reason, for the message.
     """
 

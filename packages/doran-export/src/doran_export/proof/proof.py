@@ -34,7 +34,7 @@ class Proof:
 
     @property
     def average(self) -> float:
-        """Root mean square of the difference over that of the outputs' spread; that of the worst group of checks."""
+        """Root mean square of the difference over that of the outputs' spread, in the worst group of checks."""
         return max(averages(self.checks).values())
 
     def to_dict(self) -> dict[str, Any]:

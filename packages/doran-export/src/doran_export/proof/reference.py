@@ -103,8 +103,9 @@ def ask_pytorch(
 def _rounded_otherwise(model: PreTrainedModel) -> Iterator[None]:
     """A context in which every linear layer and convolution rounds its output differently.
 
-    Sums of another order differ by about one unit in the last place of the largest summands; so does this noise, which
-    is the same at every call. On SmolLM2 it moves the logits about five times as far as float32 lies from float64.
+    Sums in another order differ by about one unit in the last place of the largest summands. This noise is of the same
+    size, and the same at every call. On SmolLM2 the noise moves the logits about five times as far as float32 is from
+    float64.
     """
     random = torch.Generator().manual_seed(_SEED)
 

@@ -49,7 +49,7 @@ class OnnxRunner:
 
     @property
     def input_names(self) -> list[str]:
-        """Names of the caller's inputs: those of the graph without the cache."""
+        """Names of the caller's inputs: all inputs of the graph except the cache."""
         return self.graph.input_names
 
     @property

@@ -27,7 +27,7 @@ def as_dtype(name: str, array: Array, dtype: Any) -> Array:
     """An input in the graph's dtype: integers stay integers and floats floats, whatever their width.
 
     Raises:
-        ConfigError: it is of the other kind, or neither.
+        ConfigError: integers for a floating-point input or the reverse, or values that are no numbers.
     """
     fits = "iub" if np.issubdtype(dtype, np.integer) else "f"
     if array.dtype.kind not in fits:

@@ -50,12 +50,12 @@ class DataConfig:
         text_pair: likewise, of a second text to classify with the first.
         messages: column of a chat: a list of {"role", "content"}.
         prompt: template of the prompt, with ``completion``.
-        completion: template of what is to be learned after the prompt.
+        completion: template of the text to be learned after the prompt.
         chat: put prompt and completion into the tokenizer's chat template as user's and assistant's turns.
         system: a system message before prompt and completion.
         completion_only: take the loss on completions only (in chats: on the assistant's turns).
         append_eos: end each completion or text with the end-of-sequence token.
-        choices: completions to choose from; accuracy is how often the right one has the highest probability.
+        choices: completions to choose from; accuracy is the share of examples whose right one is the most probable.
         label: column of the class: a number or a name.
         label_names: names of the classes, for labels that are numbers.
         image: column of the image.
@@ -112,7 +112,7 @@ class TrainConfig:
 
     Attributes:
         base: directory or hub name of the base model.
-        task: what the model learns.
+        task: the kind of task, such as causal-lm.
         output: directory of the run: adapter, metrics, layer metrics, checkpoints.
         dtype: of the base model; the adapter is float32.
         seed: of initial values, order of the data, masks.

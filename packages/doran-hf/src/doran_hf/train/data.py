@@ -31,14 +31,14 @@ class Examples:
 
 
 def load_examples(config: DataConfig, seed: int) -> Examples:
-    """Load what the configuration names.
+    """Load the training and the held-out examples that the configuration names.
 
     Args:
         config: the data section.
         seed: of the choice of held-out examples.
 
     Raises:
-        ConfigError: a file that is not there, an unknown kind of file, an empty set, too many examples to hold out.
+        ConfigError: a missing file, an unknown kind of file, an empty set, or too many examples to hold out.
         MissingDependencyError: the package datasets is not installed.
     """
     train = _load(config, config.train, "data.train", config.train_split)

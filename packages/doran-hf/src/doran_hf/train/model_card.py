@@ -56,7 +56,7 @@ def model_card(config: TrainConfig, metrics: Mapping[str, Any], pad_token_id: in
     Args:
         config: of the run.
         metrics: of the run.
-        pad_token_id: what a classifier's configuration has to be given, where it has none.
+        pad_token_id: the padding token for the configuration of a classifier that has none.
     """
     loader, pipeline = _LOADERS[config.task]
     header = {

@@ -103,7 +103,7 @@ class TaskRecipe(ABC):
         return {}
 
     def trained_in_full(self, model: Any) -> list[str]:
-        """Modules to train and save beside the adapter: those that the user names, and those that start at random.
+        """Modules to train and save beside the adapter: the user's modules_to_save, and modules that start at random.
 
         Raises:
             ConfigError: parameters that the base lacks and that no module holds alone.

@@ -52,7 +52,7 @@ class TextEncoder:
     Args:
         config: the data section.
         tokenizer: a fast tokenizer, with a chat template where chats are asked for.
-        columns: of the examples; they decide what an example is if the configuration does not say.
+        columns: the examples' columns; they decide the form of an example if the configuration does not.
 
     Raises:
         ConfigError: no column to take text from, no chat template, or a tokenizer without offsets.
@@ -88,14 +88,14 @@ class TextEncoder:
         return prompt, fill(self.config.completion or "completion", row, "data.completion")
 
     def encode_pair(self, prompt: str, completion: str) -> dict[str, Any]:
-        """Likewise of one prompt and completion."""
+        """Tokens of one prompt and completion, cut to ``max_length``, their labels, and whether they were "cut"."""
         return self._encode(self._pair(prompt, completion))
 
     def encode_whole_pair(self, prompt: str, completion: str) -> dict[str, list[int]]:
         """Tokens and labels of one prompt and completion.
 
         Raises:
-            ConfigError: ``max_length`` cuts the end off, and with it what is to be compared.
+            ConfigError: ``max_length`` would cut off the end of the completion, which is to be compared.
         """
         encoded = self._tokens(self._pair(prompt, completion))
         length, limit = len(encoded["input_ids"]), self.config.max_length
