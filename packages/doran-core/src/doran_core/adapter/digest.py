@@ -20,7 +20,7 @@ from doran_core.files import StrPath
 from doran_core.files.jsonfile import JSON_LIMIT, parse_json, read_json, write_json
 from doran_core.files.layout import dtype_name
 from doran_core.files.opening import OpenDirectory, named_errors, read_directory
-from doran_core.files.tensors import LoadedFile, bytes_view, read_tensor_bytes, tensor_pieces
+from doran_core.files.tensors import bytes_view, load_tensors, tensor_pieces
 
 __all__ = [
     "DIGEST",
@@ -141,8 +141,7 @@ def _check_open(directory: OpenDirectory) -> None:
     fields = parse_json(path, directory.read(CONFIG_FILE, JSON_LIMIT))
     check_fields_digest(path, fields)
     if fields.get(TENSORS_DIGEST) is not None and directory.holds(TENSOR_FILE):
-        data = read_tensor_bytes(directory, TENSOR_FILE)
-        check_tensors_digest(tensor_file, fields, LoadedFile(tensor_file, data).tensors)
+        check_tensors_digest(tensor_file, fields, load_tensors(directory, TENSOR_FILE).tensors)
 
 
 def seal_directory(directory: Path) -> None:
@@ -156,9 +155,8 @@ def seal_directory(directory: Path) -> None:
     path, tensor_file = directory / CONFIG_FILE, directory / TENSOR_FILE
     fields = {name: value for name, value in read_json(path).items() if name not in (DIGEST, TENSORS_DIGEST)}
     if tensor_file.exists():
-        fields = sealed(
-            fields, LoadedFile(tensor_file, read_tensor_bytes(OpenDirectory(directory), TENSOR_FILE)).tensors
-        )
+        with OpenDirectory(directory) as opened:
+            fields = sealed(fields, load_tensors(opened, TENSOR_FILE).tensors)
     part = path.with_name(f".{CONFIG_FILE}.part")
     write_json(part, dict(sorted(fields.items())))
     part.replace(path)
@@ -192,7 +190,7 @@ def files_digest(directory: OpenDirectory, take: Callable[[str, bytes], object] 
         if not directory.holds(name):
             continue
         one = hashlib.sha256()
-        for data in directory.pieces(name, JSON_LIMIT) if name == CONFIG_FILE else tensor_pieces(directory, name):
+        for data in [directory.read(name, JSON_LIMIT)] if name == CONFIG_FILE else tensor_pieces(directory, name):
             one.update(data)
             if take is not None:
                 take(name, data)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,7 +50,7 @@ from doran_core.errors import (
 from doran_core.files import StrPath
 from doran_core.files.jsonfile import JSON_LIMIT, parse_json, parse_object
 from doran_core.files.opening import OpenDirectory, named_errors, open_regular, read_directory
-from doran_core.files.tensors import LoadedFile, read_tensor_bytes
+from doran_core.files.tensors import LoadedFile, load_tensors
 from doran_core.method.config import DoranConfig
 from doran_core.support.names import plain_name
 
@@ -106,14 +107,15 @@ def read_folded(directory: StrPath) -> FoldedAdapter:
     return adapter
 
 
-def _read_bytes(folder: OpenDirectory, name: str) -> bytes:
-    path = folder.path / name
+@contextmanager
+def _named(folder: OpenDirectory, name: str) -> Iterator[None]:
+    """Errors of the file system become errors about one file of an adapter directory."""
     try:
-        return folder.read(name, JSON_LIMIT) if name == CONFIG_FILE else read_tensor_bytes(folder, name)
+        yield
     except FileNotFoundError as error:
         raise MissingKeyError(_missing_message(folder, name)) from error
     except OSError as error:
-        raise AdapterFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise AdapterFormatError(f"{folder.path / name}: cannot be read: {error.strerror or error}") from error
 
 
 def require_adapter_files(directory: Path) -> None:
@@ -144,14 +146,16 @@ def _missing_message(folder: OpenDirectory, name: str) -> str:
 
 def _read_config(folder: OpenDirectory) -> dict[str, Any]:
     path = folder.path / CONFIG_FILE
-    config = parse_json(path, _read_bytes(folder, CONFIG_FILE))
+    with _named(folder, CONFIG_FILE):
+        config = parse_json(path, folder.read(CONFIG_FILE, JSON_LIMIT))
     if "peft_type" not in config:
         raise MissingKeyError(f"{path}: no field 'peft_type'")
     return config
 
 
 def _read_tensors(folder: OpenDirectory, name: str) -> LoadedFile:
-    return LoadedFile(folder.path / name, _read_bytes(folder, name))
+    with _named(folder, name):
+        return load_tensors(folder, name)
 
 
 def _check_version(path: Path, version: object) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "dtype_name",
     "layout_of",
     "parse_layout",
+    "read_header",
     "read_layout",
 ]
 
@@ -105,11 +106,15 @@ def read_layout(path: Path) -> Layout:
 
 def layout_of(path: Path, fd: int) -> Layout:
     """The layout of an open file; `path` is for messages. Raises as :func:`read_layout`."""
-    size = os.fstat(fd).st_size
+    return parse_layout(path, read_header(fd), os.fstat(fd).st_size)
+
+
+def read_header(fd: int) -> bytes:
+    """All bytes before the first tensor of an open file, or its first 8 if no header of their length can follow."""
     head = os.pread(fd, 8, 0)
     length = int.from_bytes(head, "little")
-    header = os.pread(fd, length, 8) if len(head) == 8 and length <= min(size - 8, _MAX_HEADER) else b""
-    return parse_layout(path, head + header, size)
+    fits = len(head) == 8 and length <= min(os.fstat(fd).st_size - 8, _MAX_HEADER)
+    return head + os.pread(fd, length, 8) if fits else head
 
 
 def parse_layout(path: Path, data: bytes, size: int) -> Layout:

@@ -97,13 +97,7 @@ def open_regular(path: Path | str, where: Path | None = None, *, dir_fd: int | N
         os.close(fd)
 
 
-Check = Callable[[Path, int], object]
-"""Checks an open file before it is read in full; called with path and descriptor."""
-
-
-def read_file(
-    path: Path | str, limit: int, where: Path | None = None, *, dir_fd: int | None = None, check: Check | None = None
-) -> bytes:
+def read_file(path: Path | str, limit: int, where: Path | None = None, *, dir_fd: int | None = None) -> bytes:
     """All bytes of a regular file.
 
     Args:
@@ -111,25 +105,22 @@ def read_file(
         where: likewise.
         dir_fd: likewise.
         limit: the most bytes that such a file may have.
-        check: raises if the file is not worth reading.
 
     Raises:
         CorruptFileError: it is larger, or no regular file. OSError otherwise.
     """
     with open_regular(path, where, dir_fd=dir_fd) as fd, os.fdopen(fd, "rb", closefd=False) as file:
-        size = _checked_size(where or Path(path), fd, limit, check)
+        size = _checked_size(where or Path(path), fd, limit)
         data = file.read(size + 1)
     if len(data) > size:
         raise _too_large(where or Path(path), size)
     return data
 
 
-def _checked_size(path: Path, fd: int, limit: int, check: Check | None) -> int:
+def _checked_size(path: Path, fd: int, limit: int) -> int:
     size = os.fstat(fd).st_size
     if size > limit:
         raise _too_large(path, limit)
-    if check is not None:
-        check(path, fd)
     return size
 
 
@@ -168,20 +159,17 @@ class OpenDirectory:
             return False
         return True
 
-    def read(self, name: str, limit: int, check: Check | None = None) -> bytes:
+    def read(self, name: str, limit: int) -> bytes:
         """The bytes of one of its files; arguments and errors as for :func:`read_file`."""
-        return read_file(self._place(name), limit, self.path / name, dir_fd=self._fd, check=check)
+        return read_file(self._place(name), limit, self.path / name, dir_fd=self._fd)
 
-    def pieces(self, name: str, limit: int, check: Check | None = None) -> Iterator[bytes]:
-        """As :meth:`read`, a mebibyte at a time."""
+    @contextmanager
+    def open(self, name: str, limit: int) -> Iterator[int]:
+        """A file descriptor of one of its files, for reading; arguments and errors as for :func:`read_file`."""
         path = self.path / name
         with open_regular(self._place(name), path, dir_fd=self._fd) as fd:
-            left = _checked_size(path, fd, limit, check)
-            while data := os.read(fd, 2**20):
-                left -= len(data)
-                if left < 0:
-                    raise _too_large(path, os.fstat(fd).st_size)
-                yield data
+            _checked_size(path, fd, limit)
+            yield fd
 
     def is_current(self) -> bool:
         """Whether the path still leads to this directory."""

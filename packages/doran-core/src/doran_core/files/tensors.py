@@ -7,63 +7,80 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from doran_core.errors import CorruptFileError
-from doran_core.files.layout import DTYPES, TensorEntry, compose_header, dtype_name, layout_of, parse_layout
+from doran_core.files.layout import (
+    DTYPES,
+    TensorEntry,
+    compose_header,
+    dtype_name,
+    layout_of,
+    parse_layout,
+    read_header,
+)
 from doran_core.files.opening import OpenDirectory
 
 __all__ = [
     "LoadedFile",
     "bytes_view",
+    "load_tensors",
     "read_rows",
-    "read_tensor_bytes",
     "save_safetensors",
     "tensor_pieces",
     "write_tensor",
 ]
 
 
+@dataclass(frozen=True)
 class LoadedFile:
-    """All tensors of a small safetensors file, its metadata and the sha256 of the very bytes that were read.
+    """All tensors of a safetensors file by key, its metadata, and the sha256 of the very bytes that were read."""
 
-    Args:
-        path: the file, for messages.
-        data: its bytes.
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    sha256: str
+
+
+def load_tensors(directory: OpenDirectory, name: str) -> LoadedFile:
+    """Read a whole safetensors file once, each tensor into memory of its own.
 
     Raises:
-        CorruptFileError: truncated, a pickle, or not safetensors.
+        CorruptFileError: truncated, a pickle, not safetensors, a dtype that torch lacks, or larger than this machine's
+            memory. OSError: the file cannot be read.
     """
+    path = directory.path / name
+    with directory.open(name, _memory_limit()) as fd:
+        header = read_header(fd)
+        layout = parse_layout(path, header, os.fstat(fd).st_size)
+        digest = hashlib.sha256(header)
+        tensors = {}
+        for entry in layout.entries.values():  # in the order of their bytes, without gaps
+            if entry.dtype not in DTYPES:
+                raise CorruptFileError(f"{path}: {entry.key}: dtype {entry.dtype}, expected one of {sorted(DTYPES)}")
+            tensors[entry.key] = read_rows(fd, entry)
+            digest.update(bytes_view(tensors[entry.key]))
+    return LoadedFile(tensors, layout.metadata, digest.hexdigest())
 
-    def __init__(self, path: Path, data: bytes) -> None:
-        self.path = path
-        layout = parse_layout(path, data, len(data))
-        self.metadata = layout.metadata
-        self.sha256 = hashlib.sha256(data).hexdigest()
-        try:
-            loaded = safetensors.torch.load(data)
-            self.tensors: dict[str, Tensor] = {key: loaded[key] for key in layout.entries}
-        except (SafetensorError, KeyError) as error:
-            raise CorruptFileError(f"{path}: safetensors cannot read it: {error}") from error
 
-
-def read_tensor_bytes(directory: OpenDirectory, name: str) -> bytes:
-    """The bytes of a safetensors file, read only if its header describes a file of its size.
+def tensor_pieces(directory: OpenDirectory, name: str) -> Iterator[bytes]:
+    """The bytes of a safetensors file, a piece at a time, if its header describes a file of its size.
 
     Raises:
         CorruptFileError: it does not, or the file is larger than this machine's memory. OSError: it cannot be read.
     """
-    return directory.read(name, _memory_limit(), check=layout_of)
-
-
-def tensor_pieces(directory: OpenDirectory, name: str) -> Iterator[bytes]:
-    """As :func:`read_tensor_bytes`, a piece at a time."""
-    return directory.pieces(name, _memory_limit(), check=layout_of)
+    path = directory.path / name
+    with directory.open(name, _memory_limit()) as fd:
+        left = os.fstat(fd).st_size
+        layout_of(path, fd)
+        while data := os.read(fd, 2**20):
+            left -= len(data)
+            yield data
+    if left:
+        raise CorruptFileError(f"{path}: its size changed while it was read")
 
 
 def _memory_limit() -> int:

@@ -35,7 +35,7 @@ def build_adapters(
     d_in: Mapping[str, int] | None = None,
     factor_builder: FactorBuilder | None = None,
 ) -> dict[str, DoranAdapter]:
-    """Adapters with the saved values, in eval mode.
+    """Adapters with the saved values, in eval mode; their parameters are the given tensors, where the dtype is theirs.
 
     Args:
         config: the options that they were made with.
@@ -68,7 +68,9 @@ def build_adapters(
             experts,
         )
         adapter_class = DoranAdapter if experts is None else StackAdapter
-        with torch.random.fork_rng(devices=[]):
+        # Static factors need no memory of their own before the file's tensors take their place.
+        place = "meta" if builder is StaticFactors else "cpu"
+        with torch.random.fork_rng(devices=[]), torch.device(place):
             factors = builder(spec)
             adapters[module] = adapter_class(config, spec, factors).eval()
     # Load after all adapters exist: only then does each trunk have all shared outputs of its group.
@@ -89,7 +91,7 @@ def _load(adapter: DoranAdapter, tensors: Mapping[str, Tensor], module: str) -> 
             raise TensorShapeError(
                 f"module {module!r}, tensor {key!r}: expected shape {list(value.shape)}, got {list(tensors[key].shape)}"
             )
-    adapter.load_state_dict({key: tensors[key] for key in expected})
+    adapter.load_state_dict({key: tensors[key].to(value.dtype) for key, value in expected.items()}, assign=True)
     _check_pair(adapter, module)
 
 
