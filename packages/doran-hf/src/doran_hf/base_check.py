@@ -14,6 +14,7 @@ from doran_core.checkpoint.fingerprint import combine_digests, exact_digest
 from doran_core.checkpoint.ties import base_parameter, tied_parameters
 from doran_core.errors import BaseMismatchError
 from doran_core.support.names import plain_name
+from doran_core.support.torch_internals import uncompiled
 from doran_hf.config import DoranConfig
 from doran_hf.expert_layers import DoranStack
 from doran_hf.layer import DoranLayer, doran_layers
@@ -123,7 +124,7 @@ def base_model(model: nn.Module) -> nn.Module:
     """The model below PEFT's and torch.compile's wrappers."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base = base.model if isinstance(base, BaseTuner) else base
-    return getattr(base, "_orig_mod", base)
+    return uncompiled(base)
 
 
 def check_base(model: nn.Module, adapter_name: str, config: DoranConfig) -> None:

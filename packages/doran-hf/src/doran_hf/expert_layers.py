@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from doran_core.errors import TargetError
 from doran_core.layers.stack import StackAdapter, StackView
+from doran_core.support.torch_internals import own_modules
 from doran_hf.adapted_weight import AdaptedWeight
 from doran_hf.layer import DoranLayer
+from doran_hf.peft_internals import is_expert_parallel
 
 __all__ = ["DoranExperts", "DoranStack"]
 
@@ -134,7 +136,7 @@ class DoranExperts(nn.Module):
 
     def stack(self, parameter: str) -> DoranStack:
         """The adapters of one parameter, made if there are none yet."""
-        stack = self._modules.get(parameter)
+        stack = own_modules(self).get(parameter)
         if stack is None:
             stack = DoranStack(self.base_layer, parameter, f"{self.name}.{parameter}")
             setattr(self, parameter, stack)
@@ -143,7 +145,7 @@ class DoranExperts(nn.Module):
 
     def stacks(self) -> dict[str, DoranStack]:
         """The adapted parameters by name."""
-        return {name: child for name, child in self._modules.items() if isinstance(child, DoranStack)}
+        return {name: child for name, child in own_modules(self).items() if isinstance(child, DoranStack)}
 
     # The routing breaks the graph anyway, and the stand-ins are no tensors.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -169,7 +171,7 @@ class DoranExperts(nn.Module):
                 "accelerate's device_map or offload, perhaps), so that adapters of its parameters would do nothing; "
                 "load the model on one device, or leave target_parameters out"
             )
-        if getattr(self.base_layer, "_is_expert_parallel", False):
+        if is_expert_parallel(self.base_layer):
             raise TargetError(f"{self.name}: DoRAN does not adapt experts under expert parallelism; load without it")
 
     def _chosen(self, inputs: tuple[Any, ...]) -> Tensor | None:
@@ -194,5 +196,5 @@ class DoranExperts(nn.Module):
         """Remove the stacks without adapters; return whether no stack is left."""
         for name, stack in self.stacks().items():
             if not stack.doran_adapter:
-                del self._modules[name]
+                del own_modules(self)[name]
         return not self.stacks()

@@ -11,6 +11,7 @@ from torch import nn
 
 from doran_core.errors import ConfigError, DoranError, MissingKeyError, TensorShapeError, UnexpectedKeyError
 from doran_core.method.config import DoranConfig as CoreConfig
+from doran_core.support.torch_internals import uncompiled
 from doran_hf.base_check import check_base
 from doran_hf.config import DoranConfig
 from doran_hf.layer import check_adapter, doran_layers
@@ -42,7 +43,7 @@ def hotswap_adapter(model: Any, path: str, adapter_name: str = "default", **down
 
     After an error the adapter is unchanged.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     check_adapter(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in doran_layers(model, adapter_name)):
         raise DoranError(f"the adapter {adapter_name!r} is merged: unmerge it (unmerge_adapter) before swapping it")

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from doran_core.checkpoint.fingerprint import exact_digest
 from doran_core.errors import ConfigError, TargetError
-from doran_core.kernels.torch_internals import own_modules, own_parameters
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
 from doran_core.layers.modules import layer_spec
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
+from doran_core.support.torch_internals import own_modules, own_parameters
 from doran_hf.mixed_batch import check_rows
 
 __all__ = [

@@ -4,10 +4,10 @@ PEFT's own ``register_peft_method`` refuses names outside its enum. When PEFT ac
 call of its function replaces ``register``. The other names go when PEFT offers what they do under public ones:
 ``_maybe_include_all_linear_layers`` (which layers "all-linear" means), and when transformers says of a model which
 parameters were not in its checkpoint: ``_is_hf_initialized``, its mark of a parameter that was loaded, and
-``_keys_to_ignore_on_load_missing``, the patterns of those that no checkpoint needs to have. ``_hf_hook`` is
-accelerate's, and goes when accelerate says of a module whether its weights are elsewhere. ``PeftModel.load_adapter`` is
-wrapped, because given a configuration it asks nothing of the tuner before it opens a pickle; the wrapper goes when PEFT
-can be told to open safetensors alone.
+``_keys_to_ignore_on_load_missing``, the patterns of those that no checkpoint needs to have; ``_is_expert_parallel``,
+when transformers says of an experts module whether it has all experts; ``Trainer._load_from_checkpoint``, when Trainer
+loads without training under a public name. ``PeftModel.load_adapter`` is wrapped, because given a configuration it asks
+nothing of the tuner before it opens a pickle; the wrapper goes when PEFT can be told to open safetensors alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import enum
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.config import PeftConfig
@@ -26,14 +26,21 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from doran_core.errors import DoranError
+from doran_core.support.sharding import offload_hook
+from doran_core.support.torch_internals import uncompiled
 from doran_hf.tensor_file import require_safetensors
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 __all__ = [
     "PREFIX",
     "DoranPeftType",
     "ignored_if_missing",
+    "is_expert_parallel",
     "is_offloaded_and_unhooked",
     "linear_layers",
+    "load_checkpoint",
     "register",
     "was_loaded",
 ]
@@ -99,8 +106,18 @@ def _same(old: Any, new: Any) -> bool:
 
 def linear_layers(config: PeftConfig, model: nn.Module) -> set[str]:
     """Names of the layers that "all-linear" means in a model, for a configuration with these target_modules."""
-    inside = getattr(model, "_orig_mod", model)  # a compiled model is no model of transformers to PEFT
+    inside = uncompiled(model)  # a compiled model is no model of transformers to PEFT
     return set(_maybe_include_all_linear_layers(copy.copy(config), inside).target_modules)
+
+
+def is_expert_parallel(experts: nn.Module) -> bool:
+    """Whether transformers has given this process a part of the experts only."""
+    return bool(getattr(experts, "_is_expert_parallel", False))
+
+
+def load_checkpoint(trainer: Trainer, folder: str) -> None:
+    """Load an adapter into the model that Trainer trains, without training."""
+    trainer._load_from_checkpoint(folder)
 
 
 def was_loaded(tensor: Tensor) -> bool:
@@ -124,4 +141,4 @@ def is_offloaded_and_unhooked(model: nn.Module, layer: nn.Module) -> bool:
     PEFT takes accelerate's hooks off a model with such a map before it loads an adapter.
     """
     mapped = {"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    return bool(mapped) and not hasattr(layer, "_hf_hook") and any(p.is_meta for p in layer.parameters())
+    return bool(mapped) and offload_hook(layer) is None and any(p.is_meta for p in layer.parameters())

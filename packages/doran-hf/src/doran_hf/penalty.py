@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from doran_core.support.torch_internals import call_hooks, remove_hooks
 from doran_hf.diagnostics import factor_penalty
 from doran_hf.layer import doran_layers
 
@@ -25,15 +26,13 @@ class PenaltyHook:
     @classmethod
     def attach(cls, model: nn.Module) -> None:
         """Add the hook to a model, unless the model has one."""
-        if not any(isinstance(hook, cls) for hook in model._forward_hooks.values()):
+        if not any(isinstance(hook, cls) for hooks in call_hooks(model) for hook in hooks.values()):
             model.register_forward_hook(cls(), with_kwargs=True)
 
     @classmethod
     def detach(cls, model: nn.Module) -> None:
         """Remove the hook from a model."""
-        for key in [key for key, hook in model._forward_hooks.items() if isinstance(hook, cls)]:
-            del model._forward_hooks[key]
-            model._forward_hooks_with_kwargs.pop(key, None)
+        remove_hooks(model, lambda hook: isinstance(hook, cls))
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         loss = _loss_of(output)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from doran_core.support.torch_internals import COMPILED_PART, FSDP1_PART
+
 __all__ = ["FLAG_IN_FORWARD", "base_parameter", "tied_parameters"]
 
 FLAG_IN_FORWARD = frozenset(
@@ -15,7 +17,7 @@ FLAG_IN_FORWARD = frozenset(
 even if it unties weights."""
 
 _NOT_THE_BASE = ("doran_adapter", "modules_to_save")
-_WRAPPERS = ("base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module")
+_WRAPPERS = ("base_layer", "original_module", COMPILED_PART, FSDP1_PART)
 
 
 def base_parameter(name: str) -> str | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from doran_core.errors import BackendError
 from doran_core.kernels.backend import choose
 from doran_core.kernels.passes import TorchPasses, accumulating_product, passes_of
-from doran_core.kernels.torch_internals import apply_directly, version, without_view
+from doran_core.support.torch_internals import apply_directly, version, without_view
 
 __all__ = ["SECOND_DERIVATIVE", "LayerSide", "adapted_linear", "apply", "small_scale", "without_autocast"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from doran_core.kernels import torch_internals as internals
 from doran_core.kernels.adapted_linear import apply
+from doran_core.support import torch_internals as internals
 
 if TYPE_CHECKING:
     from doran_core.layers.adapter import DoranAdapter

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from doran_core.kernels import torch_internals as internals
 from doran_core.kernels.adapted_linear import LayerSide, small_scale, without_autocast
 from doran_core.kernels.backend import Backend, Implementation, choose, get_backend
 from doran_core.kernels.passes import passes_of
@@ -18,6 +17,7 @@ from doran_core.kernels.weight_side import Product, Shape, Stack, compute
 from doran_core.method.experts import RankOneExperts
 from doran_core.method.factors import GeneratedFactors, StaticFactors
 from doran_core.method.tau import Tau
+from doran_core.support import torch_internals as internals
 from doran_core.support.sharding import is_sharded
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from doran_core.kernels import torch_internals as internals
 from doran_core.kernels.adapted_linear import LayerSide
 from doran_core.kernels.backend import Implementation, get_backend
 from doran_core.kernels.layer_groups import (
@@ -41,6 +40,7 @@ from doran_core.kernels.layer_groups import (
     requires_grad,
 )
 from doran_core.kernels.weight_side import now, refresh
+from doran_core.support import torch_internals as internals
 
 if TYPE_CHECKING:
     from doran_core.layers.adapter import DoranAdapter

@@ -11,7 +11,7 @@ from doran_core import functional
 from doran_core.kernels import triton_kernels as kernels
 from doran_core.kernels.backend import interpreting
 from doran_core.kernels.passes import TorchPasses
-from doran_core.kernels.torch_internals import direct_launch as launch
+from doran_core.support.torch_internals import direct_launch as launch
 
 __all__ = ["TritonPasses"]
 

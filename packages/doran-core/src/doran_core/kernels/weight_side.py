@@ -28,7 +28,7 @@ from torch import Tensor
 from doran_core.errors import BackendError
 from doran_core.kernels.adapted_linear import SECOND_DERIVATIVE, LayerSide, without_autocast
 from doran_core.kernels.passes import TorchPasses
-from doran_core.kernels.torch_internals import apply_directly
+from doran_core.support.torch_internals import apply_directly
 
 __all__ = ["Product", "Shape", "Stack", "compute", "now", "refresh"]
 

@@ -14,7 +14,6 @@ from doran_core.errors import ConfigError, NonFiniteError, TargetError
 from doran_core.kernels import dispatch
 from doran_core.kernels.adapted_linear import without_autocast
 from doran_core.kernels.prepare import Runtime
-from doran_core.kernels.torch_internals import backward_pass, distributed_data_parallel, has_saved_tensor_hooks
 from doran_core.layers import traced
 from doran_core.layers.base import BaseView
 from doran_core.method.config import DoranConfig
@@ -22,6 +21,7 @@ from doran_core.method.experts import RankOneExperts
 from doran_core.method.factors import LayerSpec, factor_penalty
 from doran_core.method.tau import Tau
 from doran_core.support.sharding import is_dtensor, read, refuse_zero_init
+from doran_core.support.torch_internals import backward_pass, distributed_data_parallel, has_saved_tensor_hooks
 
 __all__ = ["DoranAdapter"]
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from doran_core import functional
 from doran_core.errors import TargetError
-from doran_core.kernels.torch_internals import is_observed, own_parameters, version
 from doran_core.layers.supported import Convolution, check_supported, has_matrix, is_transposed
-from doran_core.support.sharding import gathered, held, is_flattened, is_whole, whole, whole_shape
+from doran_core.support.sharding import gathered, held, is_flattened, is_whole, offload_hook, whole, whole_shape
+from doran_core.support.torch_internals import convolve, is_observed, own_parameters, version
 
 __all__ = ["BaseView", "ModuleKind", "base_view"]
 
@@ -73,8 +73,7 @@ class BaseView(ABC):
     @property
     def device(self) -> torch.device:
         """The base layer's device."""
-        hook = getattr(self.layer, "_hf_hook", None)  # accelerate moves the weight for each call
-        place = getattr(hook, "execution_device", None)
+        place = getattr(offload_hook(self.layer), "execution_device", None)
         tensors = [*self.layer.parameters(), *self.layer.buffers()]
         if tensors and tensors[0].is_meta and place is not None:
             return torch.device(place)
@@ -294,7 +293,7 @@ class _ConvView(_LookedUpView):
         conv = cast(Convolution, self.layer)
         shape = conv.weight.shape[1:]
         kernels = A.reshape(A.shape[0], *shape).repeat(conv.groups, *(1 for _ in shape))
-        hidden = conv._conv_forward(x, kernels, None)
+        hidden = convolve(conv, x, kernels)
         return self._pointwise(hidden, B.reshape(*B.shape, *(1 for _ in shape[1:])), groups=conv.groups)
 
 

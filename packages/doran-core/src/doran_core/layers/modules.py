@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.checkpoint.fingerprint import exact_digest
-from doran_core.kernels.torch_internals import own_modules
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView, base_view
 from doran_core.layers.swap import WeightSwap
@@ -18,6 +17,7 @@ from doran_core.method.config import DoranConfig
 from doran_core.method.factors import FactorBuilder, LayerSpec, StaticFactors
 from doran_core.method.sharing import SharedTrunks, block_of
 from doran_core.support.sharding import refuse_zero_init
+from doran_core.support.torch_internals import own_modules
 
 __all__ = [
     "AdaptedLayer",

@@ -16,13 +16,13 @@ from doran_core import functional
 from doran_core.errors import ConfigError, TargetError
 from doran_core.kernels.adapted_linear import without_autocast
 from doran_core.kernels.prepare import watch_optimizers
-from doran_core.kernels.torch_internals import own_parameters, version
 from doran_core.kernels.weight_side import now
 from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import LayerSpec
 from doran_core.support.sharding import is_sharded, read, whole_shape
+from doran_core.support.torch_internals import own_parameters, version
 
 __all__ = ["StackAdapter", "StackView"]
 

@@ -11,8 +11,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from doran_core.errors import TargetError
-from doran_core.kernels.torch_internals import own_parameters
 from doran_core.support.sharding import held, whole_shape
+from doran_core.support.torch_internals import own_parameters
 
 __all__ = ["Convolution", "check_supported", "has_matrix", "is_adaptable", "is_linear", "is_transposed"]
 
@@ -37,7 +37,7 @@ def is_transposed(layer: nn.Module) -> bool:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether ``target_modules="all-linear"`` means this layer: dense, transposed or quantized linear."""
-    if isinstance(layer, nn.LazyLinear | nn.Embedding | nn.modules.conv._ConvNd | NonDynamicallyQuantizableLinear):
+    if isinstance(layer, nn.LazyLinear | nn.Embedding | Convolution | NonDynamicallyQuantizableLinear):
         return False
     if isinstance(layer, nn.Linear) or (is_transposed(layer) and has_matrix(layer)):
         return True

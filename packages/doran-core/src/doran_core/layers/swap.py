@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.errors import DoranError, NonFiniteError, TargetError
-from doran_core.kernels.torch_internals import own_parameters
 from doran_core.layers.base import BaseView
 from doran_core.support.sharding import is_dtensor, shard_like, whole_shape
+from doran_core.support.torch_internals import own_parameters
 
 __all__ = ["WeightSwap"]
 

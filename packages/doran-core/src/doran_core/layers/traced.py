@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doran_core import functional
-from doran_core.kernels.torch_internals import call_hooks
 from doran_core.layers.traced_norm import accumulated_product, cast, row_norms
 from doran_core.method.factors import GeneratedFactors
 from doran_core.support.sharding import read
+from doran_core.support.torch_internals import remove_hooks
 
 if TYPE_CHECKING:
     from doran_core.layers.adapter import DoranAdapter  # which imports this module
@@ -149,9 +149,7 @@ def share_blocks(model: nn.Module) -> None:
         if pair is not None:
             blocks.setdefault(pair[0].spec.block, []).append(layer)
     for name, module in model.named_modules():
-        for hooks in call_hooks(module):
-            for key in [key for key, hook in hooks.items() if hook in (_before, _after)]:
-                del hooks[key]  # type: ignore[attr-defined]
+        remove_hooks(module, (_before, _after).__contains__)
         vars(module).pop(_LAYERS, None)
         if name and name in blocks:
             # Past nn.Module, which would register them once more. A list, and no search by names, which the graph

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from doran_core.support.sharding import is_dtensor
+from doran_core.support.torch_internals import own_modules
 
 __all__ = ["NetworkHolder", "SharedNetwork", "shared_networks", "tensors_by_layer"]
 
@@ -66,7 +67,7 @@ class NetworkHolder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NetworkHolder:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for child in self._modules.values() if recurse else ():
+        for child in own_modules(self).values() if recurse else ():
             if child is not None and _is_sharded_network(child):
                 child._apply(fn)  # type: ignore[no-untyped-call]
         return self
@@ -119,7 +120,7 @@ def shared_networks(model: nn.Module) -> dict[SharedNetwork, list[str]]:
     """
     found: dict[SharedNetwork, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        for child in dict.fromkeys(module._modules.values()):
+        for child in dict.fromkeys(own_modules(module).values()):
             if isinstance(child, SharedNetwork):
                 found.setdefault(child, []).append(name)
     return found

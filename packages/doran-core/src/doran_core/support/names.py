@@ -1,19 +1,17 @@
-"""Names of modules and tensors without torch.compile's additions.
-
-``_orig_mod`` is private to PyTorch: a compiled module keeps the module that it was given under that name. It goes when
-a compiled module has the names of the original, as ``module.compile()`` leaves them.
-"""
+"""Names of modules and tensors without torch.compile's additions."""
 
 from __future__ import annotations
 
 from torch import nn
+
+from doran_core.support.torch_internals import COMPILED_PART
 
 __all__ = ["plain_modules", "plain_name"]
 
 
 def plain_name(name: str) -> str:
     """A module's or tensor's name without torch.compile's part."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part != COMPILED_PART)
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:

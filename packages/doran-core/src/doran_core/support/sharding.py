@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.errors import TargetError
+from doran_core.support.torch_internals import FSDP1_MARK, own_parameters
 
 __all__ = [
     "carried",
@@ -23,6 +24,7 @@ __all__ = [
     "is_flattened",
     "is_sharded",
     "is_whole",
+    "offload_hook",
     "read",
     "refuse_zero_init",
     "shard_like",
@@ -31,21 +33,27 @@ __all__ = [
 ]
 
 _PLAIN = (Tensor, nn.Parameter)
-_FSDP1 = "_fsdp_flattened"
-"""FSDP1's mark on a parameter that is a view of its flat one."""
 _ZERO = "ds_id"
 """DeepSpeed ZeRO-3's mark on a parameter that it partitions."""
 
 
 def held(layer: nn.Module, name: str) -> Any:
     """A layer's parameter or attribute; a parameter without the look-up that ZeRO-3 answers by gathering it."""
-    found = layer._parameters.get(name)
+    found = own_parameters(layer).get(name)
     return getattr(layer, name, None) if found is None else found
+
+
+def offload_hook(layer: nn.Module) -> Any:
+    """accelerate's hook, which moves an offloaded layer's weights for each call; None if it has none.
+
+    A private name of accelerate, until that says of a module whether its weights are elsewhere.
+    """
+    return getattr(layer, "_hf_hook", None)
 
 
 def is_flattened(tensor: Tensor) -> bool:
     """Whether FSDP1 keeps it in its flat parameter."""
-    return hasattr(tensor, _FSDP1)
+    return hasattr(tensor, FSDP1_MARK)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -188,7 +196,7 @@ def gathered(layer: nn.Module, *, recurse: bool = False) -> Iterator[None]:
 
             stack.enter_context(deepspeed.zero.GatheredParameters(away))
         for module in layer.modules() if recurse else (layer,):
-            hook = getattr(module, "_hf_hook", None)
+            hook = offload_hook(module)
             if hook is not None and any(p.is_meta for p in module.parameters(recurse=False)):
                 hook.pre_forward(module)
                 stack.callback(hook.post_forward, module, None)

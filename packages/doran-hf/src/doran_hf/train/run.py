@@ -21,6 +21,7 @@ from doran_core.errors import ConfigError
 from doran_core.files.atomic import new_directory
 from doran_hf import LayerMetricsCallback, tau_by_layer
 from doran_hf.layer_table import read_states
+from doran_hf.peft_internals import load_checkpoint
 from doran_hf.train.config import OWN_TRAINER_FIELDS, TrainConfig
 from doran_hf.train.data import load_examples
 from doran_hf.train.model_card import model_card
@@ -107,7 +108,7 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> tuple[float | None, flo
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         steps = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
         if state.global_step >= steps:  # Trainer would take one more step before it notices
-            trainer._load_from_checkpoint(str(checkpoint))
+            load_checkpoint(trainer, str(checkpoint))
             trainer.state = state
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
             return (sum(losses) / len(losses) if losses else None), 0.0

@@ -1,4 +1,4 @@
-"""Every private name of PyTorch and Triton that layers and kernels use, each with why and what would make it go.
+"""Every private name of PyTorch and Triton that doran-core and doran-hf use, each with why and what would make it go.
 
 A test checks that each still exists.
 """
@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 __all__ = [
     "ATTRIBUTES",
+    "COMPILED_PART",
+    "FSDP1_MARK",
+    "FSDP1_PART",
     "NAMES",
     "apply_directly",
     "backward_pass",
     "call_hooks",
+    "convolve",
     "current_stream",
     "direct_launch",
     "distributed_data_parallel",
@@ -31,6 +35,8 @@ __all__ = [
     "own_buffers",
     "own_modules",
     "own_parameters",
+    "remove_hooks",
+    "uncompiled",
     "uses_fully_shard",
     "version",
     "without_view",
@@ -58,22 +64,35 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
         "fully_shard takes parameters' memory away between forward and backward", "modules tell it publicly",
     ),
     ("torch.nn.modules.module", "_global_forward_hooks", "hooks on a base layer's call", "nn.Module has a query"),
+    ("torch.nn.Conv2d", "_conv_forward", "a convolution with its padding mode and another kernel", "it takes kernels"),
 )  # fmt: skip
 """``(module, name, why, removed when)``."""
 
 _OWN = "attribute look-up of nn.Module takes microseconds, and ZeRO-3 answers it by gathering", "nn.Module has a query"
 _HOOKS = "hooks that see a module's calls", "nn.Module has a query"
+_COPIED = "a copied model has hooks without the handles that would remove them", "nn.Module removes hooks by name"
 ATTRIBUTES: tuple[tuple[type, str, str, str], ...] = (
     (nn.Module, "_parameters", *_OWN),
     (nn.Module, "_buffers", *_OWN),
     (nn.Module, "_modules", *_OWN),
     (nn.Module, "_forward_pre_hooks", *_HOOKS),
     (nn.Module, "_forward_hooks", *_HOOKS),
+    (nn.Module, "_forward_pre_hooks_with_kwargs", *_COPIED),
+    (nn.Module, "_forward_hooks_with_kwargs", *_COPIED),
+    (nn.Module, "_forward_hooks_always_called", *_COPIED),
     (nn.Module, "_backward_pre_hooks", *_HOOKS),
     (nn.Module, "_backward_hooks", *_HOOKS),
     (Tensor, "_version", "writes to a parameter", "Tensor has a public counter"),
 )
 """Attributes of objects: ``(class, name, why, removed when)``."""
+
+COMPILED_PART = "_orig_mod"
+"""torch.compile's name for the module that it was given. It goes when a compiled module has the names of the original,
+as ``module.compile()`` leaves them."""
+FSDP1_PART = "_fsdp_wrapped_module"
+"""FSDP1's name for the module that it wraps; it goes with FSDP1, which PyTorch deprecates."""
+FSDP1_MARK = "_fsdp_flattened"
+"""FSDP1's mark on a parameter that is a view of its flat one; likewise."""
 
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
 """PyTorch's counter of writes to a tensor; inference tensors have none."""
@@ -103,6 +122,24 @@ def own_modules(module: nn.Module) -> dict[str, Any]:
 def is_observed(module: nn.Module) -> bool:
     """Whether any hook, a global one included, sees the module's calls."""
     return any(call_hooks(module)) or any(_GLOBAL_HOOKS)
+
+
+def remove_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
+    """Remove a module's forward hooks and forward pre-hooks of which ``is_ours`` is true."""
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        for key in [key for key, hook in getattr(module, kind).items() if is_ours(hook)]:
+            for part in ("", "_with_kwargs", "_always_called"):
+                getattr(module, kind + part, {}).pop(key, None)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, or the module itself."""
+    return getattr(model, COMPILED_PART, model)
+
+
+def convolve(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, kernels: Tensor) -> Tensor:
+    """What a convolution without a bias makes of x, with these kernels in place of its own."""
+    return layer._conv_forward(x, kernels, None)  # type: ignore[no-any-return]
 
 
 def backward_pass() -> int:
@@ -156,10 +193,9 @@ _TRITON_WITH_KNOWN_LAUNCH = ((3, 6),)
 """Triton releases whose compiled kernels were seen to take ``(*pointers, *numbers, *constants, stream=)``. With others
 every launch goes through the dispatcher."""
 
-_MOST_KEPT = 4096
-"""Batches of ever new sizes would keep ever more launches."""
-
 _launches: dict[Any, Callable[..., None]] = {}
+_MOST_LAUNCHES = 4096
+"""Batches of ever new sizes would keep ever more launches."""
 
 
 def direct_launch(
@@ -177,42 +213,25 @@ def direct_launch(
         flags: the constants by name, and options such as ``num_warps``.
     """
     device = tensors[0].get_device()
-    if device < 0 or not _launch_is_known() or device != torch._C._cuda_getDevice():
-        _dispatch(kernel, grid, tensors, numbers, flags, device)
+    if device < 0 or device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):  # Triton launches on the current device; -1, the CPU's, changes none
+            kernel[grid](*tensors, *numbers, **flags)
         return
     pointers = [tensor.data_ptr() for tensor in tensors]
-    union = 0
-    for pointer in pointers:
-        union |= pointer
-    if union & 15:  # which pointers are aligned is part of what Triton compiles for
-        _dispatch(kernel, grid, tensors, numbers, flags, device)
-        return
-    key = (kernel, device, grid, numbers, *flags.values(), *[tensor.dtype for tensor in tensors])
+    misaligned = functools.reduce(operator.or_, pointers) & 15  # Triton compiles for aligned pointers apart
+    key = (kernel, device, grid, numbers, misaligned, *flags.values(), *[tensor.dtype for tensor in tensors])
     run = _launches.get(key)
-    if run is None:
-        compiled = _dispatch(kernel, grid, tensors, numbers, flags, device)
-        if len(_launches) >= _MOST_KEPT:
-            _launches.clear()
-        constants = [flags[name] for name in kernel.arg_names if name in flags]
-        start = compiled[(*grid, 1, 1)[:3]]
-        _launches[key] = lambda pointers, stream: start(*pointers, *numbers, *constants, stream=stream)
+    if run is not None:
+        run(pointers, torch._C._cuda_getCurrentRawStream(device))
         return
-    run(pointers, torch._C._cuda_getCurrentRawStream(device))
-
-
-def _dispatch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
-    flags: dict[str, Any],
-    device: int,
-) -> Any:
-    """Triton's own way. It launches on the current device; this makes that the tensors'."""
-    if device < 0 or device == torch.cuda.current_device():
-        return kernel[grid](*tensors, *numbers, **flags)
-    with torch.cuda.device(device):
-        return kernel[grid](*tensors, *numbers, **flags)
+    compiled = kernel[grid](*tensors, *numbers, **flags)
+    if misaligned or not _launch_is_known():
+        return
+    if len(_launches) >= _MOST_LAUNCHES:
+        _launches.clear()
+    constants = [flags[name] for name in kernel.arg_names if name in flags]
+    start = compiled[(*grid, 1, 1)[:3]]
+    _launches[key] = lambda pointers, stream: start(*pointers, *numbers, *constants, stream=stream)
 
 
 @functools.cache
