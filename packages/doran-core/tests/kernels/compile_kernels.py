@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from doran_core.kernels import triton_passes
+from doran_core.kernels.passes import Shape
 
 TOKENS = 64
 
@@ -51,8 +52,9 @@ def launch_weight_side(passes, dtype, rank, d_out, d_in, tau_per_row, transposed
     weight = torch.empty(d_in, d_out, dtype=dtype).T if transposed else torch.empty(d_out, d_in, dtype=dtype)
     A, B, rows = torch.empty(1, rank, d_in, dtype=dtype), torch.empty(1, d_out, rank), torch.empty(1, d_out)
     tau, table = (rows if tau_per_row else torch.empty(1, 1)), torch.zeros(1, dtype=torch.int64)
-    passes.row_scales([weight], None, A, B, rows, rows, tau, 1.5, table, repair=tau_per_row)
-    passes.add_weight_products(torch.empty(1, rank, d_in), B.to(dtype), [weight], table)
+    shape = Shape([weight], rows, [0.0], dtype, 1.5, False, tau_per_row, passes, table)
+    passes.row_scales(shape, None, A, B, rows, tau)
+    passes.add_weight_products(shape, torch.empty(1, rank, d_in), B.to(dtype))
 
 
 def main(capability, dtype):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def small_scale(dtype: torch.dtype, *, has_bias: bool) -> float:
     return 0.5 if has_bias or dtype == torch.float16 else 1e-3
 
 
+@dataclass(slots=True, eq=False)
 class LayerSide:
     """The weight side of one layer: what its weights and parameters make of it, whatever its input.
 
@@ -57,28 +59,22 @@ class LayerSide:
         A: ``[r, d_in]`` in the dtype of W0.
         B: ``[d_out, r]``, g included, likewise.
         scale: ``c``, ``[d_out]`` acc.
-        ports: A ``[r, d_in]``, B ``[d_out, r]`` and c ``[k, d_out]``, acc, through which autograd gets their
-            gradients, that of c in k parts. Their values are never read. None without gradients.
         passes: the implementation of the passes.
         has_small_scale: tells whether some ``|c|`` is below :func:`small_scale`.
+        ports: A ``[r, d_in]``, B ``[d_out, r]`` and c ``[k, d_out]``, acc, through which autograd gets their
+            gradients, that of c in k parts. Their values are never read. None without gradients.
         recomputes: keep neither y nor W0 x; and so under hooks on saved tensors, such as checkpointing's.
+        checked: what :mod:`~doran_core.kernels.prepare` compares before it uses this again.
     """
 
-    __slots__ = ("A", "B", "checked", "has_small_scale", "passes", "ports", "recomputes", "scale")
-
-    def __init__(
-        self,
-        A: Tensor,
-        B: Tensor,
-        scale: Tensor,
-        ports: tuple[Tensor, Tensor, Tensor] | None,
-        passes: TorchPasses,
-        has_small_scale: Callable[[], bool],
-    ) -> None:
-        self.A, self.B, self.scale, self.ports, self.passes = A, B, scale, ports, passes
-        self.has_small_scale = has_small_scale
-        self.recomputes = (False, False)
-        self.checked: Any = None
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    passes: TorchPasses
+    has_small_scale: Callable[[], bool]
+    ports: tuple[Tensor, Tensor, Tensor] | None = None
+    recomputes: tuple[bool, bool] = (False, False)
+    checked: Any = None
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -117,20 +113,11 @@ def _forward(
     return side.passes.expand(_base_product(x, weight, bias), hidden, B, side.scale, bias, inplace=True), hidden
 
 
-class _WriteCounter:
-    """Tells whether a tensor was written to in place, without keeping its memory."""
-
-    __slots__ = ("_alias", "_start")
-
-    def __init__(self, tensor: Tensor) -> None:
-        # An alias shares its tensor's counter of writes, and goes on sharing it once it has other data.
-        self._alias = tensor.detach()
-        self._alias.data = tensor.new_empty(0)
-        self._start = version(tensor)
-
-    def moved(self) -> bool:
-        """Whether it was written to since."""
-        return version(self._alias) != self._start
+def _write_counter(tensor: Tensor) -> Tensor:
+    """An alias, which shares the tensor's counter of writes and goes on sharing it once it has other data: none."""
+    alias = tensor.detach()
+    alias.data = tensor.new_empty(0)
+    return alias
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -153,10 +140,10 @@ class AdaptedLinear(torch.autograd.Function):
         *ports: Tensor,
     ) -> Tensor:
         y, hidden = _forward(side, x, low, weight, bias, base)
-        ctx.side, ctx.writes = side, None
+        ctx.side, ctx.counter = side, None
         kept = base
         if base is None and not recomputes:
-            ctx.writes = _WriteCounter(y)
+            ctx.counter, ctx.writes = _write_counter(y), version(y)
             kept = y.data  # past autograd's own check of outputs: an in-place activation may follow, see backward
         ctx.save_for_backward(kept, hidden, x, low, weight, bias)
         return y
@@ -176,7 +163,8 @@ class AdaptedLinear(torch.autograd.Function):
         rows, scale = _flat(x if low is None else low), side.scale
         A, B = _factors(side, rows.dtype)
         grad = _flat(grad).contiguous()
-        is_output = ctx.writes is not None and not ctx.writes.moved() and not side.has_small_scale()
+        is_unwritten = ctx.counter is not None and version(ctx.counter) == ctx.writes
+        is_output = is_unwritten and not side.has_small_scale()
         if not is_output and x is not None:
             assert weight is not None
             kept, bias = F.linear(_flat(x), weight), None
@@ -263,6 +251,5 @@ def adapted_linear(
         tensor.detach().to(x.dtype, copy=True, memory_format=torch.contiguous_format) for tensor in (A, B_scaled)
     )
     c = scale.detach().clone()
-    return apply(
-        LayerSide(low_A, low_B, c, ports, passes, lambda: bool((c.abs() < limit).any())), x, None, weight, bias, None
-    )
+    side = LayerSide(low_A, low_B, c, passes, lambda: bool((c.abs() < limit).any()), ports)
+    return apply(side, x, None, weight, bias, None)

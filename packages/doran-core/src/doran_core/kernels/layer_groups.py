@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from doran_core.kernels.adapted_linear import LayerSide, small_scale, without_autocast
 from doran_core.kernels.backend import Backend, Implementation, choose, get_backend
-from doran_core.kernels.passes import passes_of
-from doran_core.kernels.weight_side import Product, Shape, Stack, compute
+from doran_core.kernels.passes import Shape, passes_of
+from doran_core.kernels.weight_side import Product, Stack, compute
 from doran_core.method.experts import RankOneExperts
 from doran_core.method.factors import GeneratedFactors, StaticFactors
 from doran_core.method.tau import Tau
@@ -45,8 +45,11 @@ _own = internals.own_parameters
 
 
 def _is_supported(adapter: DoranAdapter, view: BaseView) -> bool:
-    """Whether a layer of this kind and method has a backward by hand."""
-    return view.kind in ("linear", "conv1d", "opaque") and adapter.config.norm_method != "direct"
+    """Whether a layer of this kind and method has a backward by hand, and its W0, unless hidden, can be read."""
+    if view.kind not in ("linear", "conv1d", "opaque") or adapter.config.norm_method == "direct":
+        return False
+    weight = view.weight()
+    return weight is None or is_ordinary(weight)
 
 
 def is_ordinary(tensor: Any) -> bool:
@@ -185,10 +188,8 @@ def _network_columns(factors: GeneratedFactors) -> dict[str, _Slot]:
 
 def can_be_read(adapter: DoranAdapter, view: BaseView) -> bool:
     """Whether the adapter's modules are this package's own, whose parameters can be read without calling them."""
-    weight = view.weight()
     return (
         _is_supported(adapter, view)
-        and (weight is None or is_ordinary(weight))
         and type(adapter.factors) in (StaticFactors, GeneratedFactors)
         and type(adapter.tau) is Tau
         and type(adapter.experts) in (RankOneExperts, type(None))
@@ -208,8 +209,7 @@ def implementation_of(adapter: DoranAdapter, view: BaseView, x: Tensor) -> Imple
     if not _is_supported(adapter, view) or not is_ordinary(magnitude) or magnitude.dtype.itemsize < 4:
         return "reference"
     weight, bias = view.weight(), view.bias
-    trained = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
-    if trained or (weight is not None and not is_ordinary(weight)) or internals.is_replica(adapter):
+    if any(tensor is not None and tensor.requires_grad for tensor in (weight, bias)) or internals.is_replica(adapter):
         return "reference"
     return choose(x.device, magnitude.dtype if magnitude.dtype == torch.float64 else x.dtype)
 
@@ -250,7 +250,7 @@ class LayerGroup:
             tau_module, magnitude = self.members[0].adapter.tau, tensors["magnitude"]
             tau = tau_module.value_of(tensors["tau"]) if "tau" in tensors else magnitude.new_zeros(len(A), 1)
             U = None
-            if self.shape.weights is None:
+            if not self.shape.weights:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not self.shape.detach_norm):
                     U = torch.stack([m.view.product(a) for m, a in zip(self.members, A.unbind(), strict=True)])
             return compute(self.shape, used, A, B, magnitude, tau, U)
@@ -283,7 +283,7 @@ def _shape_of(layers: Sequence[tuple[DoranAdapter, BaseView]], implementation: I
     if implementation == "triton" and not hidden:
         table = _address_table(view.device, tuple(weight.data_ptr() for weight in weights))  # type: ignore[union-attr]
     return Shape(
-        weights=None if hidden else [weight.detach() for weight in weights],  # type: ignore[union-attr]
+        weights=[] if hidden else [weight.detach() for weight in weights],  # type: ignore[union-attr]
         squared_norm=norms,
         least_scales=[small_scale(dtype, has_bias=view.bias is not None) for _, view in layers],
         dtype=dtype,
@@ -321,7 +321,7 @@ def compute_alone(adapter: DoranAdapter, view: BaseView, implementation: Impleme
         tau = adapter.tau()
         rows = adapter.magnitude.new_full((1,), tau) if isinstance(tau, float) else tau
         U = None
-        if shape.weights is None:
+        if not shape.weights:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not shape.detach_norm):
                 U = view.product(A)[None].to(dtype)
         (side,) = compute(shape, [], A[None], B[None], adapter.magnitude[None].to(dtype), rows[None].to(dtype), U)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from doran_core import functional
 from doran_core.kernels.backend import Implementation
 
-__all__ = ["TorchPasses", "accumulating_product", "passes_of"]
+__all__ = ["Shape", "TorchPasses", "accumulating_product", "passes_of"]
 
 
 def narrow_on_cuda(tensor: Tensor) -> bool:
@@ -28,6 +29,33 @@ def accumulating_product(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype.itemsize >= 4:
         return left @ right
     return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else functional.wide_product(left, right)
+
+
+@dataclass
+class Shape:
+    """What the weight sides of N layers of one shape depend on besides parameters.
+
+    Attributes:
+        weights: the W0 ``[d_out, d_in]``; empty if the layers hide them.
+        squared_norm: ``||W0||^2``, ``[N, d_out]`` acc.
+        least_scales: ``|c|`` of each layer below which y does not tell the output before scaling.
+        dtype: of A and B in the layers.
+        scaling: ``g``.
+        detach_norm: no gradient through the norm.
+        repair: take the norm directly for rows in which V nearly cancels.
+        passes: the implementation.
+        table: the addresses of the W0, for kernels; None without kernels.
+    """
+
+    weights: Sequence[Tensor]
+    squared_norm: Tensor
+    least_scales: Sequence[float]
+    dtype: torch.dtype
+    scaling: float
+    detach_norm: bool
+    repair: bool
+    passes: TorchPasses
+    table: Tensor | None = None
 
 
 class TorchPasses:
@@ -63,75 +91,52 @@ class TorchPasses:
         return torch.mul(wide, scale, out=work).to(grad.dtype), total[None]
 
     def row_scales(
-        self,
-        weights: Sequence[Tensor] | None,
-        products: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        squared_norm: Tensor,
-        magnitude: Tensor,
-        tau: Tensor,
-        scaling: float,
-        table: Tensor | None,
-        *,
-        repair: bool,
+        self, shape: Shape, U: Tensor | None, A: Tensor, B: Tensor, magnitude: Tensor, tau: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``K = V A^T [N, d_out, r]``, which the norm's gradient needs, and n and c ``[N, d_out]``, all acc.
 
         Args:
-            weights: their W0, None if hidden.
-            products: ``U = W0 A^T [N, d_out, r]`` acc where W0 is hidden; may be written over.
+            shape: of the layers.
+            U: ``W0 A^T [N, d_out, r]`` acc where W0 is hidden, else None.
             A: ``[N, r, d_in]`` as the layers use it.
             B: ``[N, d_out, r]`` acc, without the scaling.
-            squared_norm: ``||W0||^2 [N, d_out]``.
             magnitude: ``[N, d_out]``.
             tau: ``[N, 1]`` or ``[N, d_out]``.
-            scaling: ``g``.
-            table: addresses of the W0, for kernels.
-            repair: take the norm directly for rows in which V nearly cancels.
         """
-        if products is None:
-            assert weights is not None
-            products = torch.stack([accumulating_product(w, a.T) for w, a in zip(weights, A, strict=True)])
+        if U is None:
+            U = torch.stack([accumulating_product(w, a.T) for w, a in zip(shape.weights, A, strict=True)])
         wide_A = A.to(B.dtype)
-        aligned = torch.baddbmm(products, B, wide_A @ wide_A.mT, alpha=scaling)
-        square = squared_norm + scaling * (B * (products + aligned)).sum(2)
+        K = torch.baddbmm(U, B, wide_A @ wide_A.mT, alpha=shape.scaling)
+        square = shape.squared_norm + shape.scaling * (B * (U + K)).sum(2)
         norm = square.clamp_min(0.0).sqrt_()
-        if repair and weights is not None:
-            self._repair(weights, wide_A, B, squared_norm, scaling, aligned, norm)
+        if shape.repair:
+            _take_cancelled_rows_directly(shape, wide_A, B, K, norm)
         denominator = norm + tau
-        return aligned, norm, (magnitude / denominator).masked_fill_(denominator <= 0, 0.0)
+        return K, norm, (magnitude / denominator).masked_fill_(denominator <= 0, 0.0)
 
-    @staticmethod
-    def _repair(
-        weights: Sequence[Tensor],
-        A: Tensor,
-        B: Tensor,
-        squared_norm: Tensor,
-        scaling: float,
-        aligned: Tensor,
-        norm: Tensor,
-    ) -> None:
-        if norm.is_cuda and torch.cuda.is_current_stream_capturing():
-            return  # a graph's replays cannot ask
-        lost = norm.square() < functional.CANCELLATION_THRESHOLD**2 * squared_norm
-        if not bool(lost.any()):
-            return
-        for layer in lost.any(1).nonzero()[:, 0].tolist():
-            rows = lost[layer].nonzero()[:, 0]
-            V = functional.direction(weights[layer][rows], A[layer], B[layer, rows], scaling)
-            norm[layer, rows] = torch.linalg.vector_norm(V, dim=1)
-            aligned[layer, rows] = V @ A[layer].T
-
-    def add_weight_products(self, total: Tensor, left: Tensor, weights: Sequence[Tensor], table: Tensor | None) -> None:
+    def add_weight_products(self, shape: Shape, total: Tensor, left: Tensor) -> None:
         """Add ``M^T W0`` to ``total [N, r, d_in]`` acc, from ``M [N, d_out, r]`` in the W0's dtype."""
-        for out, M, weight in zip(total, left, weights, strict=True):
+        for out, M, weight in zip(total, left, shape.weights, strict=True):
             if narrow_on_cuda(weight):
                 torch.addmm(out, M.T, weight, out_dtype=torch.float32, out=out)
             elif weight.dtype == out.dtype:
                 out.addmm_(M.T, weight)
             else:
                 out.add_(functional.wide_transposed_product(M, weight))
+
+
+def _take_cancelled_rows_directly(shape: Shape, A: Tensor, B: Tensor, K: Tensor, norm: Tensor) -> None:
+    """Take K and n anew, from V, for rows in which V nearly cancels."""
+    if norm.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a graph's replays cannot ask
+    lost = norm.square() < functional.CANCELLATION_THRESHOLD**2 * shape.squared_norm
+    if not bool(lost.any()):
+        return
+    for layer in lost.any(1).nonzero()[:, 0].tolist():
+        rows = lost[layer].nonzero()[:, 0]
+        V = functional.direction(shape.weights[layer][rows], A[layer], B[layer, rows], shape.scaling)
+        norm[layer, rows] = torch.linalg.vector_norm(V, dim=1)
+        K[layer, rows] = V @ A[layer].T
 
 
 def _to(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -234,7 +234,6 @@ class _Model:
 
 _models: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()
 """The same for all modules from a root down to the lowest one that holds all its adapted layers."""
-_handles: WeakKeyDictionary[nn.Module, tuple[RemovableHandle, RemovableHandle]] = WeakKeyDictionary()
 
 
 def open_window(module: nn.Module, args: object) -> None:
@@ -260,6 +259,9 @@ def close_window(module: nn.Module, args: object, output: object) -> None:
         _windows.open.pop()
 
 
+_OURS = (open_window, close_window).__contains__
+
+
 def prepare(root: nn.Module) -> None:
     """Let the weight sides of all adapted layers of a model be computed together. Call it again when layers were added.
 
@@ -269,9 +271,9 @@ def prepare(root: nn.Module) -> None:
     """
     _layers_of(root)
     for module in _path(root):
-        if module not in _handles:
-            opens = module.register_forward_pre_hook(open_window)
-            _handles[module] = opens, module.register_forward_hook(close_window, always_call=True)
+        internals.remove_hooks(module, _OURS)
+        module.register_forward_pre_hook(open_window)
+        module.register_forward_hook(close_window, always_call=True)
 
 
 def _layers_of(root: nn.Module) -> _Model:
@@ -283,8 +285,7 @@ def _layers_of(root: nn.Module) -> _Model:
 def unprepare(root: nn.Module) -> None:
     """Take :func:`prepare`'s hooks away."""
     for module in root.modules():
-        for handle in _handles.pop(module, ()):
-            handle.remove()
+        internals.remove_hooks(module, _OURS)
 
 
 def _path(root: nn.Module) -> Iterator[nn.Module]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from doran_core import functional
 from doran_core.kernels import triton_kernels as kernels
 from doran_core.kernels.backend import interpreting
-from doran_core.kernels.passes import TorchPasses
+from doran_core.kernels.passes import Shape, TorchPasses
 from doran_core.support.torch_internals import direct_launch as launch
 
 __all__ = ["TritonPasses"]
@@ -77,46 +75,33 @@ class TritonPasses(TorchPasses):
         return scaled, sums
 
     def row_scales(
-        self,
-        weights: Sequence[Tensor] | None,
-        products: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        squared_norm: Tensor,
-        magnitude: Tensor,
-        tau: Tensor,
-        scaling: float,
-        table: Tensor | None,
-        *,
-        repair: bool,
+        self, shape: Shape, U: Tensor | None, A: Tensor, B: Tensor, magnitude: Tensor, tau: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         layers, d_out, rank = B.shape
-        if weights is None or table is None or A.dtype not in _HALF or rank > _ONE_BLOCK:
-            return super().row_scales(
-                weights, products, A, B, squared_norm, magnitude, tau, scaling, table, repair=repair
-            )
-        aligned, norm, scale = torch.empty_like(B), torch.empty_like(magnitude), torch.empty_like(magnitude)
+        if shape.table is None or A.dtype not in _HALF or rank > _ONE_BLOCK:
+            return super().row_scales(shape, U, A, B, magnitude, tau)
+        K, norm, scale = torch.empty_like(B), torch.empty_like(magnitude), torch.empty_like(magnitude)
         block_d, block_r = 64, _padded(rank)
         launch(
             kernels.row_scales_kernel, (_cdiv(d_out, block_d), layers),
-            (table, A, B, squared_norm, magnitude, tau, aligned, norm, scale),
-            (d_out, rank, A.shape[2], *weights[0].stride(), scaling, functional.CANCELLATION_THRESHOLD),
-            TAU_PER_ROW=tau.shape[1] > 1, REPAIR=repair, PRECISION=_precision(A), WIDEN=_INTERPRETING,
+            (shape.table, A, B, shape.squared_norm, magnitude, tau, K, norm, scale),
+            (d_out, rank, A.shape[2], *shape.weights[0].stride(), shape.scaling, functional.CANCELLATION_THRESHOLD),
+            TAU_PER_ROW=tau.shape[1] > 1, REPAIR=shape.repair, PRECISION=_precision(A), WIDEN=_INTERPRETING,
             BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_K=128,
             num_stages=4 if block_r <= 32 else 3,  # more does not fit into the shared memory of consumer GPUs
         )  # fmt: skip
-        return aligned, norm, scale
+        return K, norm, scale
 
-    def add_weight_products(self, total: Tensor, left: Tensor, weights: Sequence[Tensor], table: Tensor | None) -> None:
+    def add_weight_products(self, shape: Shape, total: Tensor, left: Tensor) -> None:
         layers, d_out, rank = left.shape
-        if table is None or left.dtype not in _HALF or rank > _ONE_BLOCK:
-            super().add_weight_products(total, left, weights, table)
+        if shape.table is None or left.dtype not in _HALF or rank > _ONE_BLOCK:
+            super().add_weight_products(shape, total, left)
             return
         d_in, parts, block_k = total.shape[2], _cdiv(d_out, _ROWS_PER_PART), 128
         products = total.new_empty(layers, parts, rank, d_in)
         launch(
-            kernels.weight_product_kernel, (_cdiv(d_in, block_k), parts, layers), (table, left, products),
-            (d_out, d_in, rank, _cdiv(d_out, parts), *weights[0].stride()),
+            kernels.weight_product_kernel, (_cdiv(d_in, block_k), parts, layers), (shape.table, left, products),
+            (d_out, d_in, rank, _cdiv(d_out, parts), *shape.weights[0].stride()),
             PRECISION=_precision(left), WIDEN=_INTERPRETING,
             BLOCK_T=64, BLOCK_R=_padded(rank), BLOCK_K=block_k, num_stages=4,
         )  # fmt: skip

@@ -19,7 +19,6 @@ import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +26,10 @@ from torch import Tensor
 
 from doran_core.errors import BackendError
 from doran_core.kernels.adapted_linear import SECOND_DERIVATIVE, LayerSide, without_autocast
-from doran_core.kernels.passes import TorchPasses
+from doran_core.kernels.passes import Shape
 from doran_core.support.torch_internals import apply_directly
 
-__all__ = ["Product", "Shape", "Stack", "compute", "now", "refresh"]
+__all__ = ["Product", "Stack", "compute", "now", "refresh"]
 
 _epoch = [0]
 
@@ -43,33 +42,6 @@ def refresh() -> None:
 def now() -> int:
     """Changes with :func:`refresh`."""
     return _epoch[0]
-
-
-@dataclass
-class Shape:
-    """What the weight sides of N layers of one shape depend on besides parameters.
-
-    Attributes:
-        weights: the W0 ``[d_out, d_in]``; None if the layers hide them.
-        squared_norm: ``||W0||^2``, ``[N, d_out]`` acc.
-        least_scales: :func:`small_scale` of each layer.
-        dtype: of A and B in the layers.
-        scaling: ``g``.
-        detach_norm: no gradient through the norm.
-        repair: take the norm directly for rows in which V nearly cancels.
-        passes: the implementation.
-        table: the addresses of the W0, for kernels; None without kernels.
-    """
-
-    weights: list[Tensor] | None
-    squared_norm: Tensor
-    least_scales: Sequence[float]
-    dtype: torch.dtype
-    scaling: float
-    detach_norm: bool
-    repair: bool
-    passes: TorchPasses
-    table: Tensor | None = None
 
 
 @contextmanager
@@ -174,17 +146,12 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """Fills ``found``; what the backward needs."""
     low_A, low_B = A.to(shape.dtype), (B * shape.scaling).to(shape.dtype)
-    weights = None if U is not None else shape.weights
-    products = None if U is None else U.detach().clone()
     with _precision(shape):
-        aligned, norm, scale = shape.passes.row_scales(
-            weights, products, low_A if U is None else A, B, shape.squared_norm, magnitude, tau, shape.scaling,
-            shape.table, repair=shape.repair,
-        )  # fmt: skip
+        K, norm, scale = shape.passes.row_scales(shape, U, low_A if U is None else A, B, magnitude, tau)
     small = _SmallScales(scale, shape.least_scales)
     for layer, values in enumerate(zip(low_A.detach().unbind(), low_B.unbind(), scale.unbind(), strict=True)):
-        found.append(LayerSide(*values, None, shape.passes, small.of(layer)))
-    return low_A, aligned, norm, scale
+        found.append(LayerSide(*values, shape.passes, small.of(layer)))
+    return low_A, K, norm, scale
 
 
 class WeightSide(torch.autograd.Function):
@@ -202,10 +169,10 @@ class WeightSide(torch.autograd.Function):
         tau: Tensor,
         U: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        low_A, aligned, norm, scale = _forward(shape, found, A, B, magnitude, tau, U)
+        low_A, K, norm, scale = _forward(shape, found, A, B, magnitude, tau, U)
         ctx.shape, ctx.used = shape, used
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(A if shape.weights is None else low_A, B, tau, aligned, norm, scale)
+        ctx.save_for_backward(low_A if U is None else A, B, tau, K, norm, scale)
         port = B.new_empty(1)
         parts = shape.passes.sum_parts(B.shape[1])
         sizes = A.shape, B.shape, (A.shape[0], parts, B.shape[1])
@@ -232,7 +199,7 @@ def _backward(
     A: Tensor,
     B: Tensor,
     tau: Tensor,
-    aligned: Tensor,
+    K: Tensor,
     norm: Tensor,
     scale: Tensor,
 ) -> tuple[Tensor | None, ...]:
@@ -250,13 +217,12 @@ def _backward(
     grad_U = None
     if not shape.detach_norm:
         through = (grad_norm * shape.scaling).div_(norm).masked_fill_(norm <= 0, 0.0)[..., None]
-        grad_B.addcmul_(through, aligned)
+        grad_B.addcmul_(through, K)
         grad_U = through * B
         grad_A.baddbmm_(grad_U.mT @ B, A.to(B.dtype), alpha=shape.scaling)
-        if shape.weights is not None:
-            left = grad_U.to(shape.weights[0].dtype)
-            shape.passes.add_weight_products(grad_A, left, shape.weights, shape.table)
-    return grad_A, grad_B, grad_magnitude, grad_tau, grad_U if shape.weights is None else None
+        if shape.weights:
+            shape.passes.add_weight_products(shape, grad_A, grad_U.to(shape.weights[0].dtype))
+    return grad_A, grad_B, grad_magnitude, grad_tau, None if shape.weights else grad_U
 
 
 def _stacked(gradients: Sequence[Tensor | None], like: Tensor, size: Sequence[int]) -> Tensor:
