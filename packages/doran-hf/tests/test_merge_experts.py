@@ -10,10 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from doran_core import load
+from doran_core.adapter import read_adapter
+from doran_core.checkpoint.binding import bind
+from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.convert import fold_adapter
 from doran_core.diagnostics.inspect import inspect_adapter
 from doran_core.errors import AdapterFormatError, BaseMismatchError, CheckpointError, TargetError
 from doran_core.merge import merge_checkpoint
+from doran_core.merge.tensors import base_tensors, merged_tensors
 from doran_hf import DoranConfig
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -67,6 +71,20 @@ def test_doran_merge_equals_the_unmerged_model(family, fused, options, tmp_path)
         in_memory = model.merge_and_unload()
         for name, parameter in in_memory.named_parameters():
             torch.testing.assert_close(dict(merged.named_parameters())[name], parameter, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_tensors_merged_in_memory_are_those_of_the_merged_checkpoint(family, fused, tmp_path):
+    trained(family, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
+    base = save_base(family, tmp_path / "base", fused=fused)
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    modules = bind(read_adapter(tmp_path / "adapter"), Checkpoint(base), tmp_path / "adapter").modules
+    before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "merged"))
+    threads = torch.get_num_threads()
+    for found, written in ((dict(base_tensors(modules)), before), (dict(merged_tensors(modules)), after)):
+        assert found.keys() == {key for key in before if not torch.equal(before[key], after[key])}
+        assert all(torch.equal(tensor, written[key]) for key, tensor in found.items())
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("fused", [False, True])

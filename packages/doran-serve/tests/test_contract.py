@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,17 @@ def test_signatures() -> None:
     from vllm.model_executor.models.utils import WeightsMapper
 
     assert hasattr(WeightsMapper, "get_rename_mapper") or hasattr(WeightsMapper, "get_unstacked_mapper")
+
+
+def test_vllm_has_no_place_for_a_scale_of_experts() -> None:
+    """If this fails, vLLM's LoRA for experts has learnt to scale: then mixed mode can serve adapters of experts."""
+    from vllm.lora.layers.fused_moe import FusedMoEWithLoRA
+    from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
+
+    names = {field.name for field in fields(MoELoRAContext)} | set(vars(FusedMoEWithLoRA))
+    names |= set(inspect.signature(FusedMoEWithLoRA.set_lora).parameters)
+    assert {name for name in names if any(word in name for word in ("scale", "magnitude", "dora"))} == set()
+    # What a context carries for each adapter: factors alone.
+    assert {name for name in names if name.endswith("_stacked")} == {
+        *("w13_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_a_stacked", "w2_lora_b_stacked")
+    }

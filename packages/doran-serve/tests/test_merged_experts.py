@@ -1,88 +1,75 @@
-"""An adapter of stacked expert weights: its merged checkpoint in a plain vLLM answers as transformers does."""
+"""Adapters of stacked expert weights in a real vLLM: as merged checkpoints, and swapped in place."""
 
 from __future__ import annotations
 
-import os
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
 import torch
-from conftest import ALWAYS, end
-from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from conftest import Engine
+from moe_models import FAMILIES, build, write_adapter
+from transformers import AutoModelForCausalLM
 
-from doran_core import DoranConfig
-from doran_core.adapter import TrainableAdapter, write_trainable
 from doran_core.merge import merge_checkpoint
 
-EXPERTS, HIDDEN, INNER, RANK = 4, 128, 192, 4
+PROMPTS = [[5, 9, 17, 33], [100, 200, 300]]
 
 
-def build(folder: Path) -> None:
-    torch.manual_seed(7)
-    config = MixtralConfig(
-        vocab_size=512,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        num_local_experts=EXPERTS,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
-    model.save_pretrained(folder)
+def transformers_answers(folder: Path) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    greedy = [model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False, eos_token_id=None) for p in PROMPTS]
+    return [ids[0, len(prompt) :].tolist() for ids, prompt in zip(greedy, PROMPTS, strict=True)]
 
 
-def write_adapter(folder: Path) -> None:
-    draw = torch.Generator().manual_seed(3)
-    modules, stored = {}, {}
-    for layer in range(2):
-        for name, rows, columns, parts in (
-            ("gate_up_proj", 2 * INNER, HIDDEN, "13"),
-            ("down_proj", HIDDEN, INNER, "2"),
-        ):
-            parameter = f"model.layers.{layer}.mlp.experts.{name}"
-            modules[parameter] = {
-                "magnitude": 1.2 + 0.2 * torch.rand(EXPERTS, rows, generator=draw),
-                "tau.raw": torch.zeros(1),
-                "factors.A": 0.2 * torch.randn(EXPERTS, RANK, columns, generator=draw),
-                "factors.B": 0.2 * torch.randn(EXPERTS, rows, RANK, generator=draw),
-            }
-            start = f"model.layers.{layer}.block_sparse_moe.experts.{{}}"
-            stored[parameter] = [f"{start}.w{part}.weight" for part in parts]
-    config = DoranConfig(rank=RANK, factors="static", target_modules=[])
-    write_trainable(TrainableAdapter(config, modules, stored_experts=stored, ties={}), folder)
+def weights_of(worker: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in worker.get_model().named_parameters()}
 
 
-def test_vllm_answers_as_transformers_on_the_merged_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A process of its own: vLLM makes the group for experts once in a process, with its first model.
-    monkeypatch.setitem(os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    from vllm import LLM, SamplingParams
+def test_every_parameter_is_the_one_of_the_merged_checkpoint(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("swap_experts.py")
+    command = [sys.executable, str(script), str(tmp_path), *FAMILIES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    found = json.loads(line.removeprefix("FOUND "))
+    # Two layers: gate_up_proj, down_proj and q_proj of each, or down_proj alone.
+    steps = ["all 6", "down 2", "base 0", "down 2", "all 6", "base 0"]
+    assert found == {family: [[step, []] for step in steps] for family in FAMILIES}
 
-    build(tmp_path / "base")
-    write_adapter(tmp_path / "adapter")
-    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    prompts = [[5, 9, 17, 33], [100, 200, 300]]
-    expected = {}
-    for name in ("base", "merged"):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        greedy = [
-            model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False, eos_token_id=None) for p in prompts
-        ]
-        expected[name] = [ids[0, len(p) :].tolist() for ids, p in zip(greedy, prompts, strict=True)]
-    assert expected["base"] != expected["merged"]
-    llm = LLM(str(tmp_path / "merged"), **ALWAYS)
+
+def test_a_real_engine_answers_as_transformers_on_the_merged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    # The engine has a process of its own: vLLM makes the group for experts once in a process.
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to ask it for its weights
+    build("mixtral", tmp_path / "base")
+    requests: dict[str, Any] = {"base": None}
+    expected = {"base": transformers_answers(tmp_path / "base")}
+    for number, name in enumerate(("all", "down"), 1):
+        adapter = write_adapter("mixtral", tmp_path / name, seed=number, down_only=name == "down")
+        merge_checkpoint(tmp_path / "base", adapter, tmp_path / f"merged-{name}")
+        requests[name] = LoRARequest(name, number, str(adapter))
+        expected[name] = transformers_answers(tmp_path / f"merged-{name}")
+    assert len({json.dumps(answers) for answers in expected.values()}) == 3
+    engine = Engine("mixtral", tmp_path / "base", separate=True, merged=True)
     try:
-        sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
-        found = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-        assert [list(answer.outputs[0].token_ids) for answer in found] == expected["merged"]
+        before = engine.llm.collective_rpc(weights_of)[0]
+        for name in ("all", "down", "base", "down", "all"):
+            assert engine.answer(PROMPTS, [requests[name]] * len(PROMPTS), 8) == expected[name], name
+        turns = ["down", "all"]  # sent together, answered one after the other
+        found = engine.answer(PROMPTS, [requests[name] for name in turns], 8)
+        assert found == [expected[name][i] for i, name in enumerate(turns)]
+        engine.answer(PROMPTS, [None] * len(PROMPTS), 1)
+        after = engine.llm.collective_rpc(weights_of)[0]
+        assert all(torch.equal(before[name], after[name]) for name in before)
     finally:
-        end(llm, separate=True)
+        engine.close()

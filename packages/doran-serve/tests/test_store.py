@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ import torch
 from adapter_specs import FORMS, make_adapter
 from safetensors.torch import save_file
 
-from doran_core import DoranConfig
-from doran_core.adapter import TrainableAdapter, write_trainable
 from doran_core.checkpoint import binding
 from doran_core.checkpoint.fingerprint import fingerprint_weights
 from doran_core.errors import (
@@ -114,24 +111,6 @@ def test_checking_again_reads_only_what_changed(
     assert len(reads) == 1
     make_adapter("folded", base, ("up_proj",), rank=5, seed=1, size=0.4).write(folder)
     assert store.check(folder).rank == 5
-
-
-def test_an_adapter_of_stacked_expert_weights_is_refused_by_name(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.experts.down_proj"
-    (tmp_path / "moe").mkdir()
-    save_file({name: torch.randn(3, 16, 8)}, tmp_path / "moe" / "model.safetensors")
-    (tmp_path / "moe" / "config.json").write_text("{}")
-    parts = {
-        "magnitude": torch.ones(3, 16),
-        "tau.raw": torch.zeros(1),
-        "factors.A": torch.randn(3, 2, 8),
-        "factors.B": torch.randn(3, 16, 2),
-    }
-    config = DoranConfig(rank=2, factors="static", target_modules=[])
-    write_trainable(TrainableAdapter(config, {name: parts}), tmp_path / "adapter")
-    store = AdapterStore(tmp_path / "moe", max_rank=16, cache_directory=tmp_path / "cache")
-    with pytest.raises(AdapterFormatError, match=rf"stacked expert weights {re.escape(name)}.*doran merge"):
-        store.check(tmp_path / "adapter")
 
 
 def test_the_base_is_read_for_the_first_version_of_a_policy_alone(

@@ -150,6 +150,7 @@ def plan(base: str, adapters: Path | None, mode: str, given: Sequence[str]) -> P
         directory,
         max_rank=None if mode == "merged" else int(rank or flags.HIGHEST_RANK),
         targets=flags.given_values(given, "--lora-target-modules") or None,
+        stacks=mode == "merged",
     )
     if mode == "merged" and store.base.quantized:
         raise DoranError(f"{base}: --mode merged writes adapted weights in place, which a quantized base cannot hold")

@@ -45,7 +45,7 @@ def publish_adapter(adapter: Path, target: Path, base: str | None = None) -> Pat
     if base is None:
         read_adapter(adapter)
     else:
-        AdapterStore(local_directory(base)).check(adapter)
+        AdapterStore(local_directory(base), stacks=True).check(adapter)  # the engine knows its mode
     with new_directory(target, overwrite=True, owned=ADAPTER_FILES) as staging:
         for name in (CONFIG_FILE, TENSOR_FILE, SCALE_FILE):
             if (adapter / name).is_file():

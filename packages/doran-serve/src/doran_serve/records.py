@@ -1,13 +1,15 @@
-"""Records of adapters as a server holds them: modules, factors, scales. Imports torch alone."""
+"""Records of adapters as a server holds them: modules, factors, scales. Does not import vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
+
+from doran_core.checkpoint.binding import BoundModule
 
 __all__ = ["AdapterForm", "AdapterInfo", "ServedAdapter", "ServedModule"]
 
@@ -35,11 +37,19 @@ class ServedModule:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter ready for a slot: checked, scaling baked in, networks evaluated."""
+    """An adapter ready for a slot: checked, scaling baked in, networks evaluated.
+
+    Attributes:
+        path: its directory.
+        form: as it lies there.
+        modules: its linear layers, by name.
+        stacks: the matrices of each stacked expert parameter, by the parameter's name; merged mode alone has them.
+    """
 
     path: Path
     form: AdapterForm
     modules: Mapping[str, ServedModule]
+    stacks: Mapping[str, Sequence[BoundModule]] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:

@@ -53,7 +53,8 @@ class DirectoryResolver:
             if config is not None:
                 await asyncio.to_thread(admit, config, lora_name, str(path))
             else:
-                await asyncio.to_thread(AdapterStore(local_directory(base_model_name)).check, path)
+                store = AdapterStore(local_directory(base_model_name), stacks=True)
+                await asyncio.to_thread(store.check, path)
         except DoranError as error:
             raise error if isinstance(error, refused_error()) else refused_error()(f"{lora_name!r}: {error}") from error
         return lookup("LoRARequest")(lora_name, adapter_id(lora_name), str(path))

@@ -37,7 +37,9 @@ from doran_core.errors import (
 from doran_core.files.jsonfile import read_json
 from doran_serve.admission import AdmittedCopies, content_digest, unmarked
 from doran_serve.base import BaseModel, local_directory
+from doran_serve.expert_adapters import read_expert_adapter, refuse_in_mixed_mode, stacks_of
 from doran_serve.layer_rules import LayerRules
+from doran_serve.merged.mode import is_merged
 from doran_serve.records import AdapterForm, AdapterInfo, ServedAdapter, ServedModule
 from doran_serve.vllm_symbols import lookup
 
@@ -73,6 +75,7 @@ class AdapterStore:
         max_rank: refuse ranks above it (vLLM's ``max_lora_rank``); None for no limit.
         targets: refuse modules of other names (vLLM's ``lora_target_modules``); None for no limit.
         cache_directory: directory of the folded adapters.
+        stacks: read adapters of stacked expert weights, too, which only merged mode serves.
     """
 
     def __init__(
@@ -82,7 +85,9 @@ class AdapterStore:
         max_rank: int | None = None,
         targets: Collection[str] | None = None,
         cache_directory: Path | None = None,
+        stacks: bool = False,
     ) -> None:
+        self.stacks = stacks
         self.base = BaseModel(None if base is None else Path(base))
         self.max_rank = max_rank
         self.targets = None if targets is None else frozenset(targets)
@@ -96,9 +101,9 @@ class AdapterStore:
         """The store of a vLLM engine; one per base model and limits in a process."""
         model, lora = vllm_config.model_config, vllm_config.lora_config
         if lora is None:
-            return _shared_store(model.model, model.revision, None, None)
+            return _shared_store(model.model, model.revision, None, None, is_merged(vllm_config))
         targets = None if lora.target_modules is None else frozenset(lora.target_modules)
-        return _shared_store(model.model, model.revision, lora.max_lora_rank, targets)
+        return _shared_store(model.model, model.revision, lora.max_lora_rank, targets, False)
 
     @staticmethod
     def require_directory(path: str | Path, name: str) -> None:
@@ -182,10 +187,15 @@ class AdapterStore:
         record: _Factored | None
         if form == "lora":
             served, record = self._load_lora(folder)
+        elif form == "trainable" and (names := stacks_of(folder)):
+            if not self.stacks:
+                refuse_in_mixed_mode(folder, names)
+            record, stacks = read_expert_adapter(folder, self.base)
+            served = replace(_served(folder, form, record, self.base.stored_names(record)), stacks=stacks)
         else:
             record = read_folded(folder) if form == "folded" else self._folded(folder, form)
             served = _served(folder, form, record, self.base.stored_names(record))
-        if record is not None:
+        if record is not None and record.modules:
             self._check_rank(folder, record)
         if served is not None:
             self._check_targets(served)
@@ -199,14 +209,17 @@ class AdapterStore:
         others = self._check_layers(folder, form, record)
         if form in ("lora", "folded"):  # the converters have checked the other forms against the base
             self.base.check(folder, record)
-        modules = record.modules.values() if served is None else served.modules.values()
+        stacks = {} if served is None else served.stacks
+        modules: list[Any] = list((record if served is None else served).modules.values())
+        modules += [matrix.factors for parts in stacks.values() for matrix in parts]
         values = sum(
             module.A.numel() + module.B.numel() + (0 if getattr(module, "scale", None) is None else module.B.shape[0])
             for module in modules
         )
         rank = max(module.A.shape[0] for module in modules)
         targets = frozenset() if served is None else frozenset(name.rpartition(".")[2] for name in served.modules)
-        return AdapterInfo(folder, form, rank, len(modules), values, targets, others)
+        layers = len((record if served is None else served).modules) + len(stacks)
+        return AdapterInfo(folder, form, rank, layers, values, targets, others)
 
     def _check_layers(self, folder: Path, form: AdapterForm, record: _Factored) -> tuple[str, ...]:
         """Refuse layers that vLLM does not adapt in this form; the names of those that are not linear."""
@@ -297,9 +310,9 @@ class AdapterStore:
 
 @functools.cache
 def _shared_store(
-    model: str, revision: str | None, max_rank: int | None, targets: frozenset[str] | None
+    model: str, revision: str | None, max_rank: int | None, targets: frozenset[str] | None, stacks: bool
 ) -> AdapterStore:
-    return AdapterStore(local_directory(model, revision), max_rank=max_rank, targets=targets)
+    return AdapterStore(local_directory(model, revision), max_rank=max_rank, targets=targets, stacks=stacks)
 
 
 def _form(folder: Path) -> AdapterForm:

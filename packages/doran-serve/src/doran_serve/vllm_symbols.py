@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["NAMES", "exists", "locate", "lookup"]
+__all__ = ["NAMES", "OPTIONAL_NAMES", "exists", "locate", "lookup", "lookup_optional"]
 
 NAMES = {
     "BaseLinearLayerWithLoRA": "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA",
@@ -29,10 +29,24 @@ NAMES = {
     "parse_fine_tuned_lora_name": "vllm.lora.utils:parse_fine_tuned_lora_name",
 }
 
+OPTIONAL_NAMES = {
+    "pack_experts": "vllm._custom_ops:cpu_prepack_moe_weight",
+}
+"""Objects that some builds of vLLM lack, and that only some models need."""
+
 
 def lookup(name: str) -> Any:
     """The vLLM object behind a key of `NAMES`."""
     holder, attribute = locate(NAMES[name])
+    return getattr(holder, attribute)
+
+
+def lookup_optional(name: str) -> Any | None:
+    """The vLLM object behind a key of `OPTIONAL_NAMES`; None if this vLLM lacks the object."""
+    target = OPTIONAL_NAMES[name]
+    if not exists(target):
+        return None
+    holder, attribute = locate(target)
     return getattr(holder, attribute)
 
 

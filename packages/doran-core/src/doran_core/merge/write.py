@@ -26,7 +26,7 @@ from doran_core.files.layout import DTYPES, TensorEntry
 from doran_core.files.tensors import write_tensor
 from doran_core.merge.plan import Content, Copied, Given, Merged, MergedExperts, ShardPlan
 
-__all__ = ["ShardWriter", "merge_threads"]
+__all__ = ["ShardWriter", "merge_threads", "merged_values"]
 
 _COPY_BYTES = 32 * 2**20
 _MOST_THREADS = 8
@@ -217,12 +217,28 @@ def _write_merged(fd: int, entry: TensorEntry, content: Merged, dtype: torch.dty
 def _write_transposed(fd: int, entry: TensorEntry, content: Merged, dtype: torch.dtype, advance: Advance) -> None:
     """Rows of the matrix are columns in the file: collect them, then write once."""
     stored = torch.empty(entry.shape, dtype=dtype)
-    matrix = to_matrix(stored, content.updates[0][1].kind)
-    for rows, merged in _merged_rows(content):
-        matrix[rows] = merged.to(dtype)
+    _fill(stored, content)
     _require_finite(stored, entry, content)
     write_tensor(fd, stored, entry.start)
     advance(entry.nbytes)
+
+
+@torch.no_grad()
+def merged_values(module: BoundModule, out: Tensor) -> None:
+    """Fill `out`, of the stored weight's shape and dtype, with the values that a merge of this adapter alone writes.
+
+    Raises:
+        NonFiniteError: a value is not finite in that dtype.
+    """
+    content = Merged(((1.0, module),))
+    _fill(out, content)
+    _require_finite(out, module.file.entry, content)
+
+
+def _fill(stored: Tensor, content: Merged) -> None:
+    matrix = to_matrix(stored, content.updates[0][1].kind)
+    for rows, merged in _merged_rows(content):
+        matrix[rows] = merged.to(stored.dtype)
 
 
 def _require_finite(values: Tensor, entry: TensorEntry, content: Merged) -> None:

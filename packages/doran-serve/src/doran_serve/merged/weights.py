@@ -1,7 +1,7 @@
 """Adapted weights in place of the base's, made on the device: `W' = c (W0 + B A)` in float64, rounded once.
 
 The weights equal those that `doran merge` writes for the folded adapter. The base rows of every changed projection are
-kept once: on the device if they fit beside the engine, else in host memory.
+kept once: on the device if they fit beside the engine, else in host memory. `experts` swaps stacked expert weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from doran_core.errors import AdapterFormatError, TargetError, TensorShapeError
 from doran_core.functional import direction
 from doran_serve.layer_map import Place, nearest, place_name, places_of, renamer
-from doran_serve.records import ServedModule
+from doran_serve.merged.experts import ExpertWeights
+from doran_serve.records import ServedAdapter, ServedModule
 from doran_serve.store import AdapterStore
 from doran_serve.vllm_symbols import lookup
 
@@ -48,7 +49,8 @@ class MergedWeights:
         self._rename = renamer(model, lookup("parse_fine_tuned_lora_name"))
         self._base: dict[str, Tensor] = {}
         self._adapted: set[str] = set()
-        self._ready: OrderedDict[str, dict[str, ServedModule]] = OrderedDict()
+        self._ready: OrderedDict[str, tuple[ServedAdapter, dict[str, ServedModule]]] = OrderedDict()
+        self._experts = ExpertWeights(model, _kept, partial=partial)
 
     @torch.no_grad()
     def swap(self, path: str | None) -> float:
@@ -61,7 +63,11 @@ class MergedWeights:
             DoranError: the adapter cannot be read or does not fit; nothing has changed then.
         """
         start = time.perf_counter()
-        wanted = {} if path is None else self._read(path)
+        adapter, wanted = (None, {}) if path is None else self._read(path)
+        stacks = {} if adapter is None else adapter.stacks
+        if stacks:
+            self._require_base_files()
+            self._experts.check(stacks)
         for name in self._adapted - wanted.keys():
             place = self._places[name]
             place.layer.weight.data[place.rows].copy_(self._base[name])
@@ -70,12 +76,21 @@ class MergedWeights:
         for name, module in wanted.items():
             self._write(name, module)
         self._adapted = set(wanted)
+        self._experts.swap(stacks)
+        if stacks:
+            self._require_base_files()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         return time.perf_counter() - start
 
-    def _read(self, path: str) -> dict[str, ServedModule]:
-        """The adapter's modules by place, read from files if they are not in memory."""
+    def _require_base_files(self) -> None:
+        """Refuse base files that have changed since they were read first: expert weights are merged from them."""
+        checkpoint = self._store.base.checkpoint
+        assert checkpoint is not None  # an adapter of experts is not read without
+        checkpoint.require_unchanged()
+
+    def _read(self, path: str) -> tuple[ServedAdapter, dict[str, ServedModule]]:
+        """The adapter, and its linear layers by place; read from files if they are not in memory."""
         if path in self._ready:
             self._ready.move_to_end(path)
             return self._ready[path]
@@ -99,10 +114,10 @@ class MergedWeights:
                     f"but the served layer's is {list(expected)}"
                 )
             modules[name] = _pinned(module)
-        self._ready[path] = modules
+        self._ready[path] = adapter, modules
         while len(self._ready) > _READY:
             self._ready.popitem(last=False)
-        return modules
+        return self._ready[path]
 
     def _write(self, name: str, module: ServedModule) -> None:
         place = self._places[name]
@@ -122,11 +137,15 @@ class MergedWeights:
 
     def _base_rows(self, name: str, place: Place) -> Tensor:
         if name not in self._base:
-            rows = place.layer.weight.data[place.rows]
-            needed = _SPARE + rows.numel() * rows.element_size()
-            spare = rows.device.type != "cuda" or torch.cuda.mem_get_info(rows.device)[0] > needed
-            self._base[name] = rows.clone() if spare else rows.cpu().pin_memory()
+            self._base[name] = _kept(place.layer.weight.data[place.rows])
         return self._base[name]
+
+
+def _kept(rows: Tensor) -> Tensor:
+    """A copy of base weights: on their device if it has room, else in pinned host memory."""
+    needed = _SPARE + rows.numel() * rows.element_size()
+    spare = rows.device.type != "cuda" or torch.cuda.mem_get_info(rows.device)[0] > needed
+    return rows.clone() if spare else rows.cpu().pin_memory()
 
 
 def _part(scale: Tensor | None, rows: slice) -> Tensor | None:
