@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import pandas
 
-from experiments.statistics import Interval, mean_interval
+from experiments.statistics import mean_interval
 from experiments.tables import at_chosen_rates, markdown
 
-__all__ = ["TASKS", "overall_page"]
+__all__ = ["FURTHER", "TASKS", "overall_page"]
 
 TASKS = ("sample_efficiency", "smollm2", "digits")
 """Studies that have the same methods and seeds; each counts once in the mean, whatever its number of shares."""
+FURTHER = ("flowers", "textures", "cifar", "commonsense_smollm2", "commonsense_gemma3")
+"""Studies on data of the user's, with the same methods; they count as soon as they have a table."""
 _REFERENCES = ("lora", "dora")
 _LEFT_OUT = ("head", "full")
 
@@ -21,11 +23,11 @@ def overall_page(tables: Mapping[str, pandas.DataFrame]) -> str:
     """Markdown of the page.
 
     Args:
-        tables: the tidy table of each of :data:`TASKS`.
+        tables: the tidy table of each of :data:`TASKS`, and of those of :data:`FURTHER` that have one.
     """
-    accuracy = {name: _accuracy(tables[name]) for name in TASKS}
+    accuracy = {name: _accuracy(table) for name, table in tables.items()}
     arms = [arm for arm in tables[TASKS[0]].arm.drop_duplicates() if arm not in _LEFT_OUT]
-    tasks = ", ".join(f"[{name}]({name}.md)" for name in TASKS)
+    tasks = ", ".join(f"[{name}]({name}.md)" for name in tables)
     note = (
         "Differences of test accuracy in points, each method at its rate by validation, paired by seed; ± is half a "
         "95% t interval over seeds, whose number is in brackets. "
@@ -57,7 +59,9 @@ def _accuracy(table: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _difference(accuracy: pandas.DataFrame, arm: str, reference: str) -> pandas.DataFrame:
-    """By seed and share; only seeds that both have."""
+    """By seed and share; only seeds that both have, and none where the task has no such arm."""
+    if arm not in accuracy:
+        return pandas.DataFrame(columns=accuracy[reference].columns, dtype=float)
     return (accuracy[arm] - accuracy[reference]).dropna(how="all")
 
 
@@ -71,8 +75,7 @@ def _mean_over_tasks(accuracy: Mapping[str, pandas.DataFrame], arms: Sequence[st
                 continue
             by_task = [_difference(table, arm, reference).mean(axis=1, skipna=False) for table in accuracy.values()]
             by_seed = pandas.concat(by_task, axis=1).dropna().mean(axis=1)
-            interval = mean_interval(by_seed.tolist())
-            cells.append(f"{_shown(interval)} ({interval.count})")
+            cells.append(f"{_shown(by_seed)} ({len(by_seed)})" if len(by_seed) else "")
         rows.append([arm, *cells])
     return markdown(["arm", *(f"minus {reference}" for reference in _REFERENCES)], rows)
 
@@ -83,9 +86,12 @@ def _by_setting(accuracy: Mapping[str, pandas.DataFrame], arms: Sequence[str], r
     for name, table in accuracy.items():
         for share in sorted(table[reference].columns):
             differences = [_difference(table, arm, reference)[share].dropna() for arm in arms]
-            rows.append([f"{name}, {100 * share:g}%", *(_shown(mean_interval(d.tolist())) for d in differences)])
+            rows.append([f"{name}, {100 * share:g}%", *map(_shown, differences)])
     return markdown(["setting", *arms], rows)
 
 
-def _shown(interval: Interval) -> str:
+def _shown(differences: pandas.Series) -> str:
+    if differences.empty:
+        return ""
+    interval = mean_interval(differences.tolist())
     return f"{interval.value:+.2f} ± {interval.half:.2f}"

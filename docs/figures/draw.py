@@ -2,7 +2,7 @@
 
     python docs/figures/draw.py
 
-The concept pages' figures come from measurements.json, which measure.py makes. The first page's figure comes from the
+The concept pages' figures come from measurements.json, which measure.py makes. The first page's figures come from the
 tables of docs/results. Figures are sized for a phone's width.
 """
 
@@ -36,6 +36,7 @@ def main() -> None:
             sharing(measured["sharing"], scheme)
             start(measured["start"], scheme)
             gains(gained(), scheme)
+            accuracy(compared(), scheme)
 
 
 @contextmanager
@@ -56,8 +57,10 @@ def style(ink: str) -> Iterator[None]:
         yield
 
 
-def save(figure: Any, name: str, scheme: str) -> None:
-    figure.savefig(HERE / f"{name}-{scheme}.svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+def save(figure: Any, name: str, scheme: str, numbers: str | None = None) -> None:
+    """Write a figure; ``numbers`` are what it shows, as the file's description, for the test that compares them."""
+    metadata = {"Date": None} | ({"Description": numbers} if numbers else {})
+    figure.savefig(HERE / f"{name}-{scheme}.svg", transparent=True, bbox_inches="tight", metadata=metadata)
     pyplot.close(figure)
 
 
@@ -181,6 +184,81 @@ def gains(panels: dict[str, dict[str, float]], scheme: str) -> None:
         axis.tick_params(left=False)
         axis.spines["bottom"].set_visible(False)
     save(figure, "gains", scheme)
+
+
+TASKS = {
+    "sample_efficiency": "sentiment, MiniLM",
+    "smollm2": "sentiment, SmolLM2",
+    "digits": "digits, small ViT",
+    "flowers": "flowers, ViT-S/14",
+    "textures": "textures, ViT-S/14",
+    "cifar": "CIFAR-10, ViT-S/14",
+    "commonsense_smollm2": "questions, SmolLM2",
+    "commonsense_gemma3": "questions, Gemma 3",
+}
+"""What the studies are called in the figure."""
+LABELS = {"lora": "LoRA", "dora": "DoRA"}
+COMPARED = {"doran": ("DoRAN", BLUE, "o"), "doran_old_start": ("DoRAN, old start", ORANGE, "s")}
+
+
+def compared() -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
+    """DoRAN's accuracy minus a reference's by reference, setting and arm: points, and half their interval."""
+    panels: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    for reference in ("lora", "dora"):
+        means = _table("experiments/overall.md", "## Mean over tasks")
+        rows = {"mean over tasks": {row["arm"]: row[f"minus {reference}"].partition(" (")[0] for row in means}}
+        for row in _table("experiments/overall.md", f"## Minus {reference}, by setting"):
+            study, _, share = row["setting"].partition(", ")
+            rows[f"{TASKS[study]}, {share}"] = row
+        panels[reference] = {
+            setting: {arm: _interval(row[arm]) for arm in COMPARED if row[arm]} for setting, row in rows.items()
+        }
+    return panels
+
+
+def _interval(cell: str) -> tuple[float, float]:
+    value, _, half = cell.partition(" ± ")
+    return float(value), float(half)
+
+
+def accuracy(panels: dict[str, dict[str, dict[str, tuple[float, float]]]], scheme: str) -> None:
+    """Differences of accuracy with their intervals, one row per setting."""
+    settings = list(next(iter(panels.values())))
+    figure, axes = pyplot.subplots(2, 1, figsize=(4.6, 0.66 * len(settings) + 1.6), sharex=True)
+    for axis, (reference, rows) in zip(axes, panels.items(), strict=True):
+        for shift, (arm, (label, colour, marker)) in zip((-0.15, 0.15), COMPARED.items(), strict=True):
+            places = [place + shift for place, setting in enumerate(settings) if arm in rows[setting]]
+            values, halves = zip(*(row[arm] for row in rows.values() if arm in row), strict=True)
+            axis.errorbar(
+                values,
+                places,
+                xerr=halves,
+                fmt=marker,
+                color=colour,
+                markersize=4.5,
+                capsize=2,
+                linewidth=1.2,
+                label=label,
+            )
+        axis.axvline(0, color=GREY, linewidth=0.8)
+        axis.axhline(0.5, color=GREY, linewidth=0.5, linestyle=":")
+        axis.set_yticks(range(len(settings)), settings, fontsize=9)
+        axis.set_title(f"minus {LABELS[reference]}", loc="left", fontsize=11)
+        axis.invert_yaxis()
+    axes[1].set_xlabel("points of test accuracy, 95% interval")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=2, bbox_to_anchor=(0.4, 0.99))
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    save(figure, "accuracy", scheme, told(panels))
+
+
+def told(panels: dict[str, dict[str, dict[str, tuple[float, float]]]]) -> str:
+    """The numbers of the figure's points."""
+    return "; ".join(
+        f"{LABELS[reference]}, {setting}, {COMPARED[arm][0]}: {value:+.2f} +- {half:.2f}"
+        for reference, rows in panels.items()
+        for setting, row in rows.items()
+        for arm, (value, half) in row.items()
+    )
 
 
 def printed(value: float) -> str:
