@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--budget", type=float, help="seconds after which to stop; what is missing can be run later")
     run.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     run.add_argument("--known", type=Path, help="folder of tidy tables; the runs in them are not made again either")
+    run.add_argument(
+        "--search-seeds",
+        type=int,
+        help="seeds that try every rate; the arms' other seeds are run at the rate that these choose on validation",
+    )
     run.add_argument("--data", type=Path, help="folder of the photos or questions of studies that need some")
     run.add_argument("--check", action="store_true", help="say what the studies lack, and run nothing")
     run.add_argument("--short", action="store_true", help="the studies' short form: shows that the road holds")
@@ -97,17 +103,35 @@ def named_study(name: str, *, short: bool) -> Study:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from experiments.collect import known_runs
+    from experiments.collect import known_runs, searched
     from experiments.runner import run_studies
 
     known = known_runs(args.known) if args.known else set()
     studies = [named_study(name, short=args.short) for name in args.studies]
     if args.check:
         return _check(studies, args.data)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    done, left = run_studies(
-        studies, args.out, workers=args.workers, budget=args.budget, device=device, known=known, data=args.data
-    )
+    if args.search_seeds is not None and args.search_seeds < 1:
+        raise ExperimentError(f"--search-seeds: expected 1 or more, got {args.search_seeds}")
+    started = time.monotonic()
+
+    def run(wanted: Sequence[Study]) -> tuple[int, int]:
+        return run_studies(
+            wanted,
+            args.out,
+            workers=args.workers,
+            budget=None if args.budget is None else args.budget - (time.monotonic() - started),
+            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            known=known,
+            data=args.data,
+        )
+
+    if args.search_seeds is None:
+        done, left = run(studies)
+    else:
+        done, left = run([study.first_seeds(args.search_seeds) for study in studies])
+        if left == 0:
+            more, left = run([searched(study, args.out, args.known) for study in studies])
+            done += more
     print(f"{done} runs made, {left} left")
     return 0
 

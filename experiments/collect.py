@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,22 @@ from experiments.errors import ExperimentError
 from experiments.store import Store
 from experiments.study import Study
 
-__all__ = ["CURVE_COLUMNS", "KEYS", "SPECTRUM_COLUMNS", "chosen_rates", "collect", "known_runs"]
+__all__ = [
+    "CURVE_COLUMNS",
+    "KEYS",
+    "SHARE_COLUMNS",
+    "SPECTRUM_COLUMNS",
+    "chosen_rates",
+    "collect",
+    "known_runs",
+    "searched",
+]
 
 KEYS = ["arm", "model", "method", "options", "fraction", "rate", "seed", "steps", "batch"]
 """First columns of a table; the measures follow."""
 CURVE_COLUMNS = ["arm", "rate", "seed", "layer", "step", "tau", "norm"]
+SHARE_COLUMNS = ["along", "kept"]
+"""Further columns of runs whose gradients were split: shares of the squared gradient."""
 SPECTRUM_COLUMNS = ["arm", "rate", "seed", "layer", "index", "value"]
 _NOT_TIDY = ("curves",)
 
@@ -45,22 +56,9 @@ def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
     found: dict[str, tuple[Store, dict[str, Any]]] = {}
     for store in [Store(folder) for folder in reversed(folders)]:
         found.update({id_: (store, row) for id_, row in store.rows().items()})
-    earlier = _earlier_rows(into)
-    records = []
-    for arm, run in study.runs():
-        if run.id in found:
-            measures = {key: value for key, value in found[run.id][1].items() if key not in _NOT_TIDY}
-        elif run.id in earlier:
-            measures = {key: value for key, value in earlier[run.id].items() if key not in KEYS}
-        else:
-            continue
-        options = " ".join(f"{key}={value}" for key, value in run.options)
-        spec = {key: getattr(run, key) for key in KEYS if key not in ("arm", "options")}
-        records.append({"arm": arm, "options": options, **spec, **measures})
-    if not records:
+    table = _table(study, {id_: row for id_, (_, row) in found.items()}, _earlier_rows(into))
+    if table.empty:
         raise ExperimentError(f"study {study.name}: none of its runs is in {', '.join(map(str, folders))}")
-    table = pandas.DataFrame(records)
-    table = table[[*KEYS, *(name for name in table.columns if name not in KEYS)]]
     curves = _tau_curves(table, found, curves_path)
     spectra = _spectra(table, found, spectra_path)
     into.mkdir(parents=True, exist_ok=True)
@@ -70,6 +68,37 @@ def collect(study: Study, folders: Sequence[Path], into: Path) -> Path:
     if len(curves):
         curves.to_parquet(curves_path, index=False)
     return path
+
+
+def searched(study: Study, folder: Path, tables: Path | None = None) -> Study:
+    """The study at the rates that its runs so far choose: those with the most seeds, and of these the most accurate.
+
+    Args:
+        study: which runs.
+        folder: results.
+        tables: folder of tidy tables, whose runs count as well.
+    """
+    table = _table(study, Store(folder).rows(), _earlier_rows(tables) if tables else {})
+    return study.at_rates(chosen_rates(table) if len(table) else {})
+
+
+def _table(
+    study: Study, found: Mapping[str, dict[str, Any]], earlier: Mapping[str, dict[str, Any]]
+) -> pandas.DataFrame:
+    """A row for each run of the study that is in ``found`` (by its id) or, if not there, in ``earlier``."""
+    records = []
+    for arm, run in study.runs():
+        if run.id in found:
+            measures = {key: value for key, value in found[run.id].items() if key not in _NOT_TIDY}
+        elif run.id in earlier:
+            measures = {key: value for key, value in earlier[run.id].items() if key not in KEYS}
+        else:
+            continue
+        options = " ".join(f"{key}={value}" for key, value in run.options)
+        spec = {key: getattr(run, key) for key in KEYS if key not in ("arm", "options")}
+        records.append({"arm": arm, "options": options, **spec, **measures})
+    columns = dict.fromkeys(name for record in records for name in record if name not in KEYS)
+    return pandas.DataFrame(records, columns=[*KEYS, *columns])
 
 
 def _earlier_rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -114,6 +143,7 @@ def _tau_curves(
                 "arm": row.arm, "rate": row.rate, "seed": row.seed, "layer": layers * steps,
                 "step": points.repeat(names).astype("int32"),
                 "tau": curves["tau"].ravel(), "norm": curves["norm"].ravel(),
+                **{name: curves[name].ravel() for name in SHARE_COLUMNS if name in curves},
             })
         )  # fmt: skip
     if missing:

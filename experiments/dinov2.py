@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from experiments.errors import ExperimentError
 
-__all__ = ["IMAGE_MEAN", "IMAGE_STD", "backbone_tensors", "load_dinov2", "random_dinov2"]
+__all__ = ["IMAGE_MEAN", "IMAGE_STD", "backbone_tensors", "load_dinov2", "random_dinov2", "renamed_layers"]
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 """Of ImageNet, for RGB in [0, 1]; what the graph was trained with."""
 _BACKBONE = "backbone."
+_FORMER = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention.output.dense"}
+"""What transformers called the layers of Dinov2Model's attention before 5.18, by today's names."""
 _HEAD_WIDTH = 64
 
 
@@ -113,3 +115,9 @@ def random_dinov2(file: Path, cache: Path) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = Dinov2Model(pretrained.config)
     return model
+
+
+def renamed_layers(model: nn.Module) -> dict[str, str]:
+    """What this version of transformers calls ``q_proj`` and its neighbours, where the name is another."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return _FORMER if "query" in names else {}

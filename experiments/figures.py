@@ -10,7 +10,7 @@ import pandas
 from experiments.statistics import mean_interval
 from experiments.tables import at_chosen_rates
 
-__all__ = ["plot_data", "plot_rates", "plot_spectra", "plot_tau", "plot_theory"]
+__all__ = ["plot_data", "plot_rates", "plot_spectra", "plot_split", "plot_tau", "plot_theory"]
 
 
 def _pyplot() -> Any:
@@ -80,6 +80,23 @@ def plot_tau(curves: pandas.DataFrame, arm: str, path: Path) -> Path:
     axes[0].set(xlabel="step", ylabel="tau / mean row norm", title=f"{arm}: each layer, mean over seeds")
     axes[1].set(xlabel="block", title="last step, each seed")
     axes[1].legend(fontsize=8)
+    return _save(figure, path)
+
+
+def plot_split(curves: pandas.DataFrame, arm: str, path: Path) -> Path:
+    """Share of each layer's squared gradient along its weight's rows, and what tau keeps of it, by block."""
+    own = curves[curves.arm == arm].dropna(subset=["along"]).copy()
+    own["projection"] = own.layer.astype(str).str.rpartition(".")[2]
+    own["block"] = own.layer.astype(str).str.extract(r"(\d+)")[0].astype(int)
+    figure, axis = _pyplot().subplots(figsize=(7, 3.4), layout="constrained")
+    for projection, part in own.groupby("projection"):
+        means = 100 * part.groupby("block")[["along", "kept"]].mean()
+        (line,) = axis.plot(means.index, means.along, "o", markersize=4, label=f"{projection}: along the rows")
+        axis.plot(means.index, means.kept, "x", markersize=4, color=line.get_color(), label="of it, kept by tau")
+    axis.set(
+        yscale="log", xlabel="block", ylabel="% of the squared gradient", title=f"{arm}: mean over steps and seeds"
+    )
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 
 

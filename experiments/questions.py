@@ -28,7 +28,7 @@ PIECES = ("1", "2", "3", "4", "5", " true", " false")
 TRAINING, VALIDATION = 8000, 800
 """Questions of the joint training data, and of what it leaves."""
 LONGEST = 224
-"""Tokens of a prompt; of longer ones (fewer than 1%) the start of the instruction is cut."""
+"""Tokens of a prompt; of longer ones (fewer than 1%) the start is cut, but for the token that begins every text."""
 _PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -63,13 +63,17 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _examples(rows: Sequence[tuple[int, Path, dict[str, Any]]], tokenizer: Any) -> Examples:
+def _examples(rows: Sequence[tuple[int, Path, dict[str, Any]]], tokenizer: Any, first: Sequence[int]) -> Examples:
     """The questions of (number of the task, file, row)."""
     answers = [_answer(file, row) for _, file, row in rows]
-    prompts = tokenizer([_PROMPT.format(instruction=row["instruction"]) for _, _, row in rows]).input_ids
+    texts = [_PROMPT.format(instruction=row["instruction"]) for _, _, row in rows]
+    prompts = tokenizer(texts, add_special_tokens=False).input_ids
     ends = {text: tokenizer(text, add_special_tokens=False).input_ids for text in {text for text, _, _ in answers}}
     before = [ends[text] for text, _, _ in answers]
-    tokens = [[*prompt[len(end) - LONGEST :], *end] for prompt, end in zip(prompts, before, strict=True)]
+    tokens = [
+        [*first, *prompt[len(first) + len(end) - LONGEST :], *end]
+        for prompt, end in zip(prompts, before, strict=True)
+    ]  # fmt: skip
     lengths = torch.tensor([len(ids) for ids in tokens])
     inputs = torch.zeros(len(tokens), int(lengths.max()), dtype=torch.long)
     choices = torch.zeros(len(tokens), len(PIECES), dtype=torch.bool)
@@ -80,12 +84,13 @@ def _examples(rows: Sequence[tuple[int, Path, dict[str, Any]]], tokenizer: Any) 
     return Examples(inputs, lengths, labels, torch.tensor([task for task, _, _ in rows]), choices)
 
 
-def questions_split(folder: Path, tokenizer: Any) -> Split:
+def questions_split(folder: Path, tokenizer: Any, first: Sequence[int] = ()) -> Split:
     """Joint training on four tasks; validation on questions of theirs that are left; seven tests.
 
     Args:
         folder: TASK/train.json and TASK/test.json.
         tokenizer: the model's.
+        first: tokens that begin every text of the model.
 
     Raises:
         ExperimentError: a file is missing or not of the form.
@@ -103,5 +108,5 @@ def questions_split(folder: Path, tokenizer: Any) -> Split:
         for number, task in enumerate(TESTS)
         for row in _read(folder / task / "test.json")
     ])  # fmt: skip
-    train, validation, test = (_examples(part, tokenizer) for part in parts)
+    train, validation, test = (_examples(part, tokenizer, first) for part in parts)
     return Split.of(train, validation, test, tests=TESTS)

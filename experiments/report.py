@@ -13,7 +13,7 @@ import yaml
 
 from experiments import figures, tables
 from experiments.errors import ExperimentError
-from experiments.overall import TASKS, overall_page
+from experiments.overall import FURTHER, TASKS, overall_page
 from experiments.statistics import Interval, mean_interval
 
 __all__ = ["shared_against_separate", "slopes", "write_report"]
@@ -45,7 +45,8 @@ def write_report(names: Sequence[str], folder: Path, into: Path) -> list[Path]:
         written.append(path)
     if {*TASKS} <= {*names}:
         path = into / "overall.md"
-        found = {name: pandas.read_csv(folder / f"{name}.csv", keep_default_na=True) for name in TASKS}
+        tasks = [name for name in (*TASKS, *FURTHER) if name in names]
+        found = {name: pandas.read_csv(folder / f"{name}.csv", keep_default_na=True) for name in tasks}
         path.write_text(overall_page(found), encoding="utf-8")
         written.append(path)
     return written
@@ -75,7 +76,7 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     reference = next((arm for arm in arms if arm.startswith("lora")), arms[0])
     own = next((arm for arm in arms if arm.startswith("doran")), arms[0])
     references = list(dict.fromkeys([reference, own]))
-    model, steps, batch = table.model.iloc[0], table.steps.iloc[0], table.batch.iloc[0]
+    model, steps, batch = ", ".join(table.model.unique()), table.steps.iloc[0], table.batch.iloc[0]
     devices = ", ".join(sorted(table.device.unique()))
     note = (
         f"{len(table)} runs of {model}, {steps} steps of {batch}, on {devices}. For each arm the rate with the best "
@@ -83,14 +84,14 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
         "differences are paired by seed. The spread does not include that of the choice of test examples. A star marks "
         "a rate at the end of its grid."
     )
+    if _searched(table):
+        note += " Some of the seeds tried every rate; the others ran at the rate that these chose."
     if _all_old(table):
         note += ' **Old start**: all generators start from N(0, 1) (`generator_init="normal"`), with embeddings of 64.'
     parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, references)]
     parts += [f"![accuracy over the learning rate]({figures.plot_rates(table, into / f'{name}-rates.svg').name})", ""]
     parts += ["## Test accuracy by learning rate, %", "", tables.accuracy_by_rate(table)]
-    points = f"{100 * tables.LOST:g} points"
-    lost = f"Lost: the loss is not finite, or validation accuracy ends less than {points} above chance."
-    parts += ["## Lost runs by learning rate", "", lost, "", tables.lost_runs(table)]
+    parts += ["## Lost runs by learning rate", "", tables.lost_rule(table), "", tables.lost_runs(table)]
     if _settings(name).get("stability"):
         text = "A spike is a step whose loss is twice the median of the ten before it and above the first loss."
         parts += ["## Spikes of the loss per run", "", text, "", tables.spikes(table)]
@@ -112,6 +113,12 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
             parts += [f"![singular values of the updates]({figure})", ""]
     parts += _tau(name, folder, into)
     return "\n".join(parts)
+
+
+def _searched(table: pandas.DataFrame) -> bool:
+    """Whether an arm has more seeds at one rate than at another."""
+    seeds = table.groupby(["arm", "fraction", "rate"]).seed.nunique().groupby(["arm", "fraction"])
+    return bool((seeds.max() > seeds.min()).any())
 
 
 def _all_old(table: pandas.DataFrame) -> bool:
@@ -146,6 +153,16 @@ def _tau(name: str, folder: Path, into: Path) -> list[str]:
     for arm in [arm for arm in ("doran", "block", "leaky_relu", "relative_0.1") if arm in moving][:1]:
         figure = figures.plot_tau(curves, arm, into / f"{name}-tau.svg").name
         parts += [f"![tau of {arm}]({figure})", ""]
+    if "along" in curves and curves.along.notna().any():
+        text = (
+            "The share of a layer's squared gradient that runs along the rows of its weight, where DoRA's output does "
+            "not change, and how much of that share reaches the factors through tau. Each layer has its mean over "
+            "steps and seeds; shown are the smallest, the middle and the largest layer."
+        )
+        parts += ["## The gradient's split", "", text, "", tables.gradients_split(curves)]
+        for arm in [arm for arm in ("doran",) if arm in moving]:
+            figure = figures.plot_split(curves, arm, into / f"{name}-split.svg").name
+            parts += [f"![the gradient's split of {arm}]({figure})", ""]
     return parts
 
 

@@ -34,6 +34,10 @@ class _StackedLinear(nn.Module):
         self.base_layer = base_layer
         self.bias: Tensor | None = base_view(base_layer).bias
         self.factors: Factors | None = None
+        self.watched_tau: Tensor | None = None
+        """tau of each run, ``[K, 1]`` or ``[K, d_out]``: the next backward pass leaves its gradient's split."""
+        self.split: Tensor | None = None
+        """Shares of the squared gradient of W' that run along the rows, and that tau keeps of them, ``[2, K]``."""
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.base_layer(x)
@@ -44,7 +48,28 @@ class _StackedLinear(nn.Module):
         adapted = vmap(functional.adapted_output, in_dims=(0, 0, 0, None))(
             output.reshape(runs, -1, output.shape[-1]), delta, scale, self.bias
         )
+        if self.watched_tau is not None:
+            inputs = x.detach().reshape(runs, -1, x.shape[-1])
+            adapted.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self._split_gradient(gradient, inputs)
+            )
         return adapted.reshape(output.shape)
+
+    @torch.no_grad()
+    def _split_gradient(self, gradient: Tensor, inputs: Tensor) -> None:
+        """From the gradient of the output ``[K, n, d_out]``; the parts are those of doran_core's GradientSplit."""
+        assert self.factors is not None
+        assert self.watched_tau is not None
+        scale, A, scaled_B = self.factors
+        weight = base_view(self.base_layer).weight()
+        assert weight is not None
+        of_weight = gradient.mT @ inputs
+        direction = weight + (scaled_B / scale[..., None]) @ A
+        norm = direction.norm(dim=-1)
+        along = (of_weight * direction).sum(-1) / norm
+        kept = self.watched_tau / (norm + self.watched_tau) * along
+        total = of_weight.square().sum((-2, -1))
+        self.split = torch.stack([along.square().sum(-1), kept.square().sum(-1)]) / total
 
 
 class _Adapters(nn.Module):
@@ -169,6 +194,28 @@ class StackedAdapters:
         tau, norm = self._map(both)
         runs = self.flat.shape[0]
         return tau.expand(runs, -1).cpu(), norm.expand(runs, -1).cpu()
+
+    @torch.no_grad()
+    def watch_gradients(self) -> None:
+        """Have the next backward pass leave what :meth:`gradient_shares` returns; no part of it for LoRA."""
+        if not self.scaled:
+            return
+        taus = self._map(lambda: [adapter.tau.value().reshape(-1) for adapter in self._each_adapter()])
+        for layer, tau in zip(self._stacked, taus, strict=True):
+            layer.watched_tau = tau
+
+    def gradient_shares(self) -> Tensor | None:
+        """Shares of each layer's squared gradient along the rows of its weight, and of what tau keeps of these.
+
+        Returns:
+            ``[2, K, layers]``; None for LoRA.
+        """
+        if not self.scaled:
+            return None
+        shares = torch.stack([layer.split for layer in self._stacked if layer.split is not None], dim=-1)
+        for layer in self._stacked:
+            layer.watched_tau = layer.split = None
+        return shares.cpu()
 
     @torch.no_grad()
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:

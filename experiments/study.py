@@ -27,7 +27,7 @@ class Run:
     """One training: all that decides its result, and nothing else.
 
     Attributes:
-        model: minilm, smollm2 or vit.
+        model: a name in :mod:`experiments.tasks`, such as minilm, or with a folder of the user's, dinov2/flowers5.
         method: a name in :data:`experiments.methods.METHODS`.
         options: further options of DoranConfig, or the runner's own, as sorted pairs. With generated factors they
             always tell the start: its default has changed once.
@@ -97,6 +97,22 @@ class Study:
             raise ExperimentError(f"study {self.name}: no arm {unknown}; its arms are {sorted(self.arms)}")
         return dataclasses.replace(self, arms={name: self.arms[name] for name in arms})
 
+    def first_seeds(self, count: int) -> Study:
+        """The study with the first seeds of each arm."""
+        arms = {}
+        for name, runs in self.arms.items():
+            seeds = sorted({run.seed for run in runs})[:count]
+            arms[name] = tuple(run for run in runs if run.seed in seeds)
+        return dataclasses.replace(self, arms=arms)
+
+    def at_rates(self, chosen: Mapping[tuple[str, float], float]) -> Study:
+        """The study at one rate for each arm and share of the data; without those that have none."""
+        arms = {
+            name: tuple(run for run in runs if chosen.get((name, run.fraction)) == run.rate)
+            for name, runs in self.arms.items()
+        }
+        return dataclasses.replace(self, arms=arms)
+
     def runs(self) -> Iterator[tuple[str, Run]]:
         """All runs with the names of their arms."""
         return ((arm, run) for arm, runs in self.arms.items() for run in runs)
@@ -106,7 +122,7 @@ _KEYS = {
     "question", "model", "targets", "budget_rank", "steps", "batch", "head_rate", "rates", "fractions", "seeds",
     "first_seed", "parallel", "evaluated", "measure_factors", "stability", "arms", "short",
 }  # fmt: skip
-_ARM_KEYS = {"method", "rates", "fractions", "seeds", "first_seed", "targets", "budget_rank", "match"}
+_ARM_KEYS = {"model", "method", "rates", "fractions", "seeds", "first_seed", "targets", "budget_rank", "match"}
 
 
 def load_study(path: Path, *, short: bool = False) -> Study:
@@ -163,7 +179,7 @@ def _arm_runs(path: Path, name: str, arm: Mapping[str, Any], settings: Mapping[s
     grid = itertools.product(seeds, chosen["fractions"], chosen["rates"])
     for seed, fraction, rate in grid:
         yield Run(
-            model=settings["model"],
+            model=chosen["model"],
             method=method,
             options=options,
             targets=tuple(chosen["targets"]),

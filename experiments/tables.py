@@ -17,6 +17,8 @@ __all__ = [
     "data_needed",
     "factor_table",
     "gradients",
+    "gradients_split",
+    "lost_rule",
     "lost_runs",
     "markdown",
     "spikes",
@@ -24,7 +26,10 @@ __all__ = [
 ]
 
 LOST = 0.1
-"""A run is lost when its loss is not finite, or its validation accuracy less than this above chance."""
+"""A run is lost when its loss is not finite, or its validation accuracy less than this above chance.
+
+On data of the user's, where a run that learns may stay near chance: when its loss ends above its first value.
+"""
 _CHANCE = {"minilm": 0.5, "smollm2": 0.5, "vit": 0.1}
 
 
@@ -77,10 +82,24 @@ def summary(table: pandas.DataFrame, references: Sequence[str]) -> str:
     return markdown([*header, *(f"minus {name}, points" for name in references)], rows)
 
 
+def _has_chance(table: pandas.DataFrame) -> bool:
+    return bool(table.model.isin(_CHANCE).all())
+
+
+def lost_rule(table: pandas.DataFrame) -> str:
+    """What a lost run of the study is."""
+    if _has_chance(table):
+        below = f"validation accuracy ends less than {100 * LOST:g} points above chance"
+    else:
+        below = "it ends above the first loss"
+    return f"Lost: the loss is not finite, or {below}."
+
+
 def lost_runs(table: pandas.DataFrame) -> str:
     """How many runs of each arm and rate were lost."""
     whole = table[table.fraction == table.fraction.max()]
-    lost = whole.last_loss.isna() | (whole.validation_accuracy < whole.model.map(_CHANCE) + LOST)
+    low = whole.validation_accuracy < whole.model.map(_CHANCE) + LOST if _has_chance(table) else whole.diverged
+    lost = whole.last_loss.isna() | low
     return _by_rate(whole.assign(lost=lost), lambda runs: f"{runs.lost.sum()}/{len(runs)}")
 
 
@@ -118,7 +137,7 @@ def accuracy_by_data(table: pandas.DataFrame) -> str:
     for arm in table.arm.drop_duplicates():
         own = [best[(best.arm == arm) & (best.fraction == fraction)] for fraction in fractions]
         cells = [_show(mean_interval(list(_by_seed(part).values()))) if len(part) else "" for part in own]
-        rows.append([arm, *cells, str(min(len(part) for part in own))])
+        rows.append([arm, *cells, str(min(len(part) for part in own if len(part)))])
     return markdown(["arm", *(f"{100 * fraction:g}%" for fraction in fractions), "seeds"], rows)
 
 
@@ -159,3 +178,20 @@ def factor_table(table: pandas.DataFrame) -> str:
             spread = [mean_interval(own[name].tolist()) for name in ("effective_rank", "update_similarity")]
             rows.append([arm, str(own["rank"].iloc[0]), str(len(own)), *map(_show, spread)])
     return markdown(["arm", "rank", "seeds", "effective rank", "cosine between layers"], rows)
+
+
+def gradients_split(curves: pandas.DataFrame) -> str:
+    """Shares of the squared gradient along the rows, and of what tau keeps of them, in percent.
+
+    Each layer's share is the mean over steps and seeds; a row has the smallest, the middle and the largest layer of a
+    projection.
+    """
+    rows = []
+    for arm, own in curves.dropna(subset=["along"]).groupby("arm", observed=True):
+        by_layer = own.groupby("layer", observed=True)[["along", "kept"]].mean()
+        projection = by_layer.index.astype(str).str.rpartition(".").get_level_values(2)
+        for name, layers in by_layer.groupby(projection):
+            spread = [100 * layers[part].quantile([0, 0.5, 1]) for part in ("along", "kept")]
+            shown = [", ".join(f"{value:.2g}" for value in values) for values in spread]
+            rows.append([str(arm), str(name), str(len(layers)), *shown])
+    return markdown(["arm", "projection", "layers", "along the rows, %", "of it, kept by tau, %"], rows)

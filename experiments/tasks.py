@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class Task:
         features: what it makes of inputs.
         head: the classifier's start for a seed: weight ``[classes, d]`` and bias ``[classes]``.
         split: the data.
+        renamed: what a study's targets are called in this version of transformers, where the name is another.
     """
 
     model: nn.Module
     features: Features
     head: Callable[[int], tuple[Tensor, Tensor]]
     split: Split
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 def require(name: str, data: Path | None = None) -> None:
@@ -168,13 +170,20 @@ def _photos(load: Callable[[Path, Path], nn.Module]) -> Callable[[Path, Path], T
             return hidden
 
         classes = int(split.train.labels.max()) + 1
-        return Task(model, features, _random_head(classes, model.config.hidden_size), split)
+        head = _random_head(classes, model.config.hidden_size)
+        return Task(model, features, head, split, dinov2.renamed_layers(model))
 
     return task
 
 
-def _questions(find: Callable[[], Path]) -> Callable[[Path, Path], Task]:
-    """Commonsense questions; the classifier starts as the output rows of the answers' last tokens."""
+def _questions(find: Callable[[], Path], *, begins: bool = False) -> Callable[[Path, Path], Task]:
+    """Commonsense questions; the classifier starts as the output rows of the answers' last tokens.
+
+    Args:
+        find: the model's GGUF file.
+        begins: every text begins with the tokenizer's token for that. Gemma's file asks for it; transformers (5.17,
+            5.19) leaves it out when it reads the file, and the model predicts much worse without.
+    """
 
     def task(cache: Path, folder: Path) -> Task:
         model, tokenizer = _gguf(find())
@@ -186,7 +195,8 @@ def _questions(find: Callable[[], Path]) -> Callable[[Path, Path], Task]:
         def head(seed: int) -> tuple[Tensor, Tensor]:
             return rows.clone(), torch.zeros(len(rows))
 
-        return Task(model.model, _last_token, head, questions.questions_split(folder, tokenizer))
+        first = [tokenizer.bos_token_id] if begins else []
+        return Task(model.model, _last_token, head, questions.questions_split(folder, tokenizer, first))
 
     return task
 
@@ -219,6 +229,6 @@ _ON_FOLDERS: dict[str, Callable[[Path, Path], Task]] = {
     "dinov2": _photos(dinov2.load_dinov2),
     "random_vit": _photos(dinov2.random_dinov2),
     "smollm2": _questions(sources.smollm2_file),
-    "gemma3": _questions(sources.gemma3_file),
+    "gemma3": _questions(sources.gemma3_file, begins=True),
 }
 """Models that are adapted to data in a folder of the user's."""

@@ -39,8 +39,9 @@ class Outcome:
 
     Attributes:
         rows: one record per run.
-        curves: arrays with the runs first: ``loss`` and ``gradient`` ``[K, steps]``, ``tau`` and ``norm``
-            ``[K, points, layers]``, and with ``measure_factors`` ``spectrum`` ``[K, layers, r]``.
+        curves: arrays with the runs first: ``loss`` and ``gradient`` ``[K, steps]``; ``tau`` and ``norm``
+            ``[K, points, layers]``; ``along`` and ``kept``, shares of the squared gradient, of the same shape and NaN
+            at the end, where there is no gradient; with ``measure_factors`` ``spectrum`` ``[K, layers, r]``.
         points: steps at which tau was recorded.
         layers: names of the adapted layers.
     """
@@ -138,7 +139,7 @@ def _trained(task: Task, runs: Sequence[Run], device: torch.device) -> tuple[Any
         return _Whole(task, device), 0
     if method.adapter is None:
         return _HeadOnly(task, device), 0
-    options, targets = dict(first.options), list(first.targets)
+    options, targets = dict(first.options), [task.renamed.get(name, name) for name in first.targets]
     rank = first.budget_rank
     if first.match == "parameters":
         rank, _ = matched_rank(task.model, first.method, options, targets, reference_rank=rank)
@@ -239,15 +240,20 @@ def _steps(stack: _Stack, train: Examples, points: Sequence[int]) -> dict[str, n
     losses = torch.empty(first.steps, stack.count, device=device)
     gradient_norms = torch.empty(first.steps, stack.count, device=device)
     states: list[tuple[Tensor, Tensor]] = []
+    shares: list[Tensor] = []
     for step in range(first.steps):
         if step in points:
             states.append(trained.tau_and_norm())
+            trained.watch_gradients()
         trained.prepare(training=True)
         longest = task.split.longest[schedule[step]] if task.split.longest else None
         logits = stack.logits(train, indices[step], longest)
         labels = train.labels[indices[step]]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(stack.count, -1).mean(1)
-        gradients = torch.autograd.grad(loss.sum(), stack.tensors)
+        # A model trained whole may have weights that its features do not use (DINOv2's mask token).
+        gradients = torch.autograd.grad(loss.sum(), stack.tensors, materialize_grads=True)
+        if step in points and (split := trained.gradient_shares()) is not None:
+            shares.append(split)
         losses[step] = loss.detach()
         gradient_norms[step] = _norms(gradients, stack.count)
         optimizer.step(gradients, rate_factor(step, first.steps))
@@ -257,6 +263,9 @@ def _steps(stack: _Stack, train: Examples, points: Sequence[int]) -> dict[str, n
     if states:
         curves["tau"] = torch.stack([tau for tau, _ in states], dim=1).numpy()
         curves["norm"] = torch.stack([norm for _, norm in states], dim=1).numpy()
+    if shares:
+        shares += [torch.full_like(shares[0], torch.nan)] * (len(states) - len(shares))
+        curves["along"], curves["kept"] = torch.stack(shares, dim=2).numpy()
     return curves
 
 
@@ -289,7 +298,7 @@ def _evaluate(logits_of: Any, examples: Examples, count: int, most: int | None) 
         order = order[examples.lengths[order].argsort(stable=True)]
     size = len(order)
     lengths = None if examples.lengths is None else examples.lengths[order].tolist()
-    # An image of 8 x 8 has 17 tokens, one of 126 x 126 has 82.
+    # An image of 8 x 8 has 17 tokens, one of 98 x 98 has 50.
     tokens = max(17, examples.inputs.shape[-1] ** 2 // 14**2) if lengths is None else lengths[-1]
     per_batch = max(1, EVALUATION_TOKENS // (tokens * count))
     correct = torch.zeros(count, int(numbers.max()) + 1, device=device)

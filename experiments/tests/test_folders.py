@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from experiments import questions, sources
 from experiments.__main__ import main
-from experiments.dinov2 import load_dinov2
+from experiments.dinov2 import load_dinov2, renamed_layers
 from experiments.errors import ExperimentError
 from experiments.photos import SIDE, photo_split
 from experiments.study import Run
@@ -102,12 +103,22 @@ def test_photos_that_are_not_there_or_of_other_classes(photos: Path) -> None:
         photo_split(photos / "two")
 
 
-def test_a_run_on_photos_learns(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_attention_are_found_by_the_names_of_other_versions() -> None:
+    today = nn.ModuleDict({"attention": nn.ModuleDict({"q_proj": nn.Linear(2, 2), "v_proj": nn.Linear(2, 2)})})
+    former = nn.ModuleDict({"attention": nn.ModuleDict({"query": nn.Linear(2, 2), "value": nn.Linear(2, 2)})})
+    assert renamed_layers(today) == {}
+    assert [renamed_layers(former)[name] for name in ("q_proj", "v_proj")] == ["query", "value"]
+
+
+@pytest.mark.parametrize(("method", "rate"), [("doran", 1e-2), ("full", 1e-3)])
+def test_a_run_on_photos_learns(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, rate: float
+) -> None:
     (tmp_path / "models").mkdir()
     tiny_graph(tmp_path / "models" / "vit_s_focus.onnx")
     monkeypatch.setattr(sources, "_folder", lambda package, install: tmp_path)
     task = load_task("dinov2/two", tmp_path / "cache", photos)
-    run = Run("dinov2/two", "doran", (), ("q_proj", "v_proj"), 2, "rank", 1e-2, 1e-2, 30, 8, 1.0, 0)
+    run = Run("dinov2/two", method, (), ("q_proj", "v_proj"), 2, "rank", rate, 1e-2, 30, 8, 1.0, 0)
     (row,) = train_runs(
         task, (task.split.train, task.split.validation, task.split.test), [run], torch.device("cpu")
     ).rows
@@ -163,6 +174,20 @@ def test_questions_ask_for_the_last_piece(folder: Path, tokenizer: Any) -> None:
         possible = [p for p, may in zip(questions.PIECES, split.test.choices[index], strict=True) if may]
         assert possible == [" true", " false"] if task == "boolq" else list("1234"[: row["instruction"].count(":") - 1])
         assert len(tokenizer(piece, add_special_tokens=False).input_ids) == 1
+
+
+def test_a_text_may_begin_with_a_token_that_is_never_cut(folder: Path, tokenizer: Any) -> None:
+    file = folder / "asked" / "piqa" / "test.json"
+    file.write_text(json.dumps([question(400, 2, 1, "Solution"), question(1, 2, 1, "Solution")]))
+    plain = questions.questions_split(folder / "asked", tokenizer).test
+    begun = questions.questions_split(folder / "asked", tokenizer, [7]).test
+    assert plain.lengths is not None
+    assert begun.lengths is not None
+    long = int((plain.lengths == questions.LONGEST).nonzero())
+    assert begun.lengths[long] == questions.LONGEST
+    assert begun.inputs[long].tolist() == [7, *plain.inputs[long, 1:].tolist()]
+    assert (begun.inputs[:, 0] == 7).all()
+    assert begun.lengths[long + 1] == plain.lengths[long + 1] + 1
 
 
 def test_questions_of_another_form_are_refused(folder: Path, tokenizer: Any) -> None:

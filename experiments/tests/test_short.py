@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+import yaml
 
 from experiments.__main__ import STUDIES, main
 from experiments.collect import KEYS
@@ -76,6 +77,9 @@ def test_each_study_has_its_tidy_table_and_report(results: Path, tmp_path: Path,
     assert (tmp_path / "page" / f"{study}-rates.svg").stat().st_size > 1000
     assert ("## Spikes of the loss per run" in page) == (study in ("tau", "tau_init"))
     assert (f"({study}-spectra.svg)" in page) == (study == "sharing")
+    has_tau = bool((table.tau_start > 0).any()) if "tau_start" in table else False
+    assert ("## The gradient's split" in page) == has_tau
+    assert (f"({study}-split.svg)" in page) == (has_tau and "doran" in set(table.arm))
 
 
 def test_the_spectra_are_those_of_the_factors(results: Path, tmp_path: Path) -> None:
@@ -102,6 +106,29 @@ def test_what_was_trained_has_learned(results: Path, tmp_path: Path) -> None:
     assert set(curves.arm) == {"doran"}
     assert (curves.tau > 0).all()
     assert curves.groupby("layer").tau.nunique().min() > 1  # a learned tau moves
+
+
+def test_a_search_runs_the_other_seeds_at_the_rate_that_it_chose(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(letters, tmp_path / "models")
+    study = yaml.safe_load((STUDIES / "digits.yaml").read_text(encoding="utf-8"))
+    study |= {"steps": 40, "evaluated": 100, "seeds": 3, "fractions": [1.0], "rates": [1e-6, 8e-3]}
+    study |= {"parallel": 4, "arms": {"lora": {}, "head": {}}}
+    file = tmp_path / "found.yaml"
+    file.write_text(yaml.safe_dump(study), encoding="utf-8")
+    arguments = ["run", str(file), "--out", str(tmp_path), "--device", "cpu", "--search-seeds", "2"]
+    assert main(arguments) == 0
+    assert "10 runs made, 0 left" in capsys.readouterr().out
+    assert main(["collect", str(file), "--results", str(tmp_path), "--into", str(tmp_path)]) == 0
+    table = pandas.read_csv(tmp_path / "found.csv")
+    seeds = {(arm, rate): set(part.seed) for (arm, rate), part in table.groupby(["arm", "rate"])}
+    assert seeds == {(arm, rate): {5, 6} | ({7} if rate == 8e-3 else set()) for arm, rate in seeds}
+    assert len(seeds) == 4
+    assert main(["report", "found", "--tables", str(tmp_path), "--into", str(tmp_path)]) == 0
+    assert "the others ran at the rate that these chose" in (tmp_path / "found.md").read_text(encoding="utf-8")
+    assert main([*arguments[:-1], "0"]) == 2
+    assert "--search-seeds: expected 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_the_theory_resumes_and_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from doran_core import adapt
+from doran_core.diagnostics import GradientProbe
 from experiments.data import batches_of, bucket_schedule, subset
 from experiments.digits import digits_split, vit_config
 from experiments.methods import METHODS, adapter_parameters, matched_rank, method_config
@@ -176,3 +178,27 @@ def test_the_matched_rank_is_the_nearest(task: Task, method: str) -> None:
 def test_the_schedule_has_each_bucket_equally_often() -> None:
     counts = torch.bincount(torch.from_numpy(bucket_schedule(4, 40)))
     assert counts.tolist() == [10, 10, 10, 10]
+
+
+@pytest.mark.parametrize("method", ["tau_only", "doran"])
+def test_the_gradients_split_is_doran_cores(task: Task, method: str) -> None:
+    run = run_of(method, seed=3)
+    torch.manual_seed(3)
+    model = copy.deepcopy(task.model)
+    handle = adapt(model, method_config(method, {}, list(TARGETS), 4))
+    weight, bias = task.head(run.seed)
+    split = task.split
+    batch = torch.from_numpy(batches_of(split, subset(split, 1.0, run.seed), STEPS, BATCH, run.seed))[0]
+    with GradientProbe(model) as probe:
+        logits = F.linear(features(model, split.train.inputs[batch], None), weight, bias)
+        F.cross_entropy(logits, split.train.labels[batch]).backward()
+    parts = split.train, split.validation, split.test
+    outcome = train_runs(task, parts, [run_of(method, seed=4), run], torch.device("cpu"))
+    along, kept = outcome.curves["along"][1], outcome.curves["kept"][1]
+    for index, name in enumerate(handle.layers):
+        expected = probe.splits()[name]
+        total = expected.parallel**2 + expected.orthogonal**2
+        assert along[0, index] == pytest.approx(expected.parallel**2 / total, rel=1e-3)
+        assert kept[0, index] == pytest.approx(expected.kept_parallel**2 / total, rel=1e-3)
+    assert np.isfinite(along[:-1]).all()
+    assert np.isnan(along[-1]).all()

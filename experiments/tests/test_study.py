@@ -46,6 +46,26 @@ def test_a_run_with_generated_factors_tells_its_start() -> None:
     assert starts == dict.fromkeys(study.arms) | told
 
 
+def test_an_arm_may_have_a_model_of_its_own() -> None:
+    study = named_study("flowers", short=False)
+    models = {arm: runs[0].model for arm, runs in study.arms.items()}
+    assert {arm for arm, model in models.items() if model == "random_vit/flowers5"} == {
+        "random_lora", "random_doran", "random_head", "random_full",
+    }  # fmt: skip
+    assert models["lora"] == models["full"] == "dinov2/flowers5"
+
+
+def test_a_search_has_the_first_seeds_and_then_one_rate() -> None:
+    study = named_study("digits:doran+full", short=False)
+    first = study.first_seeds(2)
+    assert {arm: {run.seed for run in runs} for arm, runs in first.arms.items()} == {"doran": {5, 6}, "full": {0, 1}}
+    assert {run.rate for run in first.arms["doran"]} == {2e-3, 4e-3, 8e-3, 1.6e-2}
+    rest = study.at_rates({("doran", 1.0): 4e-3, ("doran", 0.1): 8e-3})
+    assert {(run.fraction, run.rate) for run in rest.arms["doran"]} == {(1.0, 4e-3), (0.1, 8e-3)}
+    assert {run.seed for run in rest.arms["doran"]} == set(range(5, 15))
+    assert rest.arms["full"] == ()
+
+
 def test_stacks_hold_one_cohort_and_low_seeds_come_first() -> None:
     studies = [named_study("sample_efficiency:lora+doran", short=False), named_study("smollm2:lora", short=False)]
     stacks = plan(studies, set())

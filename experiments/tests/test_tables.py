@@ -54,3 +54,36 @@ def test_shared_and_separate_factors_are_paired_by_seed() -> None:
                 })  # fmt: skip
     line = shared_against_separate(pandas.DataFrame(rows)).splitlines()[2]
     assert line == "| 4 | 3 | 0.25 (0.25 to 0.25) | -0.50 ± 0.00 | 0.06 (0.06 to 0.06) | -1.00 ± 0.00 |"
+
+
+def test_runs_on_data_of_the_users_are_lost_when_their_loss_rises(runs: pandas.DataFrame) -> None:
+    own = runs.assign(model="gemma3/commonsense", diverged=(runs.rate == 4e-3) & (runs.seed == 0))
+    assert "| lora | 0/2 | 0/2 | 1/2 |" in tables.lost_runs(own)
+    assert "| doran | 0/2 | 0/2 | 1/2 |" in tables.lost_runs(own)
+    assert tables.lost_rule(own).endswith("or it ends above the first loss.")
+    assert tables.lost_rule(runs).endswith("less than 10 points above chance.")
+
+
+def test_an_arm_without_some_shares_of_the_data_has_its_seeds_told(runs: pandas.DataFrame) -> None:
+    small = runs[runs.arm == "lora"].assign(fraction=0.1)
+    lines = tables.accuracy_by_data(pandas.concat([runs, small])).splitlines()
+    assert lines[2] == "| lora | 84.50 ± 6.35 | 84.50 ± 6.35 | 2 |"
+    assert lines[3] == "| doran |  | 82.50 ± 6.35 | 2 |"
+
+
+def test_the_gradients_split_by_projection() -> None:
+    rows = [
+        {
+            "arm": "doran",
+            "seed": seed,
+            "step": step,
+            "layer": f"layers.{block}.q_proj",
+            "along": along,
+            "kept": 0.1 * along,
+        }
+        for block, share in enumerate((0.01, 0.02, 0.06))
+        for seed in range(2)
+        for step, along in ((0, share), (10, 3 * share), (20, float("nan")))
+    ]
+    table = tables.gradients_split(pandas.DataFrame(rows))
+    assert "| doran | q_proj | 3 | 2, 4, 12 | 0.2, 0.4, 1.2 |" in table
