@@ -262,7 +262,7 @@ def test_from_lora_takes_target_parameters():
     ("options", "error", "message"),
     [
         ({"target_parameters": ["experts.down_prj"]}, TargetError, "did you mean 'down_proj'"),
-        ({"target_parameters": ["gate.weight"]}, TargetError, "is no stack of expert weights"),
+        ({"target_parameters": ["norm.weight"]}, TargetError, "is no stack of expert weights"),
         ({"target_parameters": ["q_proj.weight"]}, TargetError, "name ordinary layers in target_modules"),
         ({"target_parameters": "experts.down_proj"}, ConfigError, "expected a list of names"),
         ({"target_parameters": []}, ConfigError, "target_parameters alone, and none are given"),

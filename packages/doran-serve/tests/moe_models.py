@@ -58,10 +58,10 @@ def build(family: str, folder: Path) -> None:
 
 
 def write_adapter(family: str, folder: Path, *, seed: int = 3, down_only: bool = False) -> Path:
-    """A trainable adapter of the experts and of q_proj; or of the experts' down projections alone."""
+    """A trainable adapter of the experts, the routers and q_proj; or of the experts' down projections alone."""
     draw = torch.Generator().manual_seed(seed)
     inner, heads = INNER[family], 32 * 4
-    modules, stored = {}, {}
+    modules, stored, renamed = {}, {}, {}
 
     def parts(*lead: int, rows: int, columns: int) -> dict[str, torch.Tensor]:
         return {
@@ -77,6 +77,10 @@ def write_adapter(family: str, folder: Path, *, seed: int = 3, down_only: bool =
         if not down_only:
             modules[f"{start}.mlp.experts.gate_up_proj"] = parts(EXPERTS, rows=2 * inner, columns=HIDDEN)
             modules[f"{start}.self_attn.q_proj"] = parts(rows=heads, columns=HIDDEN)
+            router = f"{start}.mlp.router" if family == "gpt_oss" else f"{start}.mlp.gate"
+            modules[router] = parts(rows=EXPERTS, columns=HIDDEN)
+            if family == "mixtral":
+                renamed[f"{router}.weight"] = f"{start}.block_sparse_moe.gate.weight"
         if family == "gpt_oss":
             continue
         names = "w1 w3 w2" if family == "mixtral" else "gate_proj up_proj down_proj"
@@ -87,5 +91,6 @@ def write_adapter(family: str, folder: Path, *, seed: int = 3, down_only: bool =
     kinds = {name: "conv1d" for name in modules if family == "gpt_oss" and "experts" in name}
     config = DoranConfig(rank=RANK, factors="static", target_modules=["q_proj"])
     kept = {name: names for name, names in stored.items() if name in modules}
-    write_trainable(TrainableAdapter(config, modules, module_kinds=kinds, stored_experts=kept, ties={}), folder)
+    adapter = TrainableAdapter(config, modules, module_kinds=kinds, stored_experts=kept, stored_names=renamed, ties={})
+    write_trainable(adapter, folder)
     return folder

@@ -39,8 +39,8 @@ def test_every_parameter_is_the_one_of_the_merged_checkpoint(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
     found = json.loads(line.removeprefix("FOUND "))
-    # Two layers: gate_up_proj, down_proj and q_proj of each, or down_proj alone.
-    steps = ["all 6", "down 2", "base 0", "down 2", "all 6", "base 0"]
+    # Two layers: gate_up_proj, down_proj, the router and q_proj of each, or down_proj alone.
+    steps = ["all 8", "down 2", "base 0", "down 2", "all 8", "base 0"]
     assert found == {family: [[step, []] for step in steps] for family in FAMILIES}
 
 

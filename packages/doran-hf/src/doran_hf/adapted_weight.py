@@ -1,8 +1,9 @@
-"""AdaptedWeight stands in an experts module for a stacked parameter, and gives products with W' without forming it.
+"""AdaptedWeight stands in a module for its parameter, and gives products with W' without forming it.
 
 transformers computes experts in several ways (eager, batched_mm, grouped_mm, and each model's own loop). All of them
-index the parameter by expert and multiply, so a stand-in with these few operations serves all of them. For tokens x of
-one expert ``x W'^T = c * (x W0^T) + (x A^T) B'^T``. Any other operation is refused.
+index the parameter by expert and multiply, so a stand-in with these few operations serves all of them; routers
+multiply, some in float32. For tokens x of one expert ``x W'^T = c * (x W0^T) + (x A^T) B'^T``. Any other operation is
+refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from doran_core.errors import TargetError
-from doran_core.functional import accumulation_dtype
+from doran_core.functional import accumulation_dtype, adapted_output
 
 __all__ = ["AdaptedWeight"]
 
@@ -110,6 +111,8 @@ class AdaptedWeight:
         return self.transpose(0, 1)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("type", "to", "float") and self.ndim == 2:  # routers, which may compute in float32
+            return lambda dtype=torch.float32: replace(self, base=self.base.to(dtype))
         raise AttributeError(f"{self.where}: {_advice(f'reads {name!r} of the weight')}")
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -134,9 +137,10 @@ class AdaptedWeight:
 
     def _linear(self, x: Tensor, _: AdaptedWeight, bias: Tensor | None = None) -> Tensor:
         self._require(self.rows_first and self.ndim == 2)
-        delta = F.linear(F.linear(self._dropped(x), self.A), self.B)
-        y = _scaled_sum(F.linear(x, self.base), self.scale, delta)
-        return y if bias is None else y + bias
+        delta = F.linear(F.linear(self._dropped(x), self.A.to(x.dtype)), self.B.to(x.dtype))
+        if bias is None:
+            return _scaled_sum(F.linear(x, self.base), self.scale, delta)
+        return adapted_output(F.linear(x, self.base, bias), delta, self.scale, bias)
 
     def _product(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """``func(x, W'^T)``, or ``func(W', x)``."""
@@ -177,8 +181,8 @@ class AdaptedWeight:
 
 def _advice(what: str) -> str:
     return (
-        f"the experts implementation {what}, which DoRAN does not provide; choose another one: "
-        "model.set_experts_implementation('eager'), 'batched_mm' or 'grouped_mm'"
+        f"its module {what}, which DoRAN does not provide; for experts choose another implementation: "
+        "model.set_experts_implementation('eager'), 'batched_mm' or 'grouped_mm'; leave a router out"
     )
 
 

@@ -11,8 +11,9 @@ from doran_core.support.sharding import whole_shape
 from doran_core.targets import matches, nearest_names
 from doran_hf.config import DoranConfig
 from doran_hf.expert_layers import DoranStack
+from doran_hf.router_layers import is_router
 
-__all__ = ["expand_parameters", "stacked_parameters"]
+__all__ = ["expand_parameters", "routers_as_modules", "stacked_parameters"]
 
 
 def stacked_parameters(model: nn.Module) -> list[str]:
@@ -34,7 +35,7 @@ def expand_parameters(config: DoranConfig, model: nn.Module) -> None:
     Raises:
         TargetError: a name that matches no parameter, or one that is no stack of expert weights.
     """
-    stacks = stacked_parameters(model)
+    stacks, routers = stacked_parameters(model), _router_weights(model)
     if config.target_modules == ALL_LINEAR and not config.target_parameters:
         config.target_parameters = {name for name in stacks if not matches(name, config.exclude_modules)}
         return
@@ -48,15 +49,33 @@ def expand_parameters(config: DoranConfig, model: nn.Module) -> None:
                 f"target_parameters: {entry!r} matches no parameter of {type(model).__name__}; "
                 f"{nearest_names(entry, stacks) if stacks else 'it has no stacked expert weights'}"
             )
-        if wrong := next((name for name in found if name not in stacks), None):
+        if wrong := next((name for name in found if name not in stacks and name not in routers), None):
             raise TargetError(
                 f"target_parameters: {wrong!r} {list(whole_shape(others[wrong]))} is no stack of expert weights "
-                "[experts, rows, columns] of one of transformers' experts modules (use_experts_implementation); name "
-                "ordinary layers in target_modules"
+                "[experts, rows, columns] of one of transformers' experts modules (use_experts_implementation), and no "
+                "router's weight; name ordinary layers in target_modules"
             )
     if config.exclude_modules:
-        meant = {name for name in stacks if matches(name, config.target_parameters)}
+        meant = {name for name in [*stacks, *routers] if matches(name, config.target_parameters)}
         config.target_parameters = {name for name in meant if not matches(name, config.exclude_modules)}
+
+
+def routers_as_modules(config: DoranConfig, model: nn.Module) -> None:
+    """Move the routers among target_parameters to target_modules: their adapters are those of ordinary layers.
+
+    Call it after "all-linear" has been replaced by names.
+    """
+    found = {name for name in _router_weights(model) if matches(name, config.target_parameters)}
+    if not found:
+        return
+    modules = {name for name in _holders(model) if matches(name, config.target_modules)}
+    config.target_modules = modules | {name.removesuffix(".weight") for name in found}
+    stacks = {name for name in stacked_parameters(model) if matches(name, config.target_parameters)}
+    config.target_parameters = stacks or None
+
+
+def _router_weights(model: nn.Module) -> list[str]:
+    return [f"{name}.weight" for name, module in _holders(model).items() if is_router(module)]
 
 
 def _holders(model: nn.Module) -> dict[str, nn.Module]:

@@ -31,13 +31,14 @@ from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS, fill_head_dim
 from doran_hf.expert_layers import DoranExperts, DoranStack
 from doran_hf.expert_share import warn_of_experts
-from doran_hf.expert_targets import expand_parameters
+from doran_hf.expert_targets import expand_parameters, routers_as_modules
 from doran_hf.layer import DoranLayer, doran_layers, layer_class
 from doran_hf.mixed_batch import adapter_per_row
 from doran_hf.notices import before_merging, before_saving
 from doran_hf.peft_internals import PREFIX, is_offloaded_and_unhooked
 from doran_hf.penalty import PenaltyHook
 from doran_hf.random_start import warn_random_start
+from doran_hf.router_layers import RouterDoranLayer, is_router
 from doran_hf.targets import check_exclusions, check_targets, expand_all_linear, fill_targets, refuse_saved
 from doran_hf.untying import keep_untied
 
@@ -90,6 +91,7 @@ class DoranModel(BaseTuner):
         if state_dict is None:
             expand_parameters(config, model)
             expand_all_linear(config, model, read)
+            routers_as_modules(config, model)
             check_targets(config, model)
             check_exclusions(config, model)
         warn_random_start(model, config.modules_to_save)
@@ -180,7 +182,7 @@ class DoranModel(BaseTuner):
         if parameter_name is not None:
             self._adapt_parameter(config, adapter_name, target, target_name, parent, name)
             return
-        layer = target if isinstance(target, DoranLayer) else layer_class(target, name)(target, name)
+        layer = target if isinstance(target, DoranLayer) else _new_layer(target, name)
         layer.add(adapter_name, core, builder, inference_mode=config.inference_mode)
         if layer is target:
             return
@@ -219,10 +221,10 @@ class DoranModel(BaseTuner):
             yield
             return
         known = {name for layer in doran_layers(self.model) for name in layer.doran_adapter}
-        if any(isinstance(layer, DoranStack) for layer in doran_layers(self.model)):
+        if any(isinstance(layer, DoranStack | RouterDoranLayer) for layer in doran_layers(self.model)):
             raise ConfigError(
-                "adapter_names: an adapter of expert weights (target_parameters) cannot be chosen for each row of a "
-                "batch; call set_adapter, and pass batches of one adapter"
+                "adapter_names: an adapter of expert weights (target_parameters) or routers cannot be chosen for each "
+                "row of a batch; call set_adapter, and pass batches of one adapter"
             )
         beams = kwargs.get("num_beams")
         with adapter_per_row(
@@ -329,6 +331,11 @@ class DoranModel(BaseTuner):
         # With low_cpu_mem_usage these tensors become the parameters. In a safetensors buffer they are unaligned, and
         # sums would differ in the last bit from those of the saved model.
         return {key: tensor.clone() if _MARK in key else tensor for key, tensor in remapped.items()}
+
+
+def _new_layer(target: nn.Module, name: str) -> DoranLayer:
+    kind = RouterDoranLayer if is_router(target) else layer_class(target, name)
+    return kind(target, name)
 
 
 def _resolved(patterns: Any, key: str) -> Any:

@@ -17,6 +17,7 @@ from doran_core.targets import matches, nearest_names, shortened, warn_left_out
 from doran_hf.config import DoranConfig
 from doran_hf.defaults import DEFAULT_TARGETS
 from doran_hf.peft_internals import linear_layers
+from doran_hf.router_layers import is_router
 
 __all__ = ["check_exclusions", "check_targets", "expand_all_linear", "fill_targets", "refuse_saved"]
 
@@ -139,7 +140,7 @@ def _base_modules(model: nn.Module) -> dict[str, bool]:
             continue
         adapted = isinstance(module, BaseTunerLayer)
         inside = f"{name}." if adapted else ""  # a module's submodules directly follow it
-        names[name] = adapted or is_adaptable(module)
+        names[name] = adapted or is_adaptable(module) or is_router(module)
     return names
 
 
