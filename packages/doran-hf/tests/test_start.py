@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import MAKERS, disturb, logits, make_llama
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from doran_core.errors import ConfigError
 from doran_hf import DoranConfig, refresh
@@ -110,3 +112,32 @@ def test_weights_written_to_unseen_are_taken_anew() -> None:
     assert torch.equal(logits(model), logits(expected))
     with pytest.raises(ConfigError, match="has no DoRAN adapter"):
         refresh(make_llama())
+
+
+class Products(TorchDispatchMode):
+    """Collects the shapes of the operands of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("mm", "mv", "matmul", "linear", "dot", "einsum")):
+            self.operands |= {tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("factors", ["generated", "static"])
+def test_neither_start_nor_loading_multiplies_with_a_base_weight(factors: str, tmp_path: Path) -> None:
+    weights = {tuple(p.shape) for p in make_llama().parameters() if p.dim() == 2}
+    weights |= {shape[::-1] for shape in weights}
+    with Products() as start:
+        model = get_peft_model(make_llama(), DoranConfig(target_modules="all-linear", rank=3, factors=factors))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    with Products() as loading:
+        loaded = PeftModel.from_pretrained(make_llama(), tmp_path)
+    assert not (start.operands | loading.operands) & weights
+    with Products() as forward:
+        logits(loaded)
+    assert forward.operands & weights

@@ -328,9 +328,10 @@ class DoranModel(BaseTuner):
             raise MissingKeyError(
                 f"adapter {adapter_name!r}: {len(missing)} tensors are missing, such as {missing[0]!r}"
             )
-        # With low_cpu_mem_usage these tensors become the parameters. In a safetensors buffer they are unaligned, and
-        # sums would differ in the last bit from those of the saved model.
-        return {key: tensor.clone() if _MARK in key else tensor for key, tensor in remapped.items()}
+        # With low_cpu_mem_usage the model's tensors are on the meta device, and these replace them. In a safetensors
+        # buffer they are unaligned, and sums would differ in the last bit from those of the saved model.
+        replaced = {key for key, tensor in held.items() if tensor.is_meta}
+        return {key: tensor.clone() if key in replaced else tensor for key, tensor in remapped.items()}
 
 
 def _new_layer(target: nn.Module, name: str) -> DoranLayer:

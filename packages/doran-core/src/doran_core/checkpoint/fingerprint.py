@@ -42,9 +42,13 @@ def weight_digest(module: str, weight: Tensor) -> bytes:
             its matrices one below the other.
     """
     rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
-    indices = torch.arange(0, weight.numel(), sample_stride(rows, columns), device=weight.device)
-    places = torch.unravel_index(indices, weight.shape)
-    return samples_digest(module, (rows, columns), weight.detach()[places])
+    stride = sample_stride(rows, columns)
+    if weight.is_contiguous():
+        samples = weight.detach().view(-1)[::stride]
+    else:  # a flattened copy would take the weight's memory once more
+        indices = torch.arange(0, weight.numel(), stride, device=weight.device)
+        samples = weight.detach()[torch.unravel_index(indices, weight.shape)]
+    return samples_digest(module, (rows, columns), samples)
 
 
 def exact_digest(module: str, weight: Tensor) -> bytes | None:

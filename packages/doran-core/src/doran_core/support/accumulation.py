@@ -10,8 +10,9 @@ __all__ = ["accumulation_dtype", "row_chunks", "squared_row_norms", "wide_produc
 _UPCAST_BYTES = 64 * 2**20
 """Most memory that the wider copy of a half-precision weight takes at a time, in bytes."""
 
-_CACHED_BYTES = 2**20
-"""Likewise for squares on a CPU: in its cache, where they cost a tenth of what fresh memory does."""
+_CACHED_BYTES = 2**18
+"""Likewise for squares on a CPU: in its cache, where they cost a tenth of what fresh memory does. Larger blocks, freed
+between the parameters of a new adapter, would leave as large holes in the allocator's heap."""
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
