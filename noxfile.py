@@ -116,6 +116,14 @@ def test_side_by_side(session: nox.Session, *options: str) -> None:
     test(session, "-n", "logical", "--maxprocesses", "4", *options)
 
 
+def test_files_at_once(session: nox.Session, *options: str) -> None:
+    """pytest with two files at a time, each of them in one process: for tests that take memory, or share an engine."""
+    if GPU:  # which one process has
+        test(session, *options)
+    else:
+        test_side_by_side(session, "--maxprocesses", "2", "--dist", "loadfile", *options)
+
+
 @nox.session
 def core(session: nox.Session) -> None:
     """doran-core with torch and safetensors alone (scikit-learn for its example)."""
@@ -143,7 +151,7 @@ def identities(session: nox.Session) -> None:
     session.install("peft>=0.21,<0.22", "transformers>=5.16,<5.20", "accelerate>=1.10")
     install_models(session, "smollm2")
     session.env["DORAN_REQUIRE_MODELS"] = "1"
-    test(session, "packages/doran-core/tests_peft", "packages/doran-core/tests/cli/test_cli.py")
+    test_files_at_once(session, "packages/doran-core/tests_peft", "packages/doran-core/tests/cli/test_cli.py")
 
 
 @nox.session
@@ -194,38 +202,51 @@ def architectures(session: nox.Session) -> None:
     test_side_by_side(session, "packages/doran-hf/tests/architectures", "--all-architectures")
 
 
-def test_export(session: nox.Session, marked: str) -> None:
-    """The tests of doran-export with this mark."""
+def install_export(session: nox.Session) -> None:
+    """doran-export with every exporter that the machine runs, and real models."""
     genai = "genai," if ONNXRUNTIME == "cpu" else ""  # it brings onnxruntime, which hides onnxruntime-gpu
     install(session, "export", extra={"export": f"[{ONNXRUNTIME},{genai}test]"})
     install_models(session, "smollm2", "minilm", "reviews")
     session.env["DORAN_REQUIRE_MODELS"] = "1"
-    test(session, "-m", marked, "packages/doran-export/tests")
 
 
 @nox.session
 def export(session: nox.Session) -> None:
     """doran-export: merged models in ONNX Runtime, small ones and classifiers on real weights."""
-    test_export(session, "not long")
+    install_export(session)
+    test_files_at_once(session, "-m", "not long", "packages/doran-export/tests")
 
 
 @nox.session(name="export-long")
 def export_long(session: nox.Session) -> None:
     """SmolLM2 with two adapters, merged and switched, in float32, float16 and four bits. Not part of bare ``nox``."""
-    test_export(session, "long")
+    install_export(session)
+    test(session, "-m", "long", "packages/doran-export/tests")
+
+
+def install_serve(session: nox.Session) -> None:
+    """doran-serve beside vLLM, and a real model."""
+    install_vllm(session)
+    install(session, "serve", extra={"serve": "[test]"})
+    install_models(session, "smollm2")
 
 
 @nox.session
 def serve(session: nox.Session) -> None:
     """doran-serve: many adapters in a real vLLM; then TRL's GRPO with it, a DoRAN adapter as the policy."""
-    install_vllm(session)
-    install(session, "serve", extra={"serve": "[test]"})
-    install_models(session, "smollm2")
-    test(session, "packages/doran-serve/tests")
+    install_serve(session)
+    test_files_at_once(session, "-m", "not long", "packages/doran-serve/tests")
     install(session, "hf", pins=["trl>=1.16", "datasets>=3"])
     test(session, "tests/rl")
     session.install("sybil>=10,<11")
     session.run("python", "-m", "pytest", "docs/tools/test_blocks.py", "-k", "engine_block", "--engine", "-ra")
+
+
+@nox.session(name="serve-long")
+def serve_long(session: nox.Session) -> None:
+    """A server with SmolLM2, one under load, and engines with vision-language models. Not part of bare ``nox``."""
+    install_serve(session)
+    test(session, "-m", "long", "packages/doran-serve/tests")
 
 
 @nox.session
@@ -246,7 +267,7 @@ def docs(session: nox.Session) -> None:
     # site without a warning; what comes after it is another program.
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     session.run("mkdocs", "build", "--strict")  # with --quiet it would not count its warnings
-    test(session, "docs/tools")
+    test_side_by_side(session, "docs/tools")
     test(session, "tests/faults")  # the short form: only here are all four packages in one environment
 
 

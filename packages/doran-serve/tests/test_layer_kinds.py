@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from walk import ask_vllm
 
 from doran_core.errors import DoranError
 from doran_serve import AdapterStore
@@ -87,26 +85,42 @@ def write_embedding_lora(folder: Path, weight: torch.Tensor) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_check_and_vllms_layers_agree(kind: str, tmp_path: Path) -> None:
-    build, names = MODELS[kind]
-    torch.manual_seed(3)
-    model = build()
-    model.save_pretrained(tmp_path / "base")
-    weights = load_file(tmp_path / "base" / "model.safetensors")
-    base = {key.removesuffix(".weight"): weight for key, weight in weights.items() if weight.ndim == 2}
-    adapters = write_adapters(tmp_path, base, [ATTENTION, *(name for name in names if name in base)])
-    script, pooling = Path(__file__).with_name("walk.py"), str(int(kind == "classifier"))
-    command = [sys.executable, str(script), str(tmp_path / "base"), pooling, *map(str, adapters.values())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if kind == "experts" and "modular kernel not supported" in done.stderr:
-        pytest.skip("vLLM has no LoRA layer for experts on this platform")
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("VERDICTS "))
-    verdicts: dict[str, str] = json.loads(line.removeprefix("VERDICTS "))
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """Adapters of every model, each beside its model's directory `base`."""
+    made = {}
+    for kind, (build, names) in MODELS.items():
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(3)
+        build().save_pretrained(folder / "base")
+        weights = load_file(folder / "base" / "model.safetensors")
+        base = {key.removesuffix(".weight"): weight for key, weight in weights.items() if weight.ndim == 2}
+        made[kind] = write_adapters(folder, base, [ATTENTION, *(name for name in names if name in base)])
+    return made
 
-    store = AdapterStore(tmp_path / "base", max_rank=16, cache_directory=tmp_path / "cache")
-    for name, folder in adapters.items():
+
+@pytest.fixture(scope="module")
+def verdicts(adapters: dict[str, dict[str, Path]]) -> dict[str, str]:
+    """vLLM's verdicts on all these adapters, asked in one process."""
+    return ask_vllm(
+        {base_of(of_kind): (kind == "classifier", list(of_kind.values())) for kind, of_kind in adapters.items()}
+    )
+
+
+def base_of(adapters: dict[str, Path]) -> Path:
+    return next(iter(adapters.values())).parent / "base"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_check_and_vllms_layers_agree(
+    kind: str, adapters: dict[str, dict[str, Path]], verdicts: dict[str, str], tmp_path: Path
+) -> None:
+    base = base_of(adapters[kind])
+    if reason := verdicts.get(str(base)):
+        assert (kind, "modular kernel not supported" in reason) == ("experts", True), reason
+        pytest.skip("vLLM has no LoRA layer for experts on this platform")
+    store = AdapterStore(base, max_rank=16, cache_directory=tmp_path / "cache")
+    for name, folder in adapters[kind].items():
         try:
             store.check(folder)
             refusal = ""

@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 from load import SHORT, Load
 
 
+@pytest.mark.long
 def test_half_a_minute_under_load(
     checkpoint: Callable[[str], Path],
     reference: Callable[[str], Any],

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +17,7 @@ from adapter_specs import FORMS, make_adapter
 from test_mixed import ALL, ask_elsewhere, prompts_of
 from torch import nn
 from towers import TOWERS, own_mapper
+from walk import ask_vllm
 
 from doran_core.adapter import FoldedAdapter, FoldedModule
 from doran_core.errors import BaseMismatchError, DoranError
@@ -44,6 +42,7 @@ def record(names: list[str], stored: dict[str, str] | None = None) -> FoldedAdap
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", TOWERS)
 def test_a_running_engine_answers_as_one_of_the_merged_checkpoint(
     kind: str, checkpoint: Callable[[str], Path], reference: Callable[[str], Any], tmp_path: Path
@@ -108,11 +107,7 @@ def test_the_check_and_vllms_layers_agree(
             with pytest.raises(DoranError, match="vLLM serves this layer as another tower"):
                 store.check(folder)
     need(kind)
-    command = [sys.executable, str(Path(__file__).with_name("walk.py")), str(base), "0", *map(str, adapters.values())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("VERDICTS "))
-    verdicts: dict[str, str] = json.loads(line.removeprefix("VERDICTS "))
+    verdicts = ask_vllm({base: (False, list(adapters.values()))})
     assert {key: bool(verdicts[str(folder)]) for key, folder in adapters.items()} == {
         (form, name): name != language for form, name in adapters
     }
