@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,13 +77,7 @@ def compare(
     case = answer.case
     got = {"logits": runner.run_in_chunks(case.inputs, case.chunks)} if case.chunks else runner.run(case.inputs)
     who = f"ONNX Runtime ({provider}{f', adapter {runner.adapter}' if runner.adapter else ''})"
-    differences: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    spreads: dict[str, float] = {}
-    limits: dict[str, float] = {}
-    same: float | None = None
-    compared: dict[str, int] = {}
-    uncertain: dict[str, int] = {}
+    found: dict[str, _Output] = {}
     for name, expected in answer.outputs.items():
         output = got[name].astype(np.float32, copy=False)
         if output.shape != expected.shape:
@@ -90,24 +85,13 @@ def compare(
         rows = np.ones(expected.shape[:-1], dtype=bool)
         if spec.task.per_token and output.ndim == 3:
             rows = case.inputs["attention_mask"].astype(bool)
-        output, expected, noise = output[rows], expected[rows], answer.noise[name][rows]
+        output = output[rows]
         if not np.isfinite(output).all():
             raise ProofError(f"{who} gives {name} that is not finite ({case.name})")
-        distance = np.abs(output - expected).max(-1)
-        certain: NDArray[np.bool_] = np.ones(len(noise), dtype=bool)
-        if precision.rule != "average":
-            certain = noise <= tolerance / 2
-            exact = precision.rule == "absolute" and case.given
-            limits[name] = tolerance * (1.0 if exact else max(1.0, _rms(expected)))
-            allowed = limits[name] + np.where(certain, 0.0, _NOISES * noise)
-            _require_near(distance, allowed, f"{who} differs from PyTorch in {name} ({case.name})")
-        kept, wanted = output[certain], expected[certain]
-        differences[name] = float(distance[certain].max(initial=0.0))
-        errors[name] = _rms(kept - wanted)
-        spreads[name] = _rms(wanted - wanted.mean(-1, keepdims=True)) if wanted.size else 0.0
-        compared[name], uncertain[name] = int(certain.sum()), int((~certain).sum())
-        if name == "logits" and compared[name]:
-            same = float((kept.argmax(-1) == wanted.argmax(-1)).mean())
+        exact = precision.rule == "absolute" and case.given
+        limit = None if precision.rule == "average" else tolerance * (1.0 if exact else max(1.0, _rms(expected[rows])))
+        what = f"{who} differs from PyTorch in {name} ({case.name})"
+        found[name] = _compare_output(output, expected[rows], answer.noise[name][rows], tolerance, limit, what)
     return Check(
         case.name,
         provider,
@@ -116,13 +100,55 @@ def compare(
         case.length,
         case.given,
         len(case.chunks) > 1,
-        differences,
-        errors,
-        spreads,
-        limits,
-        same,
-        compared,
-        uncertain,
+        {name: one.difference for name, one in found.items()},
+        {name: one.error for name, one in found.items()},
+        {name: one.spread for name, one in found.items()},
+        {name: one.limit for name, one in found.items() if one.limit is not None},
+        found["logits"].same_argmax if "logits" in found else None,
+        {name: one.compared for name, one in found.items()},
+        {name: one.uncertain for name, one in found.items()},
+    )
+
+
+class _Output(NamedTuple):
+    """The comparison of one output, see `Check`."""
+
+    difference: float
+    error: float
+    spread: float
+    limit: float | None
+    same_argmax: float | None
+    compared: int
+    uncertain: int
+
+
+def _compare_output(
+    output: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    noise: NDArray[np.float32],
+    tolerance: float,
+    limit: float | None,
+    what: str,
+) -> _Output:
+    """Compare rows ``[rows, values]`` of one output; without a limit every row counts as certain.
+
+    Raises:
+        ProofError: a row differs by more than the limit, and by more than its noise explains; begins with `what`.
+    """
+    distance = np.abs(output - expected).max(-1)
+    certain: NDArray[np.bool_] = np.ones(len(noise), dtype=bool)
+    if limit is not None:
+        certain = noise <= tolerance / 2
+        _require_near(distance, limit + np.where(certain, 0.0, _NOISES * noise), what)
+    kept, wanted = output[certain], expected[certain]
+    return _Output(
+        float(distance[certain].max(initial=0.0)),
+        _rms(kept - wanted),
+        _rms(wanted - wanted.mean(-1, keepdims=True)) if wanted.size else 0.0,
+        limit,
+        float((kept.argmax(-1) == wanted.argmax(-1)).mean()) if len(wanted) else None,
+        int(certain.sum()),
+        int((~certain).sum()),
     )
 
 

@@ -70,17 +70,13 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
         return {}
     run.begin()
     LayerMetricsCallback(run.layers).attach(trainer)
-    if (
-        config.evaluate_base
-        and config.task == "causal-lm"
-        and prepared.held_out is not None
-        and not run.read("base.json")
-    ):
+    measured = prepared.held_out is not None
+    if measured and config.evaluate_base and config.task == "causal-lm" and not run.read("base.json"):
         run.write("base.json", _evaluate(trainer, recipe, "evaluating the base"))
     set_seed(config.seed)
     loss, seconds = _train(trainer, checkpoint)
     metrics: dict[str, Any] = {"base": run.read("base.json") or {}} if config.evaluate_base else {}
-    metrics["adapter"] = _evaluate(trainer, recipe, "evaluating the adapter") if prepared.held_out is not None else {}
+    metrics["adapter"] = _evaluate(trainer, recipe, "evaluating the adapter") if measured else {}
     metrics["training"] = {
         "loss": loss,
         "steps": trainer.state.global_step,
@@ -89,14 +85,10 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "trainable_parameters": _trainable(model),
     }
-    if prepared.held_out is not None:
+    if measured:
         metrics["held_out"] = dataclasses.asdict(prepared.counts["eval"])
     metrics["tau"] = {name: float(tau.mean()) for name, tau in tau_by_layer(model).items()}
-    metrics["versions"] = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
+    metrics["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     if trainer.is_world_process_zero():
         _save(run, config, recipe, model, metrics)
     return metrics
