@@ -170,15 +170,27 @@ def packaging(session: nox.Session) -> None:
     test(session, "tests")
 
 
-@nox.session
-def hf(session: nox.Session) -> None:
-    """doran-hf: DoRAN as a PEFT method."""
+def install_hf(session: nox.Session) -> None:
+    """doran-hf with everything that its tests use."""
     install(session, "hf", extra={"hf": "[test]"})
     install_models(session, "smollm2")
     session.env["DORAN_REQUIRE_MODELS"] = "1"
-    test_side_by_side(session, "packages/doran-hf/tests")
+
+
+@nox.session
+def hf(session: nox.Session) -> None:
+    """doran-hf: DoRAN as a PEFT method."""
+    install_hf(session)
+    test_side_by_side(session, "-m", "not long", "packages/doran-hf/tests")
     if not session.posargs:
         test(session, "packages/doran-hf/tests_distributed", "-k", SHORT_DISTRIBUTED)
+
+
+@nox.session(name="hf-long")
+def hf_long(session: nox.Session) -> None:
+    """The training example on SmolLM2, killed and resumed; the benchmarks' short forms. Not part of bare ``nox``."""
+    install_hf(session)
+    test_side_by_side(session, "-m", "long", "packages/doran-hf/tests")
 
 
 @nox.session

@@ -42,6 +42,10 @@ SPREAD = 0.17
 """Of the random weights: 1 / sqrt(width), so that what an adapter changes shows in the logits."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: the session hf-long runs it, before a release")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-architectures", action="store_true", help="every family of tests/architectures")
 

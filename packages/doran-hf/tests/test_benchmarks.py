@@ -27,6 +27,7 @@ def results(name: str, folder: Path, *options: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHORT)
 def test_the_short_form_runs(name: str, tmp_path: Path) -> None:
     found = results(name, tmp_path, *SHORT[name])

@@ -20,6 +20,7 @@ PARTS = {
 }
 
 
+@pytest.mark.long
 def test_killed_and_run_again_the_example_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_base(Path("base"))
