@@ -132,7 +132,7 @@ class AdapterStore:
             # The copy may have been removed to make room, or there was no room.
             if self.copies.touch(info.version) or self.copies.keep(Path(path)) == info.version:
                 return info
-        raise _restless(Path(path))
+        raise _keeps_changing(Path(path))
 
     def _current(self, folder: Path, keep: Callable[[Path], str] | None) -> AdapterInfo:
         """The record of the current files; reads them if they have changed since the last check."""
@@ -156,7 +156,7 @@ class AdapterStore:
                 if _signature(folder) == signature:
                     self._checked[key] = (signature, info)
                     return info
-        raise _restless(folder)
+        raise _keeps_changing(folder)
 
     def load(self, path: str | Path) -> ServedAdapter | None:
         """The adapter's tensors, checked; a trainable or DoRA adapter is folded first.
@@ -226,8 +226,8 @@ class AdapterStore:
         rules, stored, others = LayerRules(self.base.checkpoint), self.base.stored_names(record), []
         for module in record.modules.values():
             served_as = rules.served_as(stored[module.name], module.B.shape[0], module.kind)
-            stocked = served_as in ("embedding", "output head") and form == "lora"
-            if served_as == "another tower" or (stocked and not rules.stock_adapts(module.name)):
+            stock_lora = served_as in ("embedding", "output head") and form == "lora"
+            if served_as == "another tower" or (stock_lora and not rules.stock_adapts(module.name)):
                 raise TargetError(
                     f"{folder}: {module.name}: vLLM serves this layer as {served_as}, which it does not adapt; leave "
                     "the layer out of target_modules, or merge the adapter with `doran merge` and serve the merged "
@@ -362,7 +362,7 @@ def check_mergeable(info: AdapterInfo) -> None:
         )
 
 
-def _restless(folder: Path) -> AdapterFormatError:
+def _keeps_changing(folder: Path) -> AdapterFormatError:
     return AdapterFormatError(f"{folder}: its files changed each of the {_TRIES} times that they were read")
 
 
