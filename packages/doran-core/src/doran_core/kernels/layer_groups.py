@@ -44,12 +44,10 @@ _is_training: Callable[[nn.Module], bool] = operator.attrgetter("training")
 _own = internals.own_parameters
 
 
-def _is_supported(adapter: DoranAdapter, view: BaseView) -> bool:
+def _is_supported(adapter: DoranAdapter, view: BaseView, weight: Tensor | None) -> bool:
     """Whether a layer of this kind and method has a backward by hand, and its W0, unless hidden, can be read."""
-    if view.kind not in ("linear", "conv1d", "opaque") or adapter.config.norm_method == "direct":
-        return False
-    weight = view.weight()
-    return weight is None or is_ordinary(weight)
+    kind_fits = view.kind in ("linear", "conv1d", "opaque") and adapter.config.norm_method != "direct"
+    return kind_fits and (weight is None or is_ordinary(weight))
 
 
 def is_ordinary(tensor: Any) -> bool:
@@ -189,7 +187,7 @@ def _network_columns(factors: GeneratedFactors) -> dict[str, _Slot]:
 def can_be_read(adapter: DoranAdapter, view: BaseView) -> bool:
     """Whether the adapter's modules are this package's own, whose parameters can be read without calling them."""
     return (
-        _is_supported(adapter, view)
+        _is_supported(adapter, view, view.weight())
         and type(adapter.factors) in (StaticFactors, GeneratedFactors)
         and type(adapter.tau) is Tau
         and type(adapter.experts) in (RankOneExperts, type(None))
@@ -205,11 +203,12 @@ def implementation_of(adapter: DoranAdapter, view: BaseView, x: Tensor) -> Imple
     Raises:
         BackendError: an implementation was asked for by name and cannot run on these tensors.
     """
-    magnitude = adapter.magnitude
-    if not _is_supported(adapter, view) or not is_ordinary(magnitude) or magnitude.dtype.itemsize < 4:
+    magnitude, weight = adapter.magnitude, view.weight()
+    if not _is_supported(adapter, view, weight) or not is_ordinary(magnitude) or magnitude.dtype.itemsize < 4:
         return "reference"
-    weight, bias = view.weight(), view.bias
-    if any(tensor is not None and tensor.requires_grad for tensor in (weight, bias)) or internals.is_replica(adapter):
+    bias = view.bias
+    trained = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    if trained or internals.is_replica(adapter):
         return "reference"
     return choose(x.device, magnitude.dtype if magnitude.dtype == torch.float64 else x.dtype)
 
@@ -249,10 +248,7 @@ class LayerGroup:
             A, B = self._factors(tensors)
             tau_module, magnitude = self.members[0].adapter.tau, tensors["magnitude"]
             tau = tau_module.value_of(tensors["tau"]) if "tau" in tensors else magnitude.new_zeros(len(A), 1)
-            U = None
-            if not self.shape.weights:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not self.shape.detach_norm):
-                    U = torch.stack([m.view.product(a) for m, a in zip(self.members, A.unbind(), strict=True)])
+            U = _products_of_calls(self.shape, [member.view for member in self.members], A)
             return compute(self.shape, used, A, B, magnitude, tau, U)
 
     def _factors(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -271,6 +267,14 @@ class LayerGroup:
             A = _product(self.shape, hidden[0], tensors["w2_A"].mT)
             B = _product(self.shape, tensors["w2_B"], hidden[1].mT)
         return (tensors["coefficients"][..., None] * A if "coefficients" in tensors else A), B
+
+
+def _products_of_calls(shape: Shape, views: Sequence[BaseView], A: Tensor) -> Tensor | None:
+    """``U = W0 A^T [N, d_out, r]`` from the layers' own calls, where W0 is hidden; else None."""
+    if shape.weights:
+        return None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not shape.detach_norm):
+        return torch.stack([view.product(a) for view, a in zip(views, A.unbind(), strict=True)]).to(A.dtype)
 
 
 def _shape_of(layers: Sequence[tuple[DoranAdapter, BaseView]], implementation: Implementation) -> Shape:
@@ -320,10 +324,7 @@ def compute_alone(adapter: DoranAdapter, view: BaseView, implementation: Impleme
         A, B = (factor.to(dtype) for factor in adapter.factor_pair())
         tau = adapter.tau()
         rows = adapter.magnitude.new_full((1,), tau) if isinstance(tau, float) else tau
-        U = None
-        if not shape.weights:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not shape.detach_norm):
-                U = view.product(A)[None].to(dtype)
+        U = _products_of_calls(shape, [view], A[None])
         (side,) = compute(shape, [], A[None], B[None], adapter.magnitude[None].to(dtype), rows[None].to(dtype), U)
     return side
 

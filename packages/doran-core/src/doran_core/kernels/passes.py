@@ -70,8 +70,8 @@ class TorchPasses:
     ) -> Tensor:
         """``y = c (z + h B^T) + (1 - c) bias`` for ``z = W0 x + bias [..., d_out]`` and ``h = x A^T [T, r]``."""
         if base_output.dtype != scale.dtype:
-            wide = torch.addmm(base_output.view(hidden.shape[0], -1).to(scale.dtype), *_to(scale.dtype, hidden, B.T))
-            y = _scaled(wide, scale, bias).view(base_output.shape)
+            z, h, B = (tensor.to(scale.dtype) for tensor in (base_output.view(hidden.shape[0], -1), hidden, B))
+            y = _scaled(torch.addmm(z, h, B.T), scale, bias).view(base_output.shape)
             return base_output.copy_(y) if inplace else y.to(base_output.dtype)
         y = base_output if inplace else base_output.clone()
         _scaled(y.view(hidden.shape[0], -1).addmm_(hidden, B.T), scale, bias)
@@ -137,10 +137,6 @@ def _take_cancelled_rows_directly(shape: Shape, A: Tensor, B: Tensor, K: Tensor,
         V = functional.direction(shape.weights[layer][rows], A[layer], B[layer, rows], shape.scaling)
         norm[layer, rows] = torch.linalg.vector_norm(V, dim=1)
         K[layer, rows] = V @ A[layer].T
-
-
-def _to(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _scaled(v: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ without memory of their own. A layer called twice adds up; of a layer that was n
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -129,65 +130,56 @@ def compute(
         tau: ``[N, 1]`` or ``[N, d_out]`` acc.
         U: ``W0 A^T [N, d_out, r]`` acc, where W0 is hidden.
     """
-    found: list[LayerSide] = []
     A, B = A.contiguous(), B.contiguous()  # a generator may give a transpose, and kernels take rows
-    if torch.is_grad_enabled():
-        ports = _apply(shape, used, found, A, B, magnitude, tau, U)
-        count = len(found)
-        for layer, side in enumerate(found):
-            side.ports = ports[layer], ports[count + layer], ports[2 * count + layer]
-        return found
-    _forward(shape, found, A, B, magnitude, tau, U)
-    return found
-
-
-def _forward(
-    shape: Shape, found: list[LayerSide], A: Tensor, B: Tensor, magnitude: Tensor, tau: Tensor, U: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Fills ``found``; what the backward needs."""
-    low_A, low_B = A.to(shape.dtype), (B * shape.scaling).to(shape.dtype)
-    with _precision(shape):
-        K, norm, scale = shape.passes.row_scales(shape, U, low_A if U is None else A, B, magnitude, tau)
-    small = _SmallScales(scale, shape.least_scales)
-    for layer, values in enumerate(zip(low_A.detach().unbind(), low_B.unbind(), scale.unbind(), strict=True)):
-        found.append(LayerSide(*values, shape.passes, small.of(layer)))
-    return low_A, K, norm, scale
+    *ports, low_A, low_B, scale = _apply(shape, used, A, B, magnitude, tau, U)
+    small = _small_scales(scale, shape.least_scales)
+    count, learns = len(scale), torch.is_grad_enabled()
+    sides = []
+    for layer, values in enumerate(zip(low_A.unbind(), low_B.unbind(), scale.unbind(), strict=True)):
+        own = (ports[layer], ports[count + layer], ports[2 * count + layer]) if learns else None
+        sides.append(LayerSide(*values, shape.passes, functools.partial(small, layer), own))
+    return sides
 
 
 class WeightSide(torch.autograd.Function):
-    """:func:`compute` for autograd: gives the ports of A, B and c, each for all layers."""
+    """:func:`compute` for autograd: the ports of A, B and c, each for all layers; then A, g B and c as layers use them.
+
+    The last three have no gradients: they go through the ports.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         shape: Shape,
         used: list[bool],
-        found: list[LayerSide],
         A: Tensor,
         B: Tensor,
         magnitude: Tensor,
         tau: Tensor,
         U: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        low_A, K, norm, scale = _forward(shape, found, A, B, magnitude, tau, U)
+        low_A, low_B = A.to(shape.dtype), (B * shape.scaling).to(shape.dtype)
+        with _precision(shape):
+            K, norm, scale = shape.passes.row_scales(shape, U, low_A if U is None else A, B, magnitude, tau)
         ctx.shape, ctx.used = shape, used
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(low_A, low_B, scale)
         ctx.save_for_backward(low_A if U is None else A, B, tau, K, norm, scale)
         port = B.new_empty(1)
-        parts = shape.passes.sum_parts(B.shape[1])
-        sizes = A.shape, B.shape, (A.shape[0], parts, B.shape[1])
-        return tuple(each for size in sizes for each in port.expand(size).unbind())
+        sizes = A.shape, B.shape, (A.shape[0], shape.passes.sum_parts(B.shape[1]), B.shape[1])
+        return *(each for size in sizes for each in port.expand(size).unbind()), low_A, low_B, scale
 
     @staticmethod
-    def backward(ctx: Any, *ports: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackendError(SECOND_DERIVATIVE)
         refresh()  # what follows a backward pass may change parameters past PyTorch's counters
+        ports = grads[:-3]
         count = len(ports) // 3
         ctx.used[:] = [port is not None for port in ports[2 * count :]]
         saved = ctx.saved_tensors
         with _precision(ctx.shape):
-            return None, None, None, *_backward(ctx.shape, ports, *saved)
+            return None, None, *_backward(ctx.shape, ports, *saved)
 
 
 _apply = apply_directly(WeightSide)
@@ -233,31 +225,22 @@ def _stacked(gradients: Sequence[Tensor | None], like: Tensor, size: Sequence[in
     return torch.stack(gradients)  # type: ignore[arg-type]
 
 
-class _SmallScales:
-    """Which layers have a scale too near 0 for y to tell the output before scaling; on its way to the host."""
+def _small_scales(scale: Tensor, limits: Sequence[float]) -> Callable[[int], bool]:
+    """Tells of a layer whether it has a scale too near 0 for y to tell the output before scaling."""
+    least, event = scale.abs().amin(1), None
+    if least.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return lambda layer: True  # a graph's replays cannot ask: compute W0 x again always
+        on_device, least = least, torch.empty(least.shape, dtype=least.dtype, pin_memory=True)
+        least.copy_(on_device, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
 
-    def __init__(self, scale: Tensor, limits: Sequence[float]) -> None:
-        self._limits = limits
-        self._small: list[bool] | None = None
-        self._event: torch.cuda.Event | None = None
-        least = scale.abs().amin(1)
-        if not least.is_cuda:
-            self._least = least
-        elif torch.cuda.is_current_stream_capturing():  # a graph's replays cannot ask: compute W0 x again always
-            self._small = [True] * len(limits)
-        else:
-            self._least = torch.empty(least.shape, dtype=least.dtype, pin_memory=True)
-            self._least.copy_(least, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+    @functools.cache
+    def all_of_them() -> list[bool]:
+        if event is not None:
+            event.synchronize()  # recorded a whole forward ago
+        # not (a >= b): a scale that is not a number is small
+        return [not value >= limit for value, limit in zip(least.tolist(), limits, strict=True)]
 
-    def of(self, layer: int) -> Callable[[], bool]:
-        return lambda: self._all()[layer]
-
-    def _all(self) -> list[bool]:
-        if self._small is None:
-            if self._event is not None:
-                self._event.synchronize()  # recorded a whole forward ago
-            # not (a >= b): a scale that is not a number is small
-            self._small = [not value >= limit for value, limit in zip(self._least.tolist(), self._limits, strict=True)]
-        return self._small
+    return lambda layer: all_of_them()[layer]

@@ -69,7 +69,7 @@ class NetworkHolder(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for child in own_modules(self).values() if recurse else ():
             if child is not None and _is_sharded_network(child):
-                child._apply(fn)  # type: ignore[no-untyped-call]
+                child._apply(fn)
         return self
 
 
