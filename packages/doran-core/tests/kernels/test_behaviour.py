@@ -213,9 +213,9 @@ def test_triton_by_name_where_it_cannot_run():
 @cases.needs_triton
 def test_old_gpus_have_no_triton(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for capability, found in [((7, 5), "torch"), ((8, 0), "triton")]:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, is_of=capability: is_of)
-        assert choose(torch.device("cuda", 0), torch.float16) == found
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 98 else (8, 0))
+    assert choose(torch.device("cuda", 98), torch.float16) == "torch"
+    assert choose(torch.device("cuda", 99), torch.float16) == "triton"
 
 
 @cases.needs_triton

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -77,12 +78,17 @@ def choose(device: torch.device, dtype: torch.dtype) -> Implementation:
     Raises:
         BackendError: triton was asked for by name and cannot run on them.
     """
-    if _current in ("reference", "torch"):
-        return _current
+    return _choose(_current, device, dtype)
+
+
+@functools.cache
+def _choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Implementation:
+    if backend in ("reference", "torch"):
+        return backend
     reason = _triton_cannot(device, dtype)
-    if _current == "triton" and reason is not None:
+    if backend == "triton" and reason is not None:
         raise BackendError(f"backend 'triton' cannot run on this layer: {reason}")
-    return "torch" if reason is not None or (_current == "auto" and torch.version.hip) else "triton"
+    return "torch" if reason is not None or (backend == "auto" and torch.version.hip) else "triton"
 
 
 def interpreting() -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.kernels.adapted_linear import LayerSide, small_scale, without_autocast
-from doran_core.kernels.backend import Backend, Implementation, choose, get_backend
+from doran_core.kernels.backend import Implementation, choose
 from doran_core.kernels.passes import Shape, passes_of
 from doran_core.kernels.weight_side import Product, Stack, compute
 from doran_core.method.experts import RankOneExperts
@@ -103,7 +103,6 @@ class LayerInputs:
         self._addresses = list(map(Tensor.data_ptr, self._tensors)) if self.is_usable else []
         self._weight = base[0].get("weight") if self.is_usable else None
         self._weight_version = 0 if self._weight is None else internals.version(self._weight)
-        self._implementations: dict[tuple[Backend, torch.dtype], Implementation] = {}
         weight, self.dtype = view.weight(), self.columns["magnitude"].dtype
         if weight is not None and self.dtype.itemsize <= 4:
             self.dtype = weight.dtype
@@ -123,12 +122,7 @@ class LayerInputs:
         Raises:
             BackendError: it was asked for by name and cannot run on these tensors.
         """
-        key = get_backend(), dtype
-        found = self._implementations.get(key)
-        if found is None:
-            wide = self.columns["magnitude"].dtype
-            found = self._implementations[key] = choose(self.device, wide if wide.itemsize > 4 else dtype)
-        return found
+        return choose(self.device, self.dtype if self.dtype.itemsize > 4 else dtype)
 
     def _fits(self, tensor: Any) -> bool:
         magnitude = self.columns["magnitude"]

@@ -3,7 +3,8 @@
 Arithmetic is float32; half precision is only loaded and stored. Sizes are masked, so any will do. The offset of a block
 is 64-bit, so that large batches do not overflow; those inside it are not, which is what keeps them cheap. WIDEN is for
 Triton's interpreter, which cannot multiply bfloat16. Kernels over the N layers of a shape have the layer as the grid's
-last dimension and find its W0 through ``table``, int64 addresses, multiples of 16; all else lies in ``[N, ...]``.
+last dimension and find its W0, in half precision, through ``table``, int64 addresses, multiples of 16; all else lies in
+``[N, ...]``.
 """
 
 # Triton reads types from the arguments, and `tl.constexpr` marks what is known at compile time.
@@ -104,7 +105,7 @@ def _direct_row(
 def row_scales_kernel(
     table, A, B, squared_norm, magnitude, tau, aligned, norm, scale,
     d_out, rank, d_in, stride_row, stride_column, scaling, threshold,
-    TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    TAU_PER_ROW: tl.constexpr, REPAIR: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """K, n and c of a block of rows of a layer: one pass over W0 makes U, and ``A A^T`` beside.
@@ -128,8 +129,8 @@ def row_scales_kernel(
         a = tl.load(A + ranks[:, None] * d_in + columns[None, :], rank_ok[:, None] & column_ok[None, :], 0.0)
         if WIDEN:
             w, a = w.to(tl.float32), a.to(tl.float32)
-        u = tl.dot(w, tl.trans(a), u, input_precision=PRECISION)
-        gram = tl.dot(a, tl.trans(a), gram, input_precision=PRECISION)
+        u = tl.dot(w, tl.trans(a), u)
+        gram = tl.dot(a, tl.trans(a), gram)
     at = rows[:, None] * rank + ranks[None, :]
     mask = valid[:, None] & rank_ok[None, :]
     b = tl.load(B + at, mask, 0.0)
@@ -167,8 +168,7 @@ def row_scales_kernel(
 @triton.jit
 def weight_product_kernel(
     table, left, out, d_out, d_in, rank, rows_per_part, stride_row, stride_column,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``M^T W0`` in parts, ``[N, parts, r, d_in]``. One block holds the rank."""
     part, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -188,6 +188,6 @@ def weight_product_kernel(
         )  # fmt: skip
         if WIDEN:
             m, w = m.to(tl.float32), w.to(tl.float32)
-        total = tl.dot(tl.trans(m), w, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(m), w, total)
     out += (layer * tl.num_programs(1) + part) * rank * d_in
     tl.store(out + ranks[:, None] * d_in + columns[None, :], total, rank_ok[:, None] & column_ok[None, :])

@@ -86,7 +86,7 @@ class TritonPasses(TorchPasses):
             kernels.row_scales_kernel, (_cdiv(d_out, block_d), layers),
             (shape.table, A, B, shape.squared_norm, magnitude, tau, K, norm, scale),
             (d_out, rank, A.shape[2], *shape.weights[0].stride(), shape.scaling, functional.CANCELLATION_THRESHOLD),
-            TAU_PER_ROW=tau.shape[1] > 1, REPAIR=shape.repair, PRECISION=_precision(A), WIDEN=_INTERPRETING,
+            TAU_PER_ROW=tau.shape[1] > 1, REPAIR=shape.repair, WIDEN=_INTERPRETING,
             BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_K=128,
             num_stages=4 if block_r <= 32 else 3,  # more does not fit into the shared memory of consumer GPUs
         )  # fmt: skip
@@ -102,7 +102,6 @@ class TritonPasses(TorchPasses):
         launch(
             kernels.weight_product_kernel, (_cdiv(d_in, block_k), parts, layers), (shape.table, left, products),
             (d_out, d_in, rank, _cdiv(d_out, parts), *shape.weights[0].stride()),
-            PRECISION=_precision(left), WIDEN=_INTERPRETING,
-            BLOCK_T=64, BLOCK_R=_padded(rank), BLOCK_K=block_k, num_stages=4,
+            WIDEN=_INTERPRETING, BLOCK_T=64, BLOCK_R=_padded(rank), BLOCK_K=block_k, num_stages=4,
         )  # fmt: skip
         total.add_(products[:, 0] if parts == 1 else products.sum(1))

@@ -98,22 +98,16 @@ class Stack(torch.autograd.Function):
         for layer, parameter in enumerate(ctx.index):
             users[parameter].append(layer)
         found: list[Tensor | None] = []
-        wanted = [True] * len(ctx.used) if _is_distributed() else ctx.used
+        # DistributedDataParallel waits for the gradient of every parameter that the graph reaches: so layers that were
+        # not used give zeros there.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        wanted = [True] * len(ctx.used) if distributed else ctx.used
         for layers, needed in zip(users, ctx.needs_input_grad[2:], strict=True):
             if not needed or not any(map(wanted.__getitem__, layers)):
                 found.append(None)
             else:
                 found.append(grad[layers[0]] if len(layers) == 1 else torch.stack([grad[i] for i in layers]).sum(0))
         return None, None, *found
-
-
-def _is_distributed() -> bool:
-    """Whether gradients are exchanged with other processes.
-
-    DistributedDataParallel takes every parameter that the graph reaches for used, and waits for its gradient: so layers
-    that were not used give zeros there, not None.
-    """
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def compute(
