@@ -21,7 +21,7 @@ from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import LayerSpec
-from doran_core.support.sharding import is_sharded, read, whole_shape
+from doran_core.support.sharding import is_sharded, is_whole, read, whole_shape
 from doran_core.support.torch_internals import own_parameters, version
 
 __all__ = ["StackAdapter", "StackView"]
@@ -70,7 +70,8 @@ class StackView(BaseView):
     def weight(self) -> Tensor | None:
         """W0 as a view ``[experts, d_out, d_in]``; None where it is sharded or offloaded."""
         held: Any = own_parameters(self.layer).get(self.parameter)
-        whole = type(held) in (Tensor, nn.Parameter) and not held.is_meta and held.dim() == 3
+        plain = type(held) in (Tensor, nn.Parameter) and not held.is_meta and held.dim() == 3
+        whole = plain and is_whole(held, self.experts * self.d_out * self.d_in)
         return self.matrix(held) if whole else None
 
     def matrix(self, weight: Tensor) -> Tensor:
