@@ -184,7 +184,7 @@ class DoranHandle:
         """Recompute everything cached from weights and parameters, including ``||W0||^2``.
 
         Call this after writes that PyTorch does not count: through ``.data``, as some moving averages do, or from
-            outside PyTorch. All other writes are noticed.
+        outside PyTorch. All other writes are noticed.
         """
         self._refuse_removed()
         for layer in self.layers.values():

@@ -44,13 +44,13 @@ class TestABaseThatChanges:
 
     @pytest.mark.parametrize("how", HOWS)
     def test_while_it_is_merged(self, folder, monkeypatch, how):
-        write = merge_run.write_companions
+        write = merge_run.write_side_files
 
         def then_change(*arguments):
             write(*arguments)
             self.change(folder, how)
 
-        monkeypatch.setattr(merge_run, "write_companions", then_change)
+        monkeypatch.setattr(merge_run, "write_side_files", then_change)
         with pytest.raises(CheckpointError, match="changed while it was being read"):
             merge_checkpoint(folder / "base", folder / "adapter", folder / "out")
         assert not (folder / "out").exists()

@@ -1,7 +1,7 @@
 """Which vLLM releases this package works on, and what happens on the others. Does not import vLLM.
 
 The rule: release lines in `CHECKED` are used without a warning, others from `OLDEST` on with one warning; older ones
-    are refused. For every version, `compat.apply` refuses a vLLM that lacks a name it uses.
+are refused. For every version, `compat.apply` refuses a vLLM that lacks a name it uses.
 """
 
 from __future__ import annotations

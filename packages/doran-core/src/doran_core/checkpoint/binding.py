@@ -103,7 +103,7 @@ class BoundModule:
 
         Args:
             weight: the base weight's rows, ``[rows, d_in]``.
-            rows: which.
+            rows: their place in the whole weight.
             out: float64 memory of the same shape for the result; new memory by default.
         """
         layer = self.factors

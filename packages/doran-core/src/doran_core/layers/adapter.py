@@ -30,8 +30,8 @@ class DoranAdapter(nn.Module):
     """One layer's DoRAN: ``y = c * (W0 x + g B A x) + bias`` with ``c = m / (||W0 + g B A|| + tau)``.
 
     The adapter does not contain the base layer: each call gets a :class:`~doran_core.layers.base.BaseView` of it. So
-        the same class serves plain modules, PEFT layers and files. Its parameters stay float32 when the model is cast
-        to half precision: a rounded magnitude would move the model away from the pretrained one.
+    the same class serves plain modules, PEFT layers and files. Its parameters stay float32 when the model is cast to
+    half precision: a rounded magnitude would move the model away from the pretrained one.
 
     Args:
         config: the method's options.

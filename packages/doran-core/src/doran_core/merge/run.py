@@ -22,7 +22,7 @@ from doran_core.files import StrPath
 from doran_core.files.atomic import writing
 from doran_core.files.opening import named_errors
 from doran_core.merge.plan import MergePlan, ShardPlan, make_plan
-from doran_core.merge.side_files import write_companions
+from doran_core.merge.side_files import write_side_files
 from doran_core.merge.staging import Staging, open_staging
 from doran_core.merge.write import ShardWriter, merge_threads
 from doran_core.method.factors import FactorBuilder
@@ -50,8 +50,8 @@ def merge_checkpoint(
     """Merge adapters into a Hugging Face checkpoint and write the result as a new checkpoint directory.
 
     The merge is streamed: only a few pieces of a tensor are in memory. Adapted weights are computed in float64 and
-        rounded once; all other bytes are copied, and so are config, tokenizer and other small files. The output
-        appears complete, by one rename. After a kill, a call with the same arguments resumes.
+    rounded once; all other bytes are copied, and so are config, tokenizer and other small files. The output appears
+    complete, by one rename. After a kill, a call with the same arguments resumes.
 
     Several adapters with weights w_i give ``W0 + sum_i w_i (W'_i - W0)``. If each base weight has one adapter of
     weight 1, the result computes exactly each adapter's function. Otherwise it is a weighted sum of changes, which no
@@ -165,7 +165,7 @@ def _write(
     counter.advance(counter.total - sum(shard.nbytes for shard in todo))
     _check_space(staging.root, sum(shard.nbytes for shard in todo))
     _write_shards(todo, staging, counter)
-    write_companions(checkpoint, plan, adapters, dtype, staging)
+    write_side_files(checkpoint, plan, adapters, dtype, staging)
     checkpoint.require_unchanged()
     staging.publish()
 

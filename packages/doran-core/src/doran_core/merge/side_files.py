@@ -18,7 +18,7 @@ from doran_core.files.opening import named_errors, read_file
 from doran_core.merge.plan import MergePlan
 from doran_core.merge.staging import Staging
 
-__all__ = ["write_companions"]
+__all__ = ["write_side_files"]
 
 _WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -41,7 +41,7 @@ _LARGEST = 2**28
 _HEADS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
 
-def write_companions(
+def write_side_files(
     checkpoint: Checkpoint,
     plan: MergePlan,
     adapters: Sequence[BoundAdapter],

@@ -57,7 +57,7 @@ class ShardWriter:
     Args:
         plan: the shard's header, and the source of each tensor.
         path: the file to write; an existing one is replaced.
-        pool: threads that do it.
+        pool: the threads that read, compute and write.
         advance: called with the number of bytes written, from those threads.
 
     Raises:

@@ -27,7 +27,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """A context in which a model computes attention as plain products and a softmax under a finite mask.
 
     The trace needs this. torch's fused attention becomes a mask of minus infinity, whose softmax is NaN for a row
-        without visible tokens (left padding), and NaN spreads to the next layers.
+    without visible tokens (left padding), and NaN spreads to the next layers.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
