@@ -108,7 +108,7 @@ def load_dinov2(file: Path, cache: Path) -> nn.Module:
 
 
 def random_dinov2(file: Path, cache: Path) -> nn.Module:
-    """The same architecture with random weights: what the pretraining is worth."""
+    """The same architecture with random weights, as this version of transformers draws them from seed 0."""
     from transformers import Dinov2Model
 
     pretrained: Any = load_dinov2(file, cache)

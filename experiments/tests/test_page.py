@@ -9,14 +9,19 @@ import pandas
 import pytest
 
 from experiments.__main__ import RESULTS, STUDIES, main
-from experiments.collect import known_runs
+from experiments.collect import known_runs, searched
 from experiments.study import load_study
 from experiments.tests.conftest import needs_a_folder
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
 PAGE = (DOCS / "experiments.md").read_text(encoding="utf-8")
-NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml") if not needs_a_folder(path))
-"""Those that anyone can run; the others have no runs yet."""
+SEARCHED = {path.stem for path in STUDIES.glob("*.yaml") if needs_a_folder(path)}
+"""Studies on data of the user's, run with --search-seeds; they are on the page once they have a table."""
+NAMES = sorted(
+    path.stem
+    for path in STUDIES.glob("*.yaml")
+    if path.stem not in SEARCHED or (RESULTS / f"{path.stem}.csv").is_file()
+)
 
 NUMBER = r"\d+\.\d+"
 DIFFERENCE = re.compile(rf"({NUMBER}) ± ({NUMBER})")
@@ -42,13 +47,16 @@ def test_every_study_is_reported(reports: dict[str, str]) -> None:
     assert sorted(reports) == sorted([*NAMES, "overall"])
 
 
-def test_every_run_of_every_study_is_stored() -> None:
+def test_every_run_of_every_study_is_stored(tmp_path: Path) -> None:
     known = known_runs(RESULTS)
     for name in NAMES:
         if name == "theory":
             continue
-        runs = [run for _, run in load_study(STUDIES / f"{name}.yaml").runs()]
-        assert [run for run in runs if run.id not in known] == []
+        study = load_study(STUDIES / f"{name}.yaml")
+        chosen = searched(study, tmp_path, RESULTS) if name in SEARCHED else study
+        settings = [{(arm, run.fraction) for arm, run in of.runs()} for of in (study, chosen)]
+        assert settings[0] == settings[1], f"{name}: an arm has no run"
+        assert [run for _, run in chosen.runs() if run.id not in known] == []
 
 
 @pytest.mark.parametrize("study", [*NAMES, "overall"])
