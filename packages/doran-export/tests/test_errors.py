@@ -107,11 +107,11 @@ def test_encoder_decoder(model: Path) -> None:
     refuse(UnsupportedModelError, "encoder-decoder", model)
 
 
-def test_mixture_of_experts(tmp_path: Path) -> None:
-    sizes = {"num_hidden_layers": 1, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 2}
-    config = transformers.MixtralConfig(**TEXT | sizes, architectures=["MixtralForCausalLM"])
-    path = saved(transformers.MixtralForCausalLM(config), tmp_path / "mixtral")
-    refuse(UnsupportedModelError, "mixture of experts .num_local_experts=2", path, exporter="torch")
+def test_experts_with_a_loop_of_their_own(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_key_value_heads": 2}
+    config = transformers.Llama4TextConfig(**TEXT | sizes, num_local_experts=2, head_dim=8)
+    path = saved(transformers.Llama4ForCausalLM(config), tmp_path / "llama4")
+    refuse(UnsupportedModelError, "mixture of experts .num_local_experts=2. whose code", path, exporter="torch")
 
 
 def test_quantized(model: Path) -> None:

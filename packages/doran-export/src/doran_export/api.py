@@ -22,7 +22,7 @@ from doran_export.graph.genai import require_genai
 from doran_export.graph.precision import EXPORTERS, exporter_for, precision_for, proof_providers, target_for
 from doran_export.graph.spec import GraphSpec, make_spec
 from doran_export.graph.torch_export import check_graph
-from doran_export.loading import Source, load_model, open_source, refuse_experts
+from doran_export.loading import Source, load_model, open_source
 from doran_export.pipeline import Request, ask, export_source, prove_directory
 from doran_export.proof.proof import Proof
 from doran_export.proof.reference import Reference
@@ -107,8 +107,6 @@ def export(
     place = Path(model if model is not None else base or "")
     source = open_source(place, task)
     chosen = exporter_for(source.task, wanted, exporter, multi_adapter=adapters is not None)
-    if chosen.name == "torch":
-        refuse_experts(source)
     names = proof_providers(chosen, wanted, provider_names(providers), available)
     made_for = target_for(chosen, wanted, target, names)
     if chosen.name == "genai":

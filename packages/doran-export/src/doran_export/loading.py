@@ -19,7 +19,7 @@ from doran_export.errors import UnsupportedModelError
 from doran_export.files import read_json
 from doran_export.tasks import Task, task_for
 
-__all__ = ["Source", "load_model", "load_tokenizer", "load_weights", "open_source", "refuse_experts"]
+__all__ = ["Source", "load_model", "load_tokenizer", "load_weights", "open_source", "traceable_experts"]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -70,18 +70,22 @@ def _open_source(path: Path, task: str | None) -> Source:
     return Source(path, config, found)
 
 
-def refuse_experts(source: Source) -> None:
-    """Refuse a mixture-of-experts model, whose routing torch.export does not bring into an ONNX graph.
+def traceable_experts(model: PreTrainedModel, source: Source) -> None:
+    """Let a mixture of experts gather each token's experts, which torch.export can trace; its loops it cannot.
 
     Raises:
-        UnsupportedModelError: naming the field of the configuration that says so.
+        UnsupportedModelError: the model has loops of its own; names the field of the configuration.
     """
     text = source.config.get_text_config()
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if (getattr(text, name, None) or 0) > 1:
+        if (getattr(text, name, None) or 0) <= 1:
+            continue
+        model.set_experts_implementation("batched_mm")
+        if "batched_mm" not in model.get_experts_implementation().values():
             raise UnsupportedModelError(
-                f"{source.path} is a mixture of experts ({name}={getattr(text, name)}), which the torch exporter "
-                "cannot trace: try exporter='genai', or serve the merged checkpoint"
+                f"{source.path} is a mixture of experts ({name}={getattr(text, name)}) whose code the torch exporter "
+                "cannot trace (no experts_implementation of transformers): try exporter='genai', or serve the merged "
+                "checkpoint"
             )
 
 

@@ -24,7 +24,7 @@ from doran_export.graph.quantize import quantize_weights
 from doran_export.graph.spec import GraphSpec, make_spec
 from doran_export.graph.storage import store_weights
 from doran_export.graph.torch_export import check_graph, graph_opset, save_graph, trace
-from doran_export.loading import Source, load_model, load_tokenizer
+from doran_export.loading import Source, load_model, load_tokenizer, traceable_experts
 from doran_export.proof.cases import GREEDY_STEPS, given_cases, greedy_prompts, random_cases
 from doran_export.proof.proof import Proof, prove
 from doran_export.proof.reference import Reference, ask_pytorch
@@ -89,6 +89,8 @@ def export_source(
         _require_replaced(model, source, request.replaced)
         if request.exporter.name == "genai":
             require_plain_head(model)
+        else:
+            traceable_experts(model, source)
         spec = make_spec(model, source.task, source.path)
         spec = spec.with_adapters(union_of_targets(model, request.adapters))
     # PyTorch answers first: its weights may change dtype for the trace, and are freed before ONNX Runtime loads its
