@@ -3,7 +3,7 @@
     python experiments/method_comparison/run.py PEFT
 
 PEFT is a clone of github.com/huggingface/peft from which PEFT is installed. Its run.py trains and tests, and writes its
-record there; it needs the hub and a GPU of 24 GB. docs/howto/peft-comparison.md tells more.
+record there; it needs the hub and a GPU. docs/howto/peft-comparison.md tells more.
 """
 
 from __future__ import annotations
