@@ -94,3 +94,17 @@ def test_vllm_has_no_place_for_a_scale_of_experts() -> None:
     assert {name for name in names if name.endswith("_stacked")} == {
         *("w13_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_a_stacked", "w2_lora_b_stacked")
     }
+
+
+def test_what_the_swap_of_experts_relies_on() -> None:
+    folder = "vllm.model_executor.layers.fused_moe"
+    method = source(f"{folder}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod")
+    for text in ('"w13_weight"', '"w2_weight"', "self.moe_kernel", "self.unquantized_backend", "w13_up_dim = 2 *"):
+        assert text in method
+    packing = source(f"{folder}.experts.cpu_moe:CPUUnquantizedExperts")
+    for text in ("isa =", "cpu_prepack_moe_weight(layer.w13_weight, self.isa)", "new_w13[:, padded_size : padded_size"):
+        assert text in packing
+    experts = source(f"{folder}.routed_experts:RoutedExperts")
+    for text in ("self.moe_config", "intermediate_size_per_partition", "enable_eplb", "def load_weights("):
+        assert text in experts
+    assert symbols.lookup_optional("pack_experts") is not None

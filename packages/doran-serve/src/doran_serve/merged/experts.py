@@ -130,11 +130,11 @@ def _shadows(layers: Mapping[str, Any], near: set[str]) -> Iterator[dict[_Place,
             values = torch.full(shape, torch.nan, dtype=parameter.dtype, device=device)
             shadow = shadows[name, part] = nn.Parameter(values, requires_grad=False)
             vars(shadow).update(vars(parameter))  # vLLM's loader of this parameter, above all
-            layers[name]._parameters[part] = shadow
+            setattr(layers[name], part, shadow)
         yield {place: shadow for place, shadow in shadows.items() if place[0] in near}
     finally:
         for (name, part), parameter in live.items():
-            layers[name]._parameters[part] = parameter
+            setattr(layers[name], part, parameter)
 
 
 def _numbers(name: str) -> list[str]:
