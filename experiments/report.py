@@ -90,6 +90,8 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
         note += ' **Old start**: all generators start from N(0, 1) (`generator_init="normal"`), with embeddings of 64.'
     parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, references)]
     parts += [f"![accuracy over the learning rate]({figures.plot_rates(table, into / f'{name}-rates.svg').name})", ""]
+    if tables.tests_of(table):
+        parts += ["## By test", "", "The test accuracy is the mean of these.", "", tables.accuracy_by_test(table)]
     parts += ["## Test accuracy by learning rate, %", "", tables.accuracy_by_rate(table)]
     parts += ["## Lost runs by learning rate", "", tables.lost_rule(table), "", tables.lost_runs(table)]
     if _settings(name).get("stability"):
@@ -156,8 +158,8 @@ def _tau(name: str, folder: Path, into: Path) -> list[str]:
     if "along" in curves and curves.along.notna().any():
         text = (
             "The share of a layer's squared gradient that runs along the rows of its weight, where DoRA's output does "
-            "not change, and how much of that share reaches the factors through tau. Each layer has its mean over "
-            "steps and seeds; shown are the smallest, the middle and the largest layer."
+            "not change, and the part of it that reaches the factors through tau, both in percent of the whole. Each "
+            "layer has its mean over steps and seeds; shown are the smallest, the middle and the largest layer."
         )
         parts += ["## The gradient's split", "", text, "", tables.gradients_split(curves)]
         for arm in [arm for arm in ("doran",) if arm in moving]:

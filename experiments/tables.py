@@ -13,6 +13,7 @@ from experiments.statistics import Interval, data_ratio, mean_interval, paired_d
 __all__ = [
     "accuracy_by_data",
     "accuracy_by_rate",
+    "accuracy_by_test",
     "at_chosen_rates",
     "data_needed",
     "factor_table",
@@ -23,6 +24,7 @@ __all__ = [
     "markdown",
     "spikes",
     "summary",
+    "tests_of",
 ]
 
 LOST = 0.1
@@ -141,6 +143,26 @@ def accuracy_by_data(table: pandas.DataFrame) -> str:
     return markdown(["arm", *(f"{100 * fraction:g}%" for fraction in fractions), "seeds"], rows)
 
 
+def tests_of(table: pandas.DataFrame) -> list[str]:
+    """Names of the tests whose mean the test accuracy is; empty where there is one."""
+    suffix = "_accuracy"
+    names = [name.removesuffix(suffix) for name in table.columns if name.endswith(suffix)]
+    return [name for name in names if name not in ("test", "validation")]
+
+
+def accuracy_by_test(table: pandas.DataFrame) -> str:
+    """Accuracy in percent in each of the tests, on all of the data at the rate chosen for it."""
+    best = at_chosen_rates(table[table.fraction == table.fraction.max()])
+    names = tests_of(table)
+    rows = []
+    for arm in table.arm.drop_duplicates():
+        own = best[best.arm == arm]
+        if len(own):
+            cells = [_show(mean_interval((100 * own[f"{name}_accuracy"]).tolist())) for name in names]
+            rows.append([arm, str(len(own)), *cells])
+    return markdown(["arm", "seeds", *names], rows)
+
+
 def data_needed(table: pandas.DataFrame, reference: str) -> str:
     """For each arm, how many times the reference's data it needs for the reference's accuracy at each share."""
     best = at_chosen_rates(table)
@@ -181,7 +203,7 @@ def factor_table(table: pandas.DataFrame) -> str:
 
 
 def gradients_split(curves: pandas.DataFrame) -> str:
-    """Shares of the squared gradient along the rows, and of what tau keeps of them, in percent.
+    """Shares of the squared gradient along the rows, and of what tau keeps of them, in percent of the whole.
 
     Each layer's share is the mean over steps and seeds; a row has the smallest, the middle and the largest layer of a
     projection.
@@ -194,4 +216,4 @@ def gradients_split(curves: pandas.DataFrame) -> str:
             spread = [100 * layers[part].quantile([0, 0.5, 1]) for part in ("along", "kept")]
             shown = [", ".join(f"{value:.2g}" for value in values) for values in spread]
             rows.append([str(arm), str(name), str(len(layers)), *shown])
-    return markdown(["arm", "projection", "layers", "along the rows, %", "of it, kept by tau, %"], rows)
+    return markdown(["arm", "projection", "layers", "along the rows, %", "kept by tau, %"], rows)

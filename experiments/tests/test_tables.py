@@ -87,3 +87,12 @@ def test_the_gradients_split_by_projection() -> None:
     ]
     table = tables.gradients_split(pandas.DataFrame(rows))
     assert "| doran | q_proj | 3 | 2, 4, 12 | 0.2, 0.4, 1.2 |" in table
+
+
+def test_accuracy_by_test(runs: pandas.DataFrame) -> None:
+    assert tables.tests_of(runs) == []
+    several = runs.assign(piqa_accuracy=runs.test_accuracy - 0.1, boolq_accuracy=0.5)
+    assert tables.tests_of(several) == ["piqa", "boolq"]
+    lines = tables.accuracy_by_test(several).splitlines()
+    assert lines[0] == "| arm | seeds | piqa | boolq |"
+    assert lines[2] == "| lora | 2 | 74.50 ± 6.35 | 50.00 ± 0.00 |"
