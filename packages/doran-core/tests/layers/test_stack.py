@@ -169,3 +169,10 @@ def test_weights_that_are_no_stack_are_refused():
             StackView(Holder(weight), "gate_up_proj", name=NAME)
     with pytest.raises(TargetError, match="no parameter 'down_proj'"):
         StackView(Holder(torch.randn(2, 3, 4)), "down_proj", name=NAME)
+
+
+def test_a_weight_that_zero3_frees_after_its_layers_pass_is_refused_even_while_it_is_gathered():
+    view, adapter = stack()
+    getattr(view.layer, view.parameter).ds_id = 0  # DeepSpeed's mark
+    with pytest.raises(TargetError, match="its weight is not whole in this process outside its module's own forward"):
+        adapter.scale_and_factors(view)
