@@ -47,6 +47,7 @@ def test_stacked_expert_weights_are_for_merged_mode(tmp_path: Path) -> None:
     info = merged.check(tmp_path / "adapter")
     check_mergeable(info)
     assert (info.form, info.rank, info.modules, info.values) == ("trainable", 2, 1, 3 * 2 * (8 + 16))
+    assert (info.stacks, info.others) == ((name,), ())
     with pytest.raises(CheckpointError, match="needs the base's own files"):
         AdapterStore(None, stacks=True).check(tmp_path / "adapter")
     save_file({name: torch.randn(4, 16, 8)}, base / "model.safetensors")

@@ -65,10 +65,11 @@ class AdapterInfo:
         path: its directory.
         form: the form of its files.
         rank: the largest rank; None if only vLLM can read it.
-        modules: the number of adapted layers.
+        modules: the number of adapted layers and stacked parameters.
         values: the number of values that a slot holds for this adapter.
         targets: ends of the names of these layers; empty if only vLLM can read it.
         others: names of the layers that vLLM does not serve as linear ones.
+        stacks: names of the stacked expert parameters.
         version: digest of the files, see `admission`; empty if they were checked without being admitted.
     """
 
@@ -79,4 +80,5 @@ class AdapterInfo:
     values: int
     targets: frozenset[str] = frozenset()
     others: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
     version: str = ""

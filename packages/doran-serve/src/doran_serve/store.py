@@ -219,7 +219,7 @@ class AdapterStore:
         rank = max(module.A.shape[0] for module in modules)
         targets = frozenset() if served is None else frozenset(name.rpartition(".")[2] for name in served.modules)
         layers = len((record if served is None else served).modules) + len(stacks)
-        return AdapterInfo(folder, form, rank, layers, values, targets, others)
+        return AdapterInfo(folder, form, rank, layers, values, targets, others, tuple(stacks))
 
     def _check_layers(self, folder: Path, form: AdapterForm, record: _Factored) -> tuple[str, ...]:
         """Refuse layers that vLLM does not adapt in this form; the names of those that are not linear."""
