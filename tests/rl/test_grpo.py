@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,33 +224,43 @@ def test_the_example(base: Path, tmp_path: Path) -> None:
         end(trainer.vllm_generation.llm)
 
 
-def test_adapter_sync_with_a_server(base: Path, tmp_path: Path) -> None:
-    served = tmp_path / "served"
+@pytest.fixture
+def server(base: Path, tmp_path: Path) -> Iterator[Server]:
+    """`doran serve` with the policy's first version in `tmp_path/served`."""
     torch.manual_seed(0)
     start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     start = get_peft_model(start, DoranConfig(rank=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    save_folded(start, served / "policy")
-    server = Server(
+    save_folded(start, tmp_path / "served" / "policy")
+    processed = ["--logprobs-mode", "processed_logprobs"]
+    variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    running = Server(base, tmp_path / "served", tmp_path / "log", *processed, **variables)
+    yield running
+    running.close()
+
+
+def test_adapter_sync_with_a_server(base: Path, server: Server, tmp_path: Path) -> None:
+    train(
+        with_adapter_sync(GRPOTrainer, save_folded, served=tmp_path / "served"),
         base,
-        served,
-        tmp_path / "log",
-        "--logprobs-mode",
-        "processed_logprobs",
-        VLLM_SERVER_DEV_MODE="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        tmp_path / "run",
+        lambda trainer: [server.complete("policy", prompt, TOKENS) for prompt in PROMPTS],
+        vllm_mode="server",
+        vllm_server_base_url=server.url,
     )
-    try:
-        train(
-            with_adapter_sync(GRPOTrainer, save_folded, served=served),
-            base,
-            tmp_path / "run",
-            lambda trainer: [server.complete("policy", prompt, TOKENS) for prompt in PROMPTS],
-            vllm_mode="server",
-            vllm_server_base_url=server.url,
-        )
-        assert "POST /init_weight_transfer_engine" not in server.everything()
-    finally:
-        server.close()
+    assert "POST /init_weight_transfer_engine" not in server.everything()
+
+
+def test_two_processes_train_one_policy_with_a_server(base: Path, server: Server, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("two_processes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(base), str(tmp_path), server.url], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
+    assert seen[0] == seen[1], "both processes hold the policy that the server has"
+    assert len(seen[0]["tokens"]) == UPDATES
+    assert "POST /init_weight_transfer_engine" not in server.everything()
 
 
 def test_what_cannot_sync_by_adapter_says_so(base: Path, tmp_path: Path) -> None:

@@ -16,15 +16,51 @@ from typing import Any
 TOKENS = 8
 
 
-class Server:
-    """A running `doran serve`, and its answers as token ids."""
+class Client:
+    """Questions to a running server, and its answers as token ids."""
+
+    def __init__(self, url: str, base: str) -> None:
+        self.url, self.base = url, base
+
+    def request(self, path: str, **body: Any) -> tuple[int, Any]:
+        """POST `body` as JSON, or GET without one: status, and the answer's text."""
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def complete(self, model: str | None, prompt: list[int], tokens: int = TOKENS) -> Any:
+        """The answer's tokens, or (status, text) of a refusal."""
+        status, text = self.request(
+            "/v1/completions",
+            model=model or self.base,
+            prompt=prompt,
+            max_tokens=tokens,
+            temperature=0,
+            ignore_eos=True,
+            return_token_ids=True,
+        )
+        return json.loads(text)["choices"][0]["token_ids"] if status == 200 else (status, text)
+
+    def running(self) -> int:
+        """Requests that the engine works on now."""
+        lines = self.request("/metrics")[1].splitlines()
+        return sum(int(float(line.split()[-1])) for line in lines if line.startswith("vllm:num_requests_running{"))
+
+
+class Server(Client):
+    """A running `doran serve`."""
 
     def __init__(self, base: Path, adapters: Path, log: Path, *more: str, **variables: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.base = str(base)
+        super().__init__(f"http://127.0.0.1:{port}", str(base))
         script = "import sys; from doran_core.cli.main import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", script, "serve", self.base, "--adapters", str(adapters)]
         flags = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
@@ -52,38 +88,8 @@ class Server:
         """The last of what it has said."""
         return self.everything()[-4000:]
 
-    def request(self, path: str, **body: Any) -> tuple[int, Any]:
-        """POST `body` as JSON, or GET without one: status, and the answer's text."""
-        data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-        except OSError:
-            return 0, ""
-
-    def complete(self, model: str | None, prompt: list[int], tokens: int = TOKENS) -> Any:
-        """The answer's tokens, or (status, text) of a refusal."""
-        status, text = self.request(
-            "/v1/completions",
-            model=model or self.base,
-            prompt=prompt,
-            max_tokens=tokens,
-            temperature=0,
-            ignore_eos=True,
-            return_token_ids=True,
-        )
-        return json.loads(text)["choices"][0]["token_ids"] if status == 200 else (status, text)
-
     def close(self) -> None:
         """End it."""
         self.process.terminate()
         self.process.wait(60)
         self.log.close()
-
-    def running(self) -> int:
-        """Requests that the engine works on now."""
-        lines = self.request("/metrics")[1].splitlines()
-        return sum(int(float(line.split()[-1])) for line in lines if line.startswith("vllm:num_requests_running{"))

@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import torch
 from adapter_specs import make_adapter
-from conftest import ALWAYS, MIXED
+from conftest import ALWAYS, MIXED, Engine
 from test_mixed import ALL, prompts_of, requests_for
 
 from doran_core.errors import DoranError
@@ -99,16 +100,13 @@ def lose_memory(worker: Any) -> None:
             tensor.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_scales_survive_sleep(
-    level: int, engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
-) -> None:
-    base, running = reference("llama"), engine("llama")
+def answers_outlast(sleep: Callable[[], object], running: Any, base: Any, folder: Path, first: int) -> None:
+    """An engine's answers for adapters of three forms are the reference's, before and after it slept."""
     adapters = {
         form: make_adapter(form, base.weights, ALL, rank=4, seed=420 + index, size=0.5)
         for index, form in enumerate(("folded", "dora", "lora"))
     }
-    lora = requests_for(adapters, tmp_path, first=500 + 10 * level)
+    lora = requests_for(adapters, folder, first=first)
     prompts = prompts_of([9], 512, seed=22)
     expected = {name: base.answer(prompts, name and adapters[name], 6)[0] for name in (None, *adapters)}
 
@@ -117,8 +115,43 @@ def test_scales_survive_sleep(
         assert dict(zip(expected, found, strict=True)) == expected
 
     check()
-    running.llm.sleep(level=level)
-    if level == 2:
-        running.llm.collective_rpc(lose_memory)
-    running.llm.wake_up()
+    sleep()
     check()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_scales_survive_sleep(
+    level: int, engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    running = engine("llama")
+
+    def sleep() -> None:
+        running.llm.sleep(level=level)
+        if level == 2:
+            running.llm.collective_rpc(lose_memory)
+        running.llm.wake_up()
+
+    answers_outlast(sleep, running, reference("llama"), tmp_path, 500 + 10 * level)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: vLLM's CPU worker does not sleep")
+@pytest.mark.parametrize("level", [1, 2])
+def test_scales_survive_the_sleep_of_a_gpu(
+    level: int, checkpoint: Callable[[str], Path], reference: Callable[[str], Any], engine: Any, tmp_path: Path
+) -> None:
+    """Level 2 discards the weights, too: vLLM loads them again from the checkpoint."""
+    engine.close()  # two engines disturb each other
+    running = Engine("llama", checkpoint("llama"), enable_sleep_mode=True, gpu_memory_utilization=0.2)
+
+    def sleep() -> None:
+        free = torch.cuda.mem_get_info()[0]
+        running.llm.sleep(level=level)
+        assert torch.cuda.mem_get_info()[0] > free, "it did sleep"
+        running.llm.wake_up()
+        if level == 2:
+            running.llm.collective_rpc("reload_weights")
+
+    try:
+        answers_outlast(sleep, running, reference("llama"), tmp_path, 600 + 10 * level)
+    finally:
+        running.close()
