@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from datasets import load_dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="where the adapter goes")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8, help="of each process")
+    parser.add_argument("--lora", action="store_true", help="train LoRA instead, to compare")
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.base)
@@ -45,7 +47,9 @@ def main() -> None:
 
     set_seed(0)  # the same start in every process
     model = AutoModelForCausalLM.from_pretrained(options.base)
-    model = get_peft_model(model, DoranConfig(rank=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    where = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    config = LoraConfig(r=8, lora_alpha=16, **where) if options.lora else DoranConfig(rank=8, **where)
+    model = get_peft_model(model, config)
     arguments = TrainingArguments(
         str(options.out),
         max_steps=options.steps,
@@ -58,23 +62,42 @@ def main() -> None:
     )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator)
-    exempt_from_decay(trainer)
+    if not options.lora:
+        exempt_from_decay(trainer)
+    elif is_fsdp1(trainer):
+        parser.error("--lora: this script does not save LoRA under FSDP1")
     trainer.train()
     save(trainer)
 
 
-def save(trainer: Trainer) -> None:
-    """Trainer's own saving, but under FSDP1, whose state dict has no place for networks that layers share."""
+def is_fsdp1(trainer: Trainer) -> bool:
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is None or plugin.fsdp_version != 1:
-        trainer.save_model()
-        return
-    with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
-        trained = {
-            name: p.detach() for name, p in trainer.model_wrapped.named_parameters() if ".doran_adapter." in name
-        }
+    return plugin is not None and plugin.fsdp_version == 1
+
+
+def save(trainer: Trainer) -> None:
+    """Trainer's own saving, but under FSDP1 and ZeRO.
+
+    FSDP1's state dict has no place for networks that layers share, and ZeRO's has bfloat16 copies of what the optimizer
+    keeps in float32.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def write(trained: dict[str, Tensor]) -> None:
         if trainer.is_world_process_zero():
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(trainer.args.output_dir, state_dict=trained)
+            model.save_pretrained(trainer.args.output_dir, state_dict=trained)
+
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        # Each call gathers a parameter, in all processes.
+        write({name: safe_get_full_fp32_param(p) for name, p in model.named_parameters() if p.requires_grad})
+    elif is_fsdp1(trainer):
+        with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
+            parameters = trainer.model_wrapped.named_parameters()
+            write({name: p.detach() for name, p in parameters if ".doran_adapter." in name})
+    else:
+        trainer.save_model()
 
 
 if __name__ == "__main__":

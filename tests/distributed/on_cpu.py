@@ -1,8 +1,9 @@
 """Run a script under `accelerate launch` on a machine without a GPU: ``on_cpu.py [--ddp] SCRIPT [arguments]``.
 
 accelerate knows FSDP and ZeRO on accelerators alone. It is told that there are some, joined by gloo, and that its
-device is the CPU (ACCELERATE_TORCH_DEVICE=cpu); all else is its own. The last line says what it made of its
-configuration. With ``--ddp`` it is told the truth: DDP it knows on a CPU.
+device is the CPU (ACCELERATE_TORCH_DEVICE=cpu), and transformers that they compute in bfloat16; all else is their own.
+The last line says what accelerate made of its configuration. With ``--ddp`` accelerate is told the truth, because it
+knows DDP on a CPU.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import sys
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from processes import skip_builds
+from transformers import training_args
 
 if __name__ == "__main__":
     ddp = sys.argv[1] == "--ddp"
     found = ("gloo", DistributedType.MULTI_CPU if ddp else DistributedType.MULTI_GPU)
     PartialState._prepare_backend = lambda *args, **kwargs: found  # type: ignore[method-assign]
+    training_args.is_torch_bf16_gpu_available = lambda: True
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         skip_builds()
     sys.argv = sys.argv[2:] if ddp else sys.argv[1:]

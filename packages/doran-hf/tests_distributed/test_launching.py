@@ -10,17 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import doran_hf  # noqa: F401 - PEFT then loads its adapters
 
 REPOSITORY = Path(__file__).parents[3]
 EXAMPLES = REPOSITORY / "examples" / "accelerate"
 ON_CPU = REPOSITORY / "tests" / "distributed" / "on_cpu.py"
 STEPS, BATCH = 3, 4
 CLOSE = 1e-5
+ROUNDING = dict.fromkeys(("ddp", "fsdp1", "fsdp2", "zero2"), 1.25) | {"zero3": 2.0}
+"""Half precision: so many times LoRA's distance, as in test_matrix; docs/howto/scaling.md says so of ZeRO-3."""
 
 SPREAD = {
     "ddp": "spread by MULTI_CPU",
@@ -47,13 +52,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(made / "base")
     texts = [" ".join(f"t{3 + (7 * row + 5 * place) % 61}" for place in range(8)) for row in range(STEPS * BATCH)]
     (made / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    run(made, "one", [sys.executable, str(EXAMPLES / "train.py")], BATCH)
+    script = str(EXAMPLES / "train.py")
+    run(made, "one", [sys.executable, script], BATCH)
+    run(made, "lora-one", [sys.executable, script], BATCH, "--lora")
     return made
 
 
-def run(folder: Path, name: str, command: list[str], batch: int) -> str:
+def run(folder: Path, name: str, command: list[str], batch: int, *options: str) -> str:
     """Train to `folder/name`; what was printed."""
-    arguments = [folder / "base", folder / "texts.jsonl", folder / name, "--steps", STEPS, "--batch", batch]
+    arguments = [folder / "base", folder / "texts.jsonl", folder / name, "--steps", STEPS, "--batch", batch, *options]
     variables = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "HF_DATASETS_CACHE": str(folder / "cache")}
     done = subprocess.run(
         [*command, *map(str, arguments)],
@@ -67,15 +74,48 @@ def run(folder: Path, name: str, command: list[str], batch: int) -> str:
     return done.stdout
 
 
+def launched(folder: Path, name: str, out: str, precision: str, *options: str) -> None:
+    """Train under a configuration, with two processes, to `folder/out`."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / f"{name}.yaml")]
+    launch += ["--mixed_precision", precision, "--main_process_port", "0"]
+    script = [str(ON_CPU), *(["--ddp"] if name == "ddp" else []), str(EXAMPLES / "train.py")]
+    assert f"{SPREAD[name]} over 2" in run(folder, out, launch + script, BATCH // 2, *options)
+
+
 @pytest.mark.parametrize("name", SPREAD)
 def test_the_adapter_is_that_of_one_process(name: str, folder: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / f"{name}.yaml")]
-    launch += ["--mixed_precision", "no", "--main_process_port", "0"]
-    script = [str(ON_CPU), *(["--ddp"] if name == "ddp" else []), str(EXAMPLES / "train.py")]
-    assert f"{SPREAD[name]} over 2" in run(folder, name, launch + script, BATCH // 2)
+    launched(folder, name, name, "no")
     one, two = (load_file(folder / path / "adapter_model.safetensors") for path in ("one", name))
     assert one.keys() == two.keys()
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < CLOSE
     assert any(float(tensor.abs().max()) > 0 for key, tensor in two.items() if "w2_B" in key)
     configs = [json.loads((folder / path / "adapter_config.json").read_text()) for path in ("one", name)]
     assert configs[0]["base_fingerprint"] == configs[1]["base_fingerprint"] is not None
+
+
+@torch.no_grad()
+def logits(folder: Path, adapter: str | None) -> torch.Tensor:
+    """Of a base in float32, with an adapter or alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, folder / adapter)
+    return model.eval()(torch.arange(64).view(4, 16)).logits
+
+
+def relative_distance(folder: Path, one: str, other: str) -> float:
+    """Distance of two adapters' logits, over what the first changes in those of the base."""
+    expected = logits(folder, one)
+    return float((logits(folder, other) - expected).norm() / (expected - logits(folder, None)).norm())
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_in_bf16_the_adapter_is_as_near_to_one_float32_process_as_lora(name: str, folder: Path) -> None:
+    """As the configurations say: mixed precision in bfloat16. FSDP1's yardstick is LoRA under DDP."""
+    launched(folder, name, f"{name}-bf16", "bf16")
+    launched(folder, "ddp" if name == "fsdp1" else name, f"lora-{name}-bf16", "bf16", "--lora")
+    ours = relative_distance(folder, "one", f"{name}-bf16")
+    lora = relative_distance(folder, "lora-one", f"lora-{name}-bf16")
+    assert 1e-3 < lora < 0.1  # half precision it was, and an adapter that was saved whole
+    assert 1e-3 < ours <= ROUNDING[name] * lora, (ours, lora)
+    tensors = load_file(folder / f"{name}-bf16" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
