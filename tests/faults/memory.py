@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import resource
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,28 +108,28 @@ def _fork_readers(adapters: list[Path], legal: Path, found: Any) -> None:
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     grown = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(_READERS):  # by then all is imported
-            Path(folder, str(number)).mkdir()
-            ADAPTER_READERS[name](legal / "static", legal, Path(folder, str(number)))
-        for adapter in adapters:
-            for name in _READERS:
-                with tempfile.TemporaryDirectory(dir=folder) as out:
-                    of_one = context.SimpleQueue()
-                    process = context.Process(
-                        target=_read, args=(ADAPTER_READERS[name], adapter, legal, Path(out), of_one)
-                    )
-                    process.start()
-                    process.join(120)
-                if process.exitcode != 0:
-                    raise RuntimeError(f"{name} of {adapter.name} ended with {process.exitcode}")
-                grown[name, adapter] = of_one.get()
+    for name in _READERS:
+        _read_once(name, legal / "static", legal)  # by then all is imported
+    for adapter in adapters:
+        for name in _READERS:
+            of_one = context.SimpleQueue()
+            process = context.Process(target=_measure, args=(name, adapter, legal, of_one))
+            process.start()
+            process.join(120)
+            if process.exitcode != 0:
+                raise RuntimeError(f"{name} of {adapter.name} ended with {process.exitcode}")
+            grown[name, adapter] = of_one.get()
     found.put(grown)
 
 
-def _read(reader: Callable[[Path, Path, Path], Any], adapter: Path, legal: Path, out: Path, found: Any) -> None:
-    torch.set_num_threads(1)
+def _measure(name: str, adapter: Path, legal: Path, found: Any) -> None:
+    # A fork does not count the pages of shared libraries before it touches them.
+    _read_once(name, legal / "static", legal)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with contextlib.suppress(DoranError):
-        reader(adapter, legal, out)
+    _read_once(name, adapter, legal)
     found.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def _read_once(name: str, adapter: Path, legal: Path) -> None:
+    with tempfile.TemporaryDirectory() as out, contextlib.suppress(DoranError):
+        ADAPTER_READERS[name](adapter, legal, Path(out))
