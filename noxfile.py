@@ -243,22 +243,29 @@ def install_serve(session: nox.Session) -> None:
     install_models(session, "smollm2")
 
 
+def install_trl(session: nox.Session) -> None:
+    """doran-hf and TRL beside doran-serve."""
+    install(session, "hf", pins=["trl>=1.16", "datasets>=3"])
+
+
 @nox.session
 def serve(session: nox.Session) -> None:
     """doran-serve: many adapters in a real vLLM; then TRL's GRPO with it, a DoRAN adapter as the policy."""
     install_serve(session)
     test_files_at_once(session, "-m", "not long", "packages/doran-serve/tests")
-    install(session, "hf", pins=["trl>=1.16", "datasets>=3"])
-    test(session, "tests/rl")
+    install_trl(session)
+    test(session, "-m", "not long", "tests/rl")
     session.install("sybil>=10,<11")
     session.run("python", "-m", "pytest", "docs/tools/test_blocks.py", "-k", "engine_block", "--engine", "-ra")
 
 
 @nox.session(name="serve-long")
 def serve_long(session: nox.Session) -> None:
-    """A server with SmolLM2, one under load, and engines with vision-language models. Not part of bare ``nox``."""
+    """SmolLM2, a server under load, vision-language models, GRPO in two processes. Not part of bare ``nox``."""
     install_serve(session)
     test(session, "-m", "long", "packages/doran-serve/tests")
+    install_trl(session)
+    test(session, "-m", "long", "tests/rl")
 
 
 @nox.session

@@ -250,6 +250,7 @@ def test_adapter_sync_with_a_server(base: Path, server: Server, tmp_path: Path) 
     assert "POST /init_weight_transfer_engine" not in server.everything()
 
 
+@pytest.mark.long
 def test_two_processes_train_one_policy_with_a_server(base: Path, server: Server, tmp_path: Path) -> None:
     script = Path(__file__).with_name("two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
