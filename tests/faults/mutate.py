@@ -153,7 +153,7 @@ def _edit(value: dict[str, Any], random: Random) -> None:
     elif choice == 2 and isinstance(inner, list) and inner:
         inner[random.randrange(len(inner))] = random.choice(ODD)
     elif choice == 3 and isinstance(inner, int | float) and not isinstance(inner, bool):
-        value[name] = random.choice([inner + 1, -inner, inner * 2**40, float(inner), str(inner)])
+        value[name] = random.choice([inner + 1, -inner, inner * 2**40, float(inner % 2**53), str(inner)])
     else:
         value[name] = random.choice(ODD)
     return None

@@ -191,6 +191,10 @@ def limits(legal: Path) -> dict[str, int]:
                 process = context.Process(target=_limited, args=(legal, Path(folder), name, which, amount))
                 process.start()
                 process.join(60)
+                if process.exitcode is None:
+                    print(f"{name} with limit {which} of {amount} beyond what it had: no end after 60 s", flush=True)
+                    process.kill()
+                    process.join()
                 verdict = {0: "done", 10: "refused"}.get(process.exitcode, "raised")  # type: ignore[call-overload]
                 report[verdict] += 1
                 # Without a free descriptor nothing can be removed: the next writer there does it.
