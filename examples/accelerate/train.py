@@ -68,6 +68,7 @@ def main() -> None:
         parser.error("--lora: this script does not save LoRA under FSDP1")
     trainer.train()
     save(trainer)
+    trainer.accelerator.end_training()  # with an open process group, gloo can abort a process that ends
 
 
 def is_fsdp1(trainer: Trainer) -> bool:
