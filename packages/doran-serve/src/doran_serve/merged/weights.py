@@ -60,8 +60,8 @@ class MergedWeights:
             Seconds that it took.
 
         Raises:
-            DoranError: the adapter cannot be read or does not fit, and nothing has changed; or a merged expert weight is
-                not finite, and the next swap repairs what has changed.
+            DoranError: the adapter cannot be read or does not fit, and nothing has changed. Or a merged expert weight
+                is not finite, and the next swap repairs what has changed.
         """
         start = time.perf_counter()
         adapter, wanted = (None, {}) if path is None else self._read(path)
