@@ -110,7 +110,7 @@ def layout_of(path: Path, fd: int) -> Layout:
 
 
 def read_header(fd: int) -> bytes:
-    """All bytes before the first tensor of an open file, or its first 8 if no header of their length can follow."""
+    """The bytes before the first tensor of an open file; only the first 8 if they tell of a header beyond its end."""
     head = os.pread(fd, 8, 0)
     length = int.from_bytes(head, "little")
     fits = len(head) == 8 and length <= min(os.fstat(fd).st_size - 8, _MAX_HEADER)
