@@ -8,18 +8,22 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from doran_core.errors import TargetError
 from doran_core.functional import accumulation_dtype, adapted_output
 
-__all__ = ["AdaptedWeight"]
+__all__ = ["AdaptedWeight", "WeightSide", "call_with", "refuse_replaced_forward", "summed"]
+
+WeightSide = tuple[Tensor, Tensor, Tensor]
+"""Scale c, A and B' of one adapter, as in :class:`AdaptedWeight`."""
 
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm"} | _GROUPED
@@ -177,6 +181,40 @@ class AdaptedWeight:
                 f"{self.where}: the model multiplies with these weights along their output dimension: they are stored "
                 "the other way round than its module says (is_transposed)"
             )
+
+
+def summed(sides: Sequence[WeightSide]) -> WeightSide:
+    """Several adapters as one: their changes add up, ``sum (c_i W0 + B'_i A_i) - (k - 1) W0``."""
+    if len(sides) == 1:
+        return sides[0]
+    scales, As, Bs = zip(*sides, strict=True)
+    return torch.stack(scales).sum(0) - (len(sides) - 1), torch.cat(As, -2), torch.cat(Bs, -1)
+
+
+def call_with(module: nn.Module, weights: Mapping[str, AdaptedWeight], *args: Any, **kwargs: Any) -> Any:
+    """Call a module with these in place of its parameters of their names."""
+    shallow = copy.copy(module)  # shares parameters and hooks; attributes set here stay here
+    vars(shallow).update(weights)
+    return shallow(*args, **kwargs)
+
+
+def refuse_replaced_forward(module: nn.Module, name: str, remedy: str) -> None:
+    """Refuse a module whose call would read the parameters and not what stands in for them.
+
+    Args:
+        module: a router or an experts module.
+        name: its name in the base model.
+        remedy: what to do if the model must stay as it is loaded; ends the message.
+
+    Raises:
+        TargetError: the module's forward has been replaced.
+    """
+    if "forward" in vars(module):
+        raise TargetError(
+            f"{name}: {type(module).__name__}.forward has been replaced on this module (by accelerate's device_map or "
+            "offload, perhaps), so that adapters of its parameters would do nothing; load the model on one device, or "
+            f"{remedy}"
+        )
 
 
 def _advice(what: str) -> str:

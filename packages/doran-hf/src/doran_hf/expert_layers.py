@@ -6,7 +6,6 @@ The module stays unchanged, and the implementation from transformers' registry c
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from doran_core.errors import TargetError
 from doran_core.layers.stack import StackAdapter, StackView
 from doran_core.support.torch_internals import own_modules
-from doran_hf.adapted_weight import AdaptedWeight
+from doran_hf.adapted_weight import AdaptedWeight, call_with, refuse_replaced_forward, summed
 from doran_hf.layer import DoranLayer
 from doran_hf.peft_internals import is_expert_parallel
 
@@ -86,8 +85,7 @@ class DoranStack(DoranLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = () if self.disable_adapters or self.merged else self.active_adapters
-        adapters = [self.adapter(name) for name in active if name in self.doran_adapter]
+        adapters = self._adapters_in_use()
         if not adapters:
             return None
         view, base = self.view, getattr(self.get_base_layer(), self._parameter)
@@ -96,10 +94,7 @@ class DoranStack(DoranLayer):
             vars(adapter)["called"] = True
             assert isinstance(adapter, StackAdapter)
             sides.append(adapter.weight_side(view, chosen))
-        scale, A, B = sides[0]
-        if len(sides) > 1:  # the changes add up: sum (c_i W0 + B'_i A_i) - (k - 1) W0
-            scale = torch.stack([side[0] for side in sides]).sum(0) - (len(sides) - 1)
-            A, B = torch.cat([side[1] for side in sides], -2), torch.cat([side[2] for side in sides], -1)
+        scale, A, B = summed(sides)
         dropout = adapters[0].config.dropout if self.training else 0.0
         return AdaptedWeight(base, scale, A.to(base.dtype), B.to(base.dtype), not view.transposed, dropout, self.name)
 
@@ -157,20 +152,11 @@ class DoranExperts(nn.Module):
         stand_ins = {name: weight for name, weight in found.items() if weight is not None}
         if not stand_ins:
             return self.base_layer(*args, **kwargs)
-        module = copy.copy(
-            self.base_layer
-        )  # a shallow copy: it shares parameters and hooks, and attributes set here stay here
-        vars(module).update(stand_ins)
-        return module(*args, **kwargs)
+        return call_with(self.base_layer, stand_ins, *args, **kwargs)
 
     def _refuse_bypass(self) -> None:
         """Refuse a module whose call would read the parameters and not the stand-ins."""
-        if "forward" in vars(self.base_layer):
-            raise TargetError(
-                f"{self.name}: {type(self.base_layer).__name__}.forward has been replaced on this module (by "
-                "accelerate's device_map or offload, perhaps), so that adapters of its parameters would do nothing; "
-                "load the model on one device, or leave target_parameters out"
-            )
+        refuse_replaced_forward(self.base_layer, self.name, "leave target_parameters out")
         if is_expert_parallel(self.base_layer):
             raise TargetError(f"{self.name}: DoRAN does not adapt experts under expert parallelism; load without it")
 

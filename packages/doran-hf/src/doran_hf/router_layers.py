@@ -5,7 +5,6 @@ The module stays unchanged. During a call an :class:`~doran_hf.adapted_weight.Ad
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from doran_core.errors import TargetError
 from doran_core.layers import BaseView, is_adaptable
 from doran_core.support.sharding import held, whole_shape
-from doran_hf.adapted_weight import AdaptedWeight
+from doran_hf.adapted_weight import AdaptedWeight, call_with, refuse_replaced_forward, summed
 from doran_hf.layer import DoranLayer
 
 __all__ = ["RouterDoranLayer", "is_router"]
@@ -82,22 +81,13 @@ class RouterDoranLayer(DoranLayer):
         adapters, router = self._adapters_in_use(), self.base_layer
         if not adapters:
             return router(*args, **kwargs)
-        if "forward" in vars(router):
-            raise TargetError(
-                f"{self.name}: {type(router).__name__}.forward has been replaced on this module (by accelerate's "
-                "device_map or offload, perhaps), so that an adapter of its weight would do nothing; load the model on "
-                "one device, or leave the router out"
-            )
+        refuse_replaced_forward(router, self.name, "leave the router out")
         view, sides = self.view, []
         for adapter in adapters:
             vars(adapter)["called"] = True
             sides.append(adapter.scale_and_factors(view))
-        scale, A, B = sides[0]
-        if len(sides) > 1:  # the changes add up: sum (c_i W0 + B'_i A_i) - (k - 1) W0
-            scale = torch.stack([side[0] for side in sides]).sum(0) - (len(sides) - 1)
-            A, B = torch.cat([side[1] for side in sides]), torch.cat([side[2] for side in sides], 1)
+        scale, A, B = summed(sides)
         dropout = adapters[0].config.dropout if self.training else 0.0
         weight: Tensor = router.weight  # type: ignore[assignment]
-        module = copy.copy(router)  # shares parameters and hooks; what is set here stays here
-        vars(module)["weight"] = AdaptedWeight(weight, scale, A, B, True, dropout, f"{self.name}.weight")
-        return module(*args, **kwargs)
+        adapted = AdaptedWeight(weight, scale, A, B, True, dropout, f"{self.name}.weight")
+        return call_with(router, {"weight": adapted}, *args, **kwargs)
