@@ -48,3 +48,13 @@ def make_moe(family: str, implementation: str = "grouped_mm", dtype: torch.dtype
 def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
     """The same ones each time."""
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def train(model: PreTrainedModel, seed: int = 3) -> PreTrainedModel:
+    """The model with values away from the start in whatever is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model

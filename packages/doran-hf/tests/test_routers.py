@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_bases import EXPERTS, FAMILIES, make_moe, tokens
+from moe_bases import EXPERTS, FAMILIES, make_moe, tokens, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -23,15 +23,6 @@ ROUTER = {"mixtral": "gate", "qwen3_moe": "gate", "olmoe": "gate", "gpt_oss": "r
 def adapted(family, dtype=torch.float32, **options):
     fields = {"rank": 2, "target_modules": [ROUTER[family]], "task_type": "CAUSAL_LM"} | options
     return get_peft_model(make_moe(family, "eager", dtype), DoranConfig(**fields))
-
-
-def train(model):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return model
 
 
 def loss(logits):

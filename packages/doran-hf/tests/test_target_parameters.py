@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from moe_bases import EXPERTS, FAMILIES, IMPLEMENTATIONS, make_moe, tokens
+from moe_bases import EXPERTS, FAMILIES, IMPLEMENTATIONS, make_moe, tokens, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
@@ -28,16 +28,6 @@ def config(**options):
 
 def adapted(family, implementation="grouped_mm", dtype=torch.float32, **options):
     return get_peft_model(make_moe(family, implementation, dtype), config(**options))
-
-
-def train(model, seed=3):
-    """Values away from the start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return model
 
 
 def loss(logits):

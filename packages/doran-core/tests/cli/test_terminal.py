@@ -98,24 +98,14 @@ def test_places_that_cannot_be_replaced(folder, monkeypatch, capsys, command, ou
     assert folder.stat().st_ino == inode
 
 
-@pytest.fixture
-def full_disk(tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "doran-test", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
-    (place / "full").write_bytes(b"x" * 4096)
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", [4], indirect=True)
 @pytest.mark.parametrize("command", [MERGE, CONVERT])
-def test_one_exit_code_for_a_full_disk(folder, full_disk, monkeypatch, capsys, command):
+def test_one_exit_code_for_a_full_disk(folder, small_disk, monkeypatch, capsys, command):
+    (small_disk / "full").write_bytes(b"x" * 4096)
     monkeypatch.chdir(folder)
-    assert main([*command, str(full_disk / "out")]) == exit_codes.SYSTEM
+    assert main([*command, str(small_disk / "out")]) == exit_codes.SYSTEM
     printed = capsys.readouterr().err
     assert printed.splitlines()[-1].endswith("the disk is full")
     assert "Traceback" not in printed
-    assert [path.name for path in full_disk.iterdir()] == ["full"]
-    assert main([*command, str(full_disk / "out"), "--debug"]) == exit_codes.SYSTEM
+    assert [path.name for path in small_disk.iterdir()] == ["full"]
+    assert main([*command, str(small_disk / "out"), "--debug"]) == exit_codes.SYSTEM

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 
 import made
 import pytest
@@ -25,18 +24,6 @@ def test_a_full_disk_has_one_error_whoever_meets_it(tmp_path):
         with pytest.raises(CheckpointError, match=r"cannot write .*out: the disk is full"):
             fail(error)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 kB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "doran-test", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.mark.parametrize("left", [0, 4096])

@@ -21,15 +21,15 @@ from doran_hf.train import load_config
 
 pytestmark = pytest.mark.usefixtures("in_folder")
 
+NO_COMPLETION = dict.fromkeys(("data__prompt", "data__completion", "data__choices", "data__append_eos"), "unset")
+"""Leaves out of `runs.settings` the fields that only causal language models have."""
+
 
 def test_sequence_classification_with_names_as_labels() -> None:
     metrics = run(
         base=str(save_text_base(Path("bert"), "bert")),
         task="sequence-classification",
-        data__prompt="unset",
-        data__completion="unset",
-        data__choices="unset",
-        data__append_eos="unset",
+        **NO_COMPLETION,
         data__label="sentiment",
         adapter__target_modules="all-linear",
         trainer__max_steps=60,
@@ -58,10 +58,7 @@ def test_a_pooler_that_the_base_lacks_is_trained_and_saved(capsys: pytest.Captur
     metrics = run(
         base=str(base),
         task="sequence-classification",
-        data__prompt="unset",
-        data__completion="unset",
-        data__choices="unset",
-        data__append_eos="unset",
+        **NO_COMPLETION,
         data__label="sentiment",
         trainer__max_steps=40,
     )
@@ -94,10 +91,7 @@ def test_image_classification_of_a_folder() -> None:
         task="image-classification",
         data__train="images",
         data__eval="images",
-        data__prompt="unset",
-        data__completion="unset",
-        data__choices="unset",
-        data__append_eos="unset",
+        **NO_COMPLETION,
     )
     assert metrics["training"]["examples"] == 16
     assert metrics["adapter"]["accuracy"] == 1.0
@@ -115,7 +109,6 @@ def _three_classes(**changes: Any) -> dict[str, Any]:
         for number in range(8)
         for letter in "abcdef"
     ]
-    unset = {f"data__{name}": "unset" for name in ("prompt", "completion", "choices", "append_eos")}
     values = {
         "task": "sequence-classification",
         "data__train": write_rows("topics.jsonl", rows),
@@ -124,7 +117,7 @@ def _three_classes(**changes: Any) -> dict[str, Any]:
         "adapter__target_modules": "all-linear",
         "trainer__max_steps": 60,
     }
-    return unset | values | changes
+    return NO_COMPLETION | values | changes
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
