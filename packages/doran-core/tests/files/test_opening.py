@@ -19,7 +19,7 @@ from doran_core.checkpoint.checkpoint import Checkpoint
 from doran_core.convert import fold_adapter
 from doran_core.errors import AdapterFormatError, CheckpointError, CorruptFileError, DoranError, MissingKeyError
 from doran_core.files.jsonfile import parse_object, read_json
-from doran_core.files.opening import is_plain_name, named_errors, read_directory, read_file
+from doran_core.files.opening import OpenDirectory, is_plain_name, named_errors, read_directory, read_file
 from doran_core.files.tensors import tensor_pieces
 from doran_core.merge import merge_checkpoint
 
@@ -340,8 +340,12 @@ def test_save_file_is_what_the_library_reads(tmp_path):
 def test_a_file_that_grows_while_it_is_read_is_not_read_for_ever(tmp_path):
     file = tmp_path / "x.safetensors"
     save_file({"x": torch.zeros(2**19)}, file)
-    with OpenDirectory(tmp_path) as directory, pytest.raises(CorruptFileError, match="size changed"):
+
+    def read_while_it_grows(directory):
         for count, _ in enumerate(tensor_pieces(directory, file.name)):
             assert count < 10
             with file.open("ab") as opened:
                 opened.write(bytes(2**20))
+
+    with OpenDirectory(tmp_path) as directory, pytest.raises(CorruptFileError, match="size changed"):
+        read_while_it_grows(directory)
