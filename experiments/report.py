@@ -162,9 +162,9 @@ def _tau(name: str, folder: Path, into: Path) -> list[str]:
             "layer has its mean over steps and seeds; shown are the smallest, the middle and the largest layer."
         )
         parts += ["## The gradient's split", "", text, "", tables.gradients_split(curves)]
-        for arm in [arm for arm in ("doran",) if arm in moving]:
-            figure = figures.plot_split(curves, arm, into / f"{name}-split.svg").name
-            parts += [f"![the gradient's split of {arm}]({figure})", ""]
+        if "doran" in moving:
+            figure = figures.plot_split(curves, "doran", into / f"{name}-split.svg").name
+            parts += [f"![the gradient's split of doran]({figure})", ""]
     return parts
 
 

@@ -1,4 +1,4 @@
-"""Adapters of stacked expert weights, which merged mode alone serves: how they are told and read. No vLLM here."""
+"""Adapters of stacked expert weights, which merged mode alone serves: how to recognise and read them. No vLLM here."""
 
 from __future__ import annotations
 

@@ -185,9 +185,8 @@ def _flags(mode: str, store: AdapterStore, checked: Checked, given: Sequence[str
     if mode == "merged":
         if shapes:
             kept = memory.base_row_bytes(shapes, width)
-            experts = (
-                ", and of the experts that adapters change" if any(i.stacks for i in checked.infos.values()) else ""
-            )
+            has_experts = any(info.stacks for info in checked.infos.values())
+            experts = ", and of the experts that adapters change" if has_experts else ""
             print(f"merged mode keeps {kept / 2**30:.2f} GiB of base weights beside the model{experts}", flush=True)
         return flags.merged_flags(checked.paths, given)
     slots = min(max(1, len(checked.paths)), flags.MOST_SLOTS)

@@ -209,8 +209,9 @@ class AdapterStore:
         others = self._check_layers(folder, form, record)
         if form in ("lora", "folded"):  # the converters have checked the other forms against the base
             self.base.check(folder, record)
+        layers: Collection[Any] = (record if served is None else served).modules.values()
         stacks = {} if served is None else served.stacks
-        modules: list[Any] = list((record if served is None else served).modules.values())
+        modules = [*layers]
         modules += [matrix.factors for parts in stacks.values() for matrix in parts]
         values = sum(
             module.A.numel() + module.B.numel() + (0 if getattr(module, "scale", None) is None else module.B.shape[0])
@@ -218,8 +219,7 @@ class AdapterStore:
         )
         rank = max(module.A.shape[0] for module in modules)
         targets = frozenset() if served is None else frozenset(name.rpartition(".")[2] for name in served.modules)
-        layers = len((record if served is None else served).modules) + len(stacks)
-        return AdapterInfo(folder, form, rank, layers, values, targets, others, tuple(stacks))
+        return AdapterInfo(folder, form, rank, len(layers) + len(stacks), values, targets, others, tuple(stacks))
 
     def _check_layers(self, folder: Path, form: AdapterForm, record: _Factored) -> tuple[str, ...]:
         """Refuse layers that vLLM does not adapt in this form; the names of those that are not linear."""

@@ -106,38 +106,42 @@ class ExpertWeights:
     def _loaded(self, stack: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[_Place, Tensor]:
         """What the model's loader makes of a stack's tensors, packed, by the parameter for which they are."""
         near = {name for name in self._layers if _numbers(name) == _numbers(stack)}
-        with _shadows(self._layers, near) as shadows:
+        with _stand_ins(self._layers, near) as stand_ins:
             self._model.load_weights(tensors)  # type: ignore[operator]
-        filled = {place: shadow.data for place, shadow in shadows.items() if not shadow.data.isnan().all()}
+        filled = {place: stand_in.data for place, stand_in in stand_ins.items() if not stand_in.data.isnan().all()}
         return {place: _packed(self._layers[place[0]], place[1], values) for place, values in filled.items()}
 
 
 @contextmanager
-def _shadows(layers: Mapping[str, Any], near: set[str]) -> Iterator[dict[_Place, nn.Parameter]]:
-    """Other parameters in place of the experts', as they are before loading; afterwards vLLM's are back.
+def _stand_ins(layers: Mapping[str, Any], near: set[str]) -> Iterator[dict[_Place, nn.Parameter]]:
+    """Inside this context, every experts parameter is a stand-in of the shape that vLLM's loader fills.
 
     Args:
         layers: the experts layers by name.
-        near: the layers for which there is something to load. Their shadows hold NaN, and are what this yields. Those
-            of all others have no memory.
+        near: names of the layers that may be loaded. Their stand-ins hold NaN; those of all others
+            take no memory.
+
+    Yields:
+        The stand-ins of the layers in `near`.
     """
     live = {(name, part): getattr(layer, part) for name, layer in layers.items() for part in _PARAMETERS}
-    shadows: dict[_Place, nn.Parameter] = {}
+    stand_ins: dict[_Place, nn.Parameter] = {}
     try:
         for (name, part), parameter in live.items():
             shape = _loaded_shape(layers[name], part, parameter)
             device = parameter.device if name in near else "meta"
             values = torch.full(shape, torch.nan, dtype=parameter.dtype, device=device)
-            shadow = shadows[name, part] = nn.Parameter(values, requires_grad=False)
-            vars(shadow).update(vars(parameter))  # vLLM's loader of this parameter, above all
-            setattr(layers[name], part, shadow)
-        yield {place: shadow for place, shadow in shadows.items() if place[0] in near}
+            stand_in = stand_ins[name, part] = nn.Parameter(values, requires_grad=False)
+            vars(stand_in).update(vars(parameter))  # vLLM's loader of this parameter, above all
+            setattr(layers[name], part, stand_in)
+        yield {place: stand_in for place, stand_in in stand_ins.items() if place[0] in near}
     finally:
         for (name, part), parameter in live.items():
             setattr(layers[name], part, parameter)
 
 
 def _numbers(name: str) -> list[str]:
+    """The numbers in a name, which are alike in vLLM's name of a layer and in transformers'."""
     return [part for part in name.split(".") if part.isdigit()]
 
 
