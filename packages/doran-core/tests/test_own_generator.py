@@ -106,7 +106,7 @@ def test_a_builder_that_does_not_fit(trained):
         ("nowhere_at_all:Cosines", "No module named"),
         ("broken:Cosines", "ZeroDivisionError: division by zero"),
         ("here:Sines", "has no attribute"),
-        ("here:not_callable", "expected something to call, got 3"),
+        ("here:not_callable", "expected a callable, got 3"),
     ],
 )
 def test_a_builder_that_cannot_be_had(trained, capsys, given, words):

@@ -174,5 +174,5 @@ def test_weights_that_are_no_stack_are_refused():
 def test_a_weight_that_zero3_frees_after_its_layers_pass_is_refused_even_while_it_is_gathered():
     view, adapter = stack()
     getattr(view.layer, view.parameter).ds_id = 0  # DeepSpeed's mark
-    with pytest.raises(TargetError, match="its weight is not whole in this process outside its module's own forward"):
+    with pytest.raises(TargetError, match="its weight is whole only inside its module's own forward"):
         adapter.scale_and_factors(view)

@@ -1,7 +1,7 @@
-"""A subcommand of `doran`: a click command that returns an :class:`Outcome`, found by an entry point.
+"""The class of `doran`'s subcommands: click commands that return an :class:`Outcome`.
 
-The entry points are those of the group "doran.commands". A module that holds one is imported for `doran --help`: it
-imports torch and the like only when the command runs.
+Entry points of the group "doran.commands" name the subcommands. `doran --help` imports their modules, so these import
+torch and other large libraries only when a command runs.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _reading = False
 def reading_flags() -> bool:
     """Whether `doran` is still parsing its command line.
 
-    Packages postpone import side effects meanwhile: doran_hf does not import PEFT.
+    While it does, packages postpone imports that have side effects: doran_hf does not import PEFT.
     """
     return _reading
 
 
 @contextlib.contextmanager
 def only_flags(value: bool = True) -> Iterator[None]:
-    """Within this, :func:`reading_flags` has this value."""
+    """Context in which :func:`reading_flags` returns this value."""
     global _reading
     before, _reading = _reading, value
     try:
@@ -63,8 +63,8 @@ class DoranCommand(click.Command):
     """A click command with --json and --debug, whose callback returns an :class:`Outcome`.
 
     Args:
-        group: its heading in `doran --help`, one of :data:`GROUPS` or one of its own.
-        examples: command lines for its help.
+        group: heading in `doran --help`: one of :data:`GROUPS`, or a new one.
+        examples: command lines for the help text.
     """
 
     def __init__(self, *args: Any, group: str, examples: Sequence[str] = (), **options: Any) -> None:
@@ -105,7 +105,7 @@ def write_lines(formatter: click.HelpFormatter, title: str, lines: Sequence[str]
 
 
 def command(*, group: str, examples: Sequence[str] = (), **options: Any) -> Callable[[Callable[..., Outcome]], Any]:
-    """Decorator: a function that returns an :class:`Outcome` as a :class:`DoranCommand`. Options as click's."""
+    """Decorator that makes a :class:`DoranCommand` of a function returning an :class:`Outcome`; options as click's."""
     return click.command(cls=DoranCommand, group=group, examples=examples, **options)
 
 
@@ -131,7 +131,7 @@ def _print(write: Callable[[], None]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """The value with null for NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""`doran convert`: an adapter from one form to another."""
+"""`doran convert`: converts an adapter from one form to another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["convert"]
 
 
 class _Form(click.Choice[str]):
-    """The forms. "compiled" is the former name of "folded"."""
+    """The values of --to, and "compiled", the former name of "folded"."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return super().convert("folded" if value == "compiled" else value, param, ctx)
@@ -31,7 +31,7 @@ class _Form(click.Choice[str]):
 @click.option("--to", "form", required=True, type=_Form(["folded", "peft-dora"]), help="Form to write.")
 @click.option("--base", required=True, type=DIRECTORY, help="Checkpoint directory that the adapter adapts.")
 @click.option("--out", required=True, type=DIRECTORY, help="Directory to write.")
-@click.option("--overwrite", is_flag=True, help="Replace an adapter that is in --out already.")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter in --out.")
 @adapter_options
 def convert(
     adapter: str,

@@ -1,4 +1,4 @@
-"""`doran inspect`: what is in an adapter directory."""
+"""`doran inspect`: shows what is in an adapter directory."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = ["inspect"]
     ),
 )
 @click.argument("adapter", metavar="ADAPTER_DIR", type=DIRECTORY)
-@click.option("--base", type=DIRECTORY, help="Its base checkpoint.")
+@click.option("--base", type=DIRECTORY, help="Base checkpoint of the adapter.")
 @click.option("--plot", type=FILE, help="Draw the report, e.g. out.png (needs matplotlib).")
 @adapter_options
 def inspect(
     adapter: str, base: str | None, plot: str | None, allow_base_mismatch: bool, factor_builder: str | None
 ) -> Outcome:
-    """Check an adapter of any form and show its layers: sizes, tau, output scale, effective rank. With --base also what
-    depends on the base weights, and whether the base is the right one.
+    """Check an adapter of any form and show its layers: sizes, tau, output scale, effective rank. With --base, also
+    show what depends on the base weights, and check that the base is the right one.
     """
     from doran_core.diagnostics.inspect import inspect_adapter
     from doran_core.diagnostics.plot import plot_report, require_plotting

@@ -1,4 +1,4 @@
-"""`doran merge`: adapters into a checkpoint directory."""
+"""`doran merge`: merges adapters into a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
     "--adapter", "adapters", required=True, multiple=True, type=DIRECTORY, help="Adapter directory; repeat for several."
 )
 @click.option(
-    "--weight", "weights", multiple=True, type=float, help="One for each --adapter, in their order; default 1."
+    "--weight", "weights", multiple=True, type=float, help="Weight of each --adapter, in the same order; default 1."
 )
 @click.option("--out", required=True, type=DIRECTORY, help="Directory to write; must not exist or be empty.")
-@click.option("--dtype", type=click.Choice(_DTYPES), help="Of the result; default: that of each base tensor.")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="dtype of the result; default: that of each base tensor.")
 @adapter_options
 def merge(
     base: str,
@@ -42,8 +42,8 @@ def merge(
     allow_base_mismatch: bool,
     factor_builder: str | None,
 ) -> Outcome:
-    """Merge adapters into a Hugging Face checkpoint. Memory stays small, because tensors are streamed. A killed merge
-    goes on when the same command runs again. The output appears only when it is whole.
+    """Merge adapters into a Hugging Face checkpoint. Memory stays small, because tensors are streamed. To resume a
+    killed merge, run the same command again. The output directory appears only when it is complete.
     """
     weights = weights or (1.0,) * len(adapters)
     if len(weights) != len(adapters):
@@ -67,7 +67,7 @@ def merge(
             )
         except KeyboardInterrupt:
             progress.close()
-            print("doran: the finished part is kept: run the same command again to go on", file=sys.stderr)
+            print("doran: the finished part is kept: run the same command again to resume", file=sys.stderr)
             raise
     merged = [{"directory": adapter, "weight": weight} for adapter, weight in weighted]
     data = {"written": str(written), "base": base, "adapters": merged, "dtype": dtype}

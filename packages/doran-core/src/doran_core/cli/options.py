@@ -1,4 +1,4 @@
-"""Options of several subcommands, and the conversion of their values."""
+"""Options that several subcommands share, and the conversion of their values."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["DIRECTORY", "FILE", "adapter_options", "load_factor_builder"]
 
 DIRECTORY = click.Path(file_okay=False)
-"""A directory that the command checks itself; shells complete directories."""
+"""Type of a directory option: shells complete directories, and the command checks the directory itself."""
 FILE = click.Path(dir_okay=False)
-"""Likewise a file."""
+"""Type of a file option, likewise."""
 
 
 def adapter_options(function: Any) -> Any:
@@ -27,8 +27,8 @@ def adapter_options(function: Any) -> Any:
     function = click.option(
         "--factor-builder",
         metavar="MODULE:NAME",
-        help="For an adapter that was trained with a generator of your own: what was given to adapt() as "
-        "factor_builder. MODULE is imported, and its code run; the current directory is searched first.",
+        help="The factor_builder that was given to adapt(), for an adapter with a generator of your own. "
+        "MODULE is imported, so its code runs; the current directory is searched first.",
     )(function)
     return click.option("--allow-base-mismatch", is_flag=True, help="Accept an adapter made for other base weights.")(
         function
@@ -36,10 +36,10 @@ def adapter_options(function: Any) -> Any:
 
 
 def load_factor_builder(given: str | None) -> FactorBuilder | None:
-    """Import what ``MODULE:NAME`` names.
+    """Import the factor builder that ``MODULE:NAME`` names.
 
     Raises:
-        ConfigError: it is not of that form, cannot be imported, or cannot be called.
+        ConfigError: the value has another form, or what it names cannot be imported or called.
     """
     if given is None:
         return None
@@ -55,5 +55,5 @@ def load_factor_builder(given: str | None) -> FactorBuilder | None:
     finally:
         sys.path.remove(here)
     if not callable(builder):
-        raise ConfigError(f"--factor-builder {given}: expected something to call, got {builder!r}")
+        raise ConfigError(f"--factor-builder {given}: expected a callable, got {builder!r}")
     return builder  # type: ignore[no-any-return]

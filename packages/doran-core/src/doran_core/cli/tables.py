@@ -1,4 +1,4 @@
-"""Tables: drawn by rich on a terminal where it is installed, else plain columns that grep and awk read."""
+"""Tables: drawn by rich on a terminal if rich is installed, else plain columns for grep and awk."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Table", "show"]
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text: the first column to the left, the others to the right.
+    """A table of text: the first column is left-aligned, the others right-aligned.
 
     Attributes:
-        header: names of the columns; empty for a list of facts, which is all to the left.
+        header: names of the columns; empty for a list of facts, whose columns are all left-aligned.
         rows: each as long as the header.
     """
 
@@ -67,5 +67,5 @@ def _draw(table: Table) -> None:
         left = column == 0 or not table.header
         drawn.add_column(Text(name) if table.header else "", justify="left" if left else "right", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*map(Text, row))  # as plain text: brackets are no markup here
+        drawn.add_row(*map(Text, row))  # rich would read brackets in a str as markup
     Console().print(drawn)

@@ -38,11 +38,11 @@ def printable(text: str) -> str:
 
 
 def json_for(text: str, escaped: str) -> str:
-    """JSON as standard output can show it.
+    """The first of two forms of the same JSON that standard output can show.
 
     Args:
         text: JSON in Unicode.
-        escaped: the same in ASCII.
+        escaped: JSON in ASCII.
     """
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")

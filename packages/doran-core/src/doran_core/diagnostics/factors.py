@@ -15,7 +15,7 @@ def singular_values(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     """Singular values of ``g B A``, ``[min(r, d_out, d_in)]``, float64, from the largest to the smallest.
 
     Args:
-        A: ``[r, d_in]``; with a first dimension of experts the result has it, too.
+        A: ``[r, d_in]``; the result keeps a further first dimension, of experts.
         B: ``[d_out, r]``.
         scaling: g.
     """
@@ -28,8 +28,10 @@ def singular_values(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
 def effective_rank(values: Tensor) -> float:
     """``exp`` of the entropy of the normalised singular values (Roy and Vetterli, 2007): from 1 to their number.
 
+    The result is 0 if all values are 0.
+
     Args:
-        values: singular values ``[k]``. Returns 0 if all are 0.
+        values: singular values ``[k]``.
     """
     total = values.sum()
     if total <= 0:

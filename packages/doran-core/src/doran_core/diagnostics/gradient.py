@@ -86,10 +86,9 @@ class GradientProbe:
         probe.splits()["model.layers.0.self_attn.q_proj"].kept_parallel
 
     Args:
-        model: a model adapted by :func:`doran_core.adapt`, or the layers themselves by name, for other owners of
-            adapters.
-        first_pass_only: keep the split of the first pass through each layer instead of the gradients ``[d_out, d_in]``
-            added up over all of them: less memory, for use beside a training.
+        model: a model adapted by :func:`doran_core.adapt`, or layers by name, for models that other packages adapt.
+        first_pass_only: record the first pass through each layer only. By default the gradients ``[d_out, d_in]`` of
+            all passes are kept and summed, which takes too much memory beside a training.
 
     Raises:
         TargetError: if there is no adapted linear layer.
@@ -143,7 +142,7 @@ class GradientProbe:
 
     @torch.no_grad()
     def splits(self) -> dict[str, GradientSplit]:
-        """The split of each layer, by module name, of the gradients added up since the ``with`` began.
+        """The split of each layer's gradient, by module name. Gradients are summed since the ``with`` began.
 
         Raises:
             DoranError: if no backward pass was seen.

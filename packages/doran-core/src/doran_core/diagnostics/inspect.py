@@ -35,7 +35,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Tensor) -> Spread:
-        """Of a tensor of any shape."""
+        """The spread of a tensor of any shape."""
         return cls(float(values.double().mean()), float(values.min()), float(values.max()))
 
 
@@ -48,7 +48,7 @@ class LayerReport:
         rank, d_out, d_in: sizes.
         singular_values: of ``g B A``.
         effective_rank: see :func:`~doran_core.diagnostics.effective_rank`.
-        tau: of the trainable form; None elsewhere.
+        tau: None in forms other than the trainable one.
         scale: c; None if computing c needs the base and no base is given.
         norm: ``n = ||W0 + g B A||`` per row; needs the base.
         tau_share: mean of ``tau / (n + tau)``, the part of the parallel gradient that the norm lets pass.
@@ -73,9 +73,9 @@ class AdapterReport:
     """A whole adapter.
 
     Attributes:
-        directory: where it is.
+        directory: the adapter's path.
         form: "trainable", "folded", "peft-dora" or "peft-lora".
-        created_by, base_model, base_fingerprint, task_type: as recorded in it.
+        created_by, base_model, base_fingerprint, task_type: as the adapter records them.
         parameters: numbers stored for the adapted layers.
         extra: names of the tensors that replace base parameters in full.
         layers: in natural order of their names.
@@ -117,8 +117,8 @@ def inspect_adapter(
     Raises:
         AdapterFormatError: the adapter is not valid.
         BaseMismatchError, CheckpointError: the base is another one or cannot be read.
-        ConfigError: a trainable adapter whose sizes only the base tells (shared output layers, or a generator of one's
-            own), without a base.
+        ConfigError: no base is given, and the adapter's sizes are known from the base only (shared output layers, or a
+            custom generator).
     """
     adapter = read_adapter(directory)
     if base_dir is not None:
@@ -159,8 +159,8 @@ def _check_sizes_known(adapter: AnyAdapter, directory: StrPath) -> None:
         return
     own = own_generator_parts(adapter.config, adapter.modules)
     if own or adapter.config.share_output:
-        what = "generator is not DoRAN's" if own else "output layers are shared"
-        raise ConfigError(f"{directory}: its {what}, so that sizes are in the base only: give it (--base)")
+        reason = "generator is not DoRAN's" if own else "output layers are shared"
+        raise ConfigError(f"{directory}: its {reason}, so sizes are known from the base only: give the base (--base)")
 
 
 def _form(adapter: AnyAdapter) -> str:

@@ -28,8 +28,8 @@ def require_plotting() -> None:
 def plot_report(report: AdapterReport, path: StrPath) -> Path:
     """Draw tau, output scale, norm, effective rank, change and spectrum, as far as the report has them.
 
-    Lines are means of a layer and bands reach from its least to its largest value; in the spectrum they are the median
-    layer and all layers.
+    A line shows the mean of each layer, its band the least and largest value. In the spectrum, the line is the median
+    layer, and the band covers all layers.
 
     Args:
         report: from :func:`~doran_core.diagnostics.inspect_adapter`.

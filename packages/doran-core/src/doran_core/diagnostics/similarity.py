@@ -21,8 +21,8 @@ class LayerSimilarity:
     Attributes:
         projection: last part of the layers' names.
         layers: their names.
-        update: of ``B A``.
-        A, B: of the factors themselves, which depend on how the rank's directions are ordered and mixed.
+        update: cosines of ``B A``.
+        A, B: cosines of the factors, which depend on how the rank's directions are ordered and mixed.
     """
 
     projection: str
@@ -55,7 +55,7 @@ def layer_similarities(layers: Sequence[LayerFactors]) -> list[LayerSimilarity]:
     If a projection has more than 256 layers, 256 evenly spaced ones are compared, including the first and the last.
 
     Args:
-        layers: evaluated factors, in the order that rows and columns are to have.
+        layers: evaluated factors, in the order of the rows and columns.
     """
     groups: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[LayerFactors]] = {}
     for layer in layers:

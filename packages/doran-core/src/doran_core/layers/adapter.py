@@ -67,7 +67,7 @@ class DoranAdapter(nn.Module):
 
     @torch.no_grad()
     def initialise(self, view: BaseView) -> None:
-        """Set tau and then ``m = n + tau``, so that the layer computes what its base computes, to the last bit.
+        """Set tau and then ``m = n + tau``: the adapted layer then computes what its base computes, to the last bit.
 
         The adapter moves to the base layer's device, and to float64 for a float64 base.
         """
@@ -103,7 +103,7 @@ class DoranAdapter(nn.Module):
         Changes of a hidden weight (quantized, sharded, offloaded) are not visible. A sharded or offloaded weight is
         gathered here, by all processes.
         """
-        with torch.inference_mode(False), view.whole_weight() as weight:  # training needs it, too
+        with torch.inference_mode(False), view.whole_weight() as weight:  # training uses the norm, too
             squared_norm = view.squared_norm() if weight is None else self._squared_norm(weight)
             self.base_squared_norm = squared_norm.to(self.magnitude.device)
             self.base_digest = None if weight is None else exact_digest(self.spec.name, weight)

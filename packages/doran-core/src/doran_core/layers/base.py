@@ -87,7 +87,7 @@ class BaseView(ABC):
     def weight(self) -> Tensor | None:
         """W0 as a view ``[d_out, d_in]``; None if the layer gives no access to W0, or only inside its own forward.
 
-        Sharded and offloaded layers are of the second kind: use :meth:`whole_weight`.
+        Sharded and offloaded layers give access inside their forward only: use :meth:`whole_weight`.
         """
         weight = held(self.layer, self.parameter)
         return self.matrix(weight) if is_whole(weight, self.d_out * self.d_in) else None
@@ -237,7 +237,7 @@ class _LookedUpView(BaseView):
     def _product_of_call(self, A: Tensor) -> Tensor:
         if A.requires_grad and torch.is_grad_enabled():
             raise TargetError(
-                f"DoRAN cannot train a {type(self.layer).__name__} whose weight is whole in its own forward alone "
+                f"DoRAN cannot train a {type(self.layer).__name__} whose weight is whole only inside its own forward "
                 "(ZeRO-3, an FSDP unit of its own, offload): leave it out of target_modules"
             )
         with torch.no_grad(), self.whole_weight() as weight:

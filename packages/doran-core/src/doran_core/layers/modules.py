@@ -98,7 +98,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the base layer's weight is W' at the moment."""
+        """Whether the base layer's weight is currently W'."""
         return self._swap.active
 
     @property
@@ -131,16 +131,16 @@ class AdaptedLayer(nn.Module):
         return self._swap.original(self.view)
 
     def whole_weight(self) -> AbstractContextManager[Tensor | None]:
-        """A context with W0 as :meth:`original_weight` has it, gathered from all processes if it is sharded."""
+        """A context that yields W0 as :meth:`original_weight` does, gathered from all processes if it is sharded."""
         return self._swap.whole_original(self.view)
 
     def base_digest(self) -> bytes | None:
-        """Digest of W0; of a sharded one as it was when its norm was taken. None if it is quantized or float16."""
+        """Digest of W0; of a sharded W0, the digest taken with its norm. None if W0 is quantized or float16."""
         adapter, weight = self.doran_adapter, self.original_weight()
         return adapter.base_digest if weight is None else exact_digest(adapter.spec.name, weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Shapes of the base layer."""
+        """The adapted output; shapes as in the base layer."""
         in_use = self.adapter_in_use()
         if in_use is None:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ __all__ = ["build_adapters"]
 
 
 def _sizes(tensors: Mapping[str, Tensor], module: str) -> tuple[int, int | None, int | None]:
-    """``(d_out, d_in, experts)`` of a module by its tensors; d_in is None where all of W2 is shared."""
+    """``(d_out, d_in, experts)`` of a module, from its tensors; d_in is None if W2 is shared."""
     if "magnitude" not in tensors:
         raise MissingKeyError(f"module {module!r}: no tensor 'magnitude' among {sorted(tensors)}")
     shape = tensors["magnitude"].shape
@@ -35,14 +35,14 @@ def build_adapters(
     d_in: Mapping[str, int] | None = None,
     factor_builder: FactorBuilder | None = None,
 ) -> dict[str, DoranAdapter]:
-    """Adapters with the saved values, in eval mode; their parameters are the given tensors, where the dtype is theirs.
+    """Adapters with the saved values, in eval mode. Given tensors of the right dtype are used without a copy.
 
     Args:
-        config: the options that they were made with.
+        config: the adapters' options.
         tensors: by module name, in the model's order, the tensors by their names in :class:`DoranAdapter`.
         d_in: columns of each module's weight; needed if the file lacks them: with ``share_output``, and for a custom
             generator.
-        factor_builder: that of :func:`doran_core.adapt`, if they were trained with one.
+        factor_builder: the one given to :func:`doran_core.adapt`, for adapters that were trained with one.
 
     Returns:
         One adapter per module.

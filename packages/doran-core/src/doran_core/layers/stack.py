@@ -1,8 +1,8 @@
 """A stack of weights ``[experts, d_out, d_in]`` in one parameter, as mixture-of-experts models have, and its adapter.
 
 Each expert has factors and a magnitude of its own. The formulas are those of :mod:`doran_core.functional`, batched over
-the experts; ``B A`` is formed for no expert but in a merge. What calls the experts is the caller's affair: it takes
-``(c, A, B')`` from the adapter, all of them one row or matrix an expert.
+the experts; ``B A`` is formed in a merge only. The caller routes tokens to the experts and computes their outputs, with
+``(c, A, B')`` from the adapter: one row or matrix per expert.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from doran_core.support.torch_internals import own_parameters, version
 __all__ = ["StackAdapter", "StackView"]
 
 _UPCAST_BYTES = 64 * 2**20
-"""Most memory that the wider copy of a half-precision stack takes at a time, in bytes; at least one expert."""
+"""Memory limit for the float32 copy of a half-precision stack, in bytes. At least one expert is copied at a time."""
 
 
 class StackView(BaseView):
@@ -40,10 +40,10 @@ class StackView(BaseView):
         name: the parameter's name in the model, for error messages.
 
     Attributes:
-        experts: how many matrices it has.
+        experts: number of matrices.
 
     Raises:
-        TargetError: no such parameter, or one that is not three-dimensional in a floating dtype of 16 bits or more.
+        TargetError: the parameter does not exist, or is not 3-D in a floating dtype of 16 bits or more.
     """
 
     def __init__(self, layer: nn.Module, parameter: str, *, transposed: bool = False, name: str = "stack") -> None:
@@ -91,16 +91,16 @@ class StackView(BaseView):
 class StackAdapter(DoranAdapter):
     """DoRAN of a stack: for each expert ``y = c * (W0 x + g B A x)`` with ``c = m / (||W0 + g B A|| + tau)``.
 
-    The tensors have those of a :class:`DoranAdapter` behind a first dimension of experts. tau is one for all experts,
-    per expert or per row.
+    The tensors are those of a :class:`DoranAdapter` with a further first dimension, of experts. tau is one for all
+    experts, one per expert or one per row.
 
     Args:
-        config: the method's options; rank-one experts (MLAE) are not among them here.
-        spec: with ``experts``.
+        config: the method's options, without rank-one experts (MLAE).
+        spec: of the stack; has ``experts``.
         factors: the module whose call gives ``(A [experts, r, d_in], B [experts, d_out, r])``.
 
     Raises:
-        ConfigError: options that a stack does not have.
+        ConfigError: the options do not apply to a stack.
     """
 
     def __init__(self, config: DoranConfig, spec: LayerSpec, factors: nn.Module) -> None:
@@ -112,7 +112,7 @@ class StackAdapter(DoranAdapter):
                 "not for stacked expert weights"
             )
         super().__init__(config, spec, factors)
-        self._kept = _Kept()
+        self._cache = _WeightSideCache()
 
     def _squared_norm(self, weight: Tensor) -> Tensor:
         return torch.stack([functional.base_squared_norm(matrix) for matrix in weight])
@@ -121,11 +121,11 @@ class StackAdapter(DoranAdapter):
         return self._norm_of(view, A, B, None)
 
     def _norm_of(self, view: BaseView, A: Tensor, B: Tensor, chosen: Tensor | None) -> Tensor:
-        """The norms ``[experts, d_out]``; those of experts that are not chosen are the base weight's."""
+        """The norms ``[experts, d_out]``; for experts that are not chosen, the base weight's norms."""
         weight = view.weight()
         if weight is None:
             raise TargetError(
-                f"{self.spec.name}: its weight is not whole in this process outside its module's own forward pass "
+                f"{self.spec.name}: its weight is whole only inside its module's own forward pass "
                 "(ZeRO-3, a sharding unit of its own, offload)"
             )
         squared_norm = self.squared_norm_of_base(view)
@@ -162,8 +162,8 @@ class StackAdapter(DoranAdapter):
 
         Args:
             view: of the base weight.
-            chosen: indices of the experts that this pass uses, each once; None for all. Norms are taken for these
-                alone, and what is returned for the others is not to be used.
+            chosen: indices of the experts that this pass uses, each once; None for all. Only these norms are computed:
+                do not use the values returned for other experts.
         """
         with without_autocast(self.magnitude):
             A, B = self.factor_pair()
@@ -176,23 +176,23 @@ class StackAdapter(DoranAdapter):
             return scale, A, functional.scaled_factor(B, scale, self.scaling)
 
     def weight_side(self, view: BaseView, chosen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`scale_and_factors`; without gradients it is kept, of all experts, until an input changes.
+        """Like :meth:`scale_and_factors`. Without gradients, all experts are cached until an input changes.
 
         As for ordinary layers, writes that PyTorch does not count need ``doran_core.kernels.refresh()``.
         """
         state = None if torch.is_grad_enabled() else self._state(view)
         if state is None:
-            self._kept.clear()
+            self._cache.clear()
             return self.scale_and_factors(view, chosen)
-        if self._kept.state != state:
-            self._kept.clear()  # free the old one before the new one is made
+        if self._cache.state != state:
+            self._cache.clear()  # free the old tensors before the new ones are computed
             watch_optimizers()
-            self._kept.side, self._kept.state = self.scale_and_factors(view), state
-        assert self._kept.side is not None
-        return self._kept.side
+            self._cache.side, self._cache.state = self.scale_and_factors(view), state
+        assert self._cache.side is not None
+        return self._cache.side
 
     def _state(self, view: BaseView) -> tuple[object, ...] | None:
-        """Changes when an input of the weight side does; None where that cannot be seen, or it is drawn at random."""
+        """Changes when an input of the weight side does; None if changes cannot be seen, or the side is random."""
         tensors = [tensor for tensor in (*self.parameters(), *self.buffers()) if tensor is not self.base_squared_norm]
         weight = view.weight()
         plain = (Tensor, nn.Parameter)
@@ -224,23 +224,23 @@ class StackAdapter(DoranAdapter):
         return f"experts={self.spec.experts}, {super().extra_repr()}"
 
 
-class _Kept:
-    """A weight side and the state that it was computed in. Copies and pickles of a model get an empty one."""
+class _WeightSideCache:
+    """A weight side and the state in which it was computed. Copies and pickles of a model get an empty cache."""
 
     def __init__(self) -> None:
         self.side: tuple[Tensor, Tensor, Tensor] | None = None
         self.state: tuple[object, ...] | None = None
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Free the tensors."""
         self.side = self.state = None
 
-    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
-        return _Kept, ()
+    def __reduce__(self) -> tuple[type[_WeightSideCache], tuple[()]]:
+        return _WeightSideCache, ()
 
 
 def _stacked_product(weight: Tensor, A: Tensor, experts: Tensor | None) -> Tensor:
-    """``U = W0 @ A^T`` of all experts, or of some; in float32 or wider, without a wide or chosen copy of W0.
+    """``U = W0 @ A^T`` of all or some experts, in float32 or wider, without a copy of all of W0.
 
     Args:
         weight: ``[experts, d_out, d_in]``, frozen.
@@ -258,7 +258,7 @@ def _stacked_product(weight: Tensor, A: Tensor, experts: Tensor | None) -> Tenso
 
 
 class _FrozenStackProduct(torch.autograd.Function):
-    """A product with some experts of W0, in pieces, with gradients for A alone; keeps W0 itself and no copy of it."""
+    """The product of A with some experts of W0, in pieces. Only A gets gradients; W0 is saved without a copy."""
 
     @staticmethod
     def forward(weight: Tensor, A: Tensor, experts: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Running statistics of normalisation layers: training moves them, and an adapter does not save them."""
+"""Running statistics of normalisation layers: training changes them, and an adapter does not save them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEPT = "doran_running_mean"
 
 
 def keep_statistics(model: nn.Module) -> None:
-    """Remember the running means of a model that is being adapted; of one that is adapted already, the first ones."""
+    """Remember a model's running means when the model is adapted for the first time."""
     for _, module, mean in _tracking(model):
         vars(module).setdefault(_KEPT, mean.detach().clone())
 
@@ -56,7 +56,8 @@ def warn_moved_statistics(model: nn.Module, saved: Iterable[str] = ()) -> None:
 def _tracking(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """The layers with running statistics, by the base model's names; without copies that are trained in full."""
     for name, module in model.named_modules():
-        mean = dict(module.named_buffers(recurse=False)).get("running_mean")  # PEFT's wrappers pass attributes on
+        # getattr would reach through PEFT's wrappers.
+        mean = dict(module.named_buffers(recurse=False)).get("running_mean")
         plain = base_parameter(f"{name}.running_mean")
         if plain is not None and mean is not None and not mean.is_meta:
             yield plain.removesuffix(".running_mean"), module, mean

@@ -23,7 +23,7 @@ _CHECKED: set[type[nn.Module]] = set()
 
 
 def has_matrix(layer: nn.Module) -> bool:
-    """Whether the layer keeps its weight as a matrix of floating numbers; not so if it is packed (quantized)."""
+    """Whether the layer keeps its weight as a matrix of floating numbers; False for a packed (quantized) weight."""
     weight = held(layer, "weight")
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return False
@@ -123,7 +123,7 @@ def _refuse_own_forward(layer: nn.Module, name: str) -> None:
 def _refuse_own_lookup(layer: nn.Embedding, name: str) -> None:
     """Refuse an embedding with options that DoRAN lacks, or whose forward is more than a lookup times ``embed_scale``.
 
-    The forward of a class that is not nn.Embedding's own is tried.
+    A forward other than nn.Embedding's is tried.
     """
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
         raise TargetError(
@@ -138,8 +138,8 @@ def _refuse_own_lookup(layer: nn.Embedding, name: str) -> None:
         actual = layer(tokens)
     if not isinstance(actual, Tensor) or not torch.allclose(actual.float(), expected.float(), rtol=2e-2, atol=2e-2):
         raise TargetError(
-            f"{name}: the forward of {type(layer).__name__} is no lookup, nor one times embed_scale, so DoRAN cannot "
-            "adapt it"
+            f"{name}: the forward of {type(layer).__name__} is neither a lookup nor a lookup times embed_scale, so "
+            "DoRAN cannot adapt it"
         )
     _CHECKED.add(type(layer))
 

@@ -46,7 +46,7 @@ class WeightSwap:
 
     @contextmanager
     def whole_original(self, view: BaseView) -> Iterator[Tensor | None]:
-        """W0 ``[d_out, d_in]`` as in :meth:`original`, gathered if it must be, which all processes then have to do."""
+        """W0 ``[d_out, d_in]`` as in :meth:`original`. A sharded W0 is gathered, so all processes must call this."""
         current = own_parameters(view.layer).get(view.parameter)
         try:
             if self._original is not None:

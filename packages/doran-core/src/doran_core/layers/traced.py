@@ -2,11 +2,11 @@
 
     v = W0 x + bias + g B (A x)        y = c v + (1 - c) bias
 
-The products with x are those of a plain low-rank adapter; c is applied by the code that Inductor makes for what follows
-the layer. The backward needs v, which is without c, so a c near 0 is no special case. The weight side (A, g B and c,
-see traced_norm.py) is computed for all layers of a block together where :func:`share_blocks` put a hook on the block,
-and else layer by layer. Nothing branches on values: a changed W0 is not noticed, and rows in which V nearly cancels
-keep the factored norm.
+The products with x are those of a plain low-rank adapter. Inductor fuses the scaling by c into the operations that
+follow the layer. The backward needs v, which does not contain c, so a c near 0 is no special case. The weight side (A,
+g B and c, see traced_norm.py) is computed for all layers of a block together if :func:`share_blocks` has put a hook on
+the block, else layer by layer. Nothing branches on values: a changed W0 is not noticed, and rows in which W0 and g B A
+nearly cancel keep the factored norm.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["WeightSide", "forward", "share_blocks"]
 
 
 class WeightSide(NamedTuple):
-    """What a layer's weights and parameters make of it.
+    """The weight side of a layer: the tensors that depend on its weights and parameters, and not on x.
 
     Attributes:
         A: ``[r, d_in]`` in W0's dtype.
@@ -51,7 +51,7 @@ def forward(adapter: DoranAdapter, view: BaseView, x: Tensor, base_output: Tenso
         adapter: of the layer.
         view: of its base layer.
         x: the base layer's input.
-        base_output: what the base layer made of x, bias included; None leaves that call to this function.
+        base_output: the base layer's output for x, bias included. With None this function calls the base layer.
 
     Returns:
         Shape and dtype of the base layer's output.
@@ -81,7 +81,7 @@ def _alone(adapter: DoranAdapter, view: BaseView, dtype: torch.dtype) -> WeightS
 
 
 def _has_plain_norm(adapter: DoranAdapter, view: BaseView) -> bool:
-    """Whether W0 is frozen and at hand, and its norm is to be the factored one."""
+    """Whether W0 is frozen and accessible, and the options allow the factored norm."""
     weight = view.weight()
     return weight is not None and not weight.requires_grad and adapter.config.norm_method != "direct"
 
@@ -121,7 +121,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _factors(adapters: list[DoranAdapter]) -> tuple[Tensor, Tensor]:
-    """The layers' ``A^T [d_in, r]`` below each other, and their B ``[d_out, r]``; networks' last products as one."""
+    """The layers' ``A^T [d_in, r]``, concatenated, and their B ``[d_out, r]``; layers of one trunk share a product."""
     if all(adapter.experts is None and _has_own_networks(adapter.factors) for adapter in adapters):
         return GeneratedFactors.joined([adapter.factors for adapter in adapters])  # type: ignore[misc]
     pairs = [adapter.factor_pair() for adapter in adapters]
@@ -135,12 +135,12 @@ def _has_own_networks(factors: nn.Module) -> bool:
 def share_blocks(model: nn.Module) -> None:
     """Let torch.compile compute the weight sides of each block's layers together.
 
-    Puts hooks on the modules that are blocks (``LayerSpec.block``) and takes them off those that no longer are, so call
-    this after every change. Outside of tracing the hooks do nothing. A layer of a block that is not called gets
-    gradients of 0 from a compiled graph, instead of None.
+    Puts hooks on the modules that are blocks (``LayerSpec.block``), and removes them from modules that no longer are.
+    Call this after every change of the adapters. Outside of tracing the hooks do nothing. In a compiled graph, a layer
+    that is not called gets gradients of 0 instead of None.
 
     Args:
-        model: layers are its modules with a method ``adapter_in_use``, which gives the adapter that the next call uses
+        model: its layers are the modules with a method ``adapter_in_use``, which returns the adapter of the next call
             and the view of its base layer, or None.
     """
     blocks: dict[str, list[nn.Module]] = {}
@@ -152,8 +152,8 @@ def share_blocks(model: nn.Module) -> None:
         remove_hooks(module, (_before, _after).__contains__)
         vars(module).pop(_LAYERS, None)
         if name and name in blocks:
-            # Past nn.Module, which would register them once more. A list, and no search by names, which the graph
-            # would be bound to: blocks that are compiled one by one share it.
+            # Set past nn.Module, which would register the layers again. A search by names would bind the graph to the
+            # names; with a list, blocks that are compiled one by one share a graph.
             vars(module)[_LAYERS] = blocks[name]
             module.register_forward_pre_hook(_before)
             module.register_forward_hook(_after)
@@ -184,7 +184,7 @@ def _after(block: nn.Module, args: object, output: object) -> None:
 
 
 def _group(adapter: DoranAdapter, view: BaseView) -> tuple[Any, ...]:
-    """What the layers of :func:`_together` have in common."""
+    """Layers with equal keys can go to :func:`_together`."""
     weight, config = _weight(view), adapter.config
     return adapter.spec.rank, adapter.scaling, weight.dtype, weight.device, config.norm_grad, config.norm_method
 
@@ -212,7 +212,7 @@ class _ScaledOutput(torch.autograd.Function):
 
 
 def _along(channel_dim: int, like: Tensor, rows: Tensor | None) -> Any:
-    """``[d_out]`` shaped to go with ``like``, whose dimension ``channel_dim`` is d_out."""
+    """``[d_out]`` reshaped to broadcast with ``like``, whose dimension ``channel_dim`` is d_out."""
     if rows is None:
         return None
     shape = [1] * like.dim()
@@ -223,8 +223,9 @@ def _along(channel_dim: int, like: Tensor, rows: Tensor | None) -> Any:
 def _sums(products: Tensor, dtype: torch.dtype, channel_dim: int) -> Tensor:
     """Sums over all dimensions but one, ``[d_out]``.
 
-    A product with ones: Inductor would fuse a sum over tokens with what makes the gradient, at half of the bandwidth.
-    bfloat16 has the range of float32, and the error of its rounding averages out.
+    The sum is a product with ones: Inductor would fuse a plain sum over tokens with the operation that produces the
+    gradient, and reach half of the bandwidth. bfloat16 has the range of float32, and the error of its rounding averages
+    out.
     """
     if channel_dim == -1 and dtype == torch.bfloat16 and products.is_cuda:
         rows = products.to(dtype).reshape(-1, products.shape[-1])

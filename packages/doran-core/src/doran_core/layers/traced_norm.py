@@ -4,10 +4,10 @@
 
 Backward, from dn: M = dL/dU = (dn / n) B      dB = (dn / n) K      dA = M^T (W0 + B A)
 
-B is scaled by g before. A Python float that differs between layers becomes a symbol to Dynamo, and Dynamo of torch 2.13
-loses that symbol between the Function and the operations around it.
+The caller has scaled B by g. A Python float that differs between layers becomes a symbol to Dynamo, and Dynamo of torch
+2.13 loses that symbol between the Function and the operations around it.
 
-Each W0 is read twice, in half precision where it is stored so: no wide copy of it is made on a GPU, and none is kept.
+Each W0 is read twice, in its stored precision: a GPU makes no float32 copy of W0, and no device keeps one.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = ["accumulated_product", "cast", "row_norms"]
 
 
 def row_norms(A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """``||W0 + B A||`` per row of all layers, below each other.
+    """``||W0 + B A||`` per row of all layers, concatenated.
 
     Args:
-        A: the layers' ``A^T [d_in, r]`` below each other, acc; half precision uses them rounded to W0's dtype.
-        B: the layers' ``g B``, ``[d_out, r]``, below each other, acc.
+        A: the layers' ``A^T [d_in, r]``, concatenated, in float32 or wider; products round them to W0's dtype.
+        B: the layers' ``g B``, ``[d_out, r]``, likewise.
         squared_norm: ``||W0||^2``, ``[sum of d_out]``.
         weights: the W0 ``[d_out, d_in]``, frozen, of one dtype.
 
     Returns:
         ``[sum of d_out]``.
     """
-    # Without gradients Dynamo would count the arguments to find out whether the Function's forward takes a context: it
-    # errs with a number of arguments that varies.
+    # Without gradients, Dynamo counts the arguments to find out whether the Function's forward takes a context, and a
+    # varying number of arguments misleads it.
     if not (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)):
         return _norms(cast(A, weights[0].dtype), B, squared_norm, weights)[0]
     norm: Tensor = _RowNorms.apply(A, B, squared_norm, *weights)  # type: ignore[no-untyped-call]
@@ -53,8 +53,11 @@ def _norms(low_A: Tensor, B: Tensor, squared_norm: Tensor, weights: Sequence[Ten
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype; without an operation if it has it: torch 2.11 loses the gradient of a traced Function whose
-    result is another name of a tensor made in it, as what ``to`` or an operation in place returns."""
+    """The tensor in a dtype, without an operation if it has that dtype.
+
+    torch 2.11 loses the gradient of a traced Function whose result is an alias of a tensor made in it, such as the
+    result of ``to`` or of an in-place operation.
+    """
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -73,9 +76,9 @@ class _RowNorms(torch.autograd.Function):
     def forward(ctx: Any, A: Tensor, B: Tensor, squared_norm: Tensor, *weights: Tensor) -> Tensor:
         low_A = cast(A, weights[0].dtype)
         norm, aligned = _norms(low_A, B, squared_norm, weights)
-        # The layers save parts of B. Inductor's backward overwrites a saved tensor after its last use, though others
-        # that are saved share its memory (torch 2.13): so what is saved here lies in memory of its own. A copy of B
-        # would be left out; and of two tensors side by side neither is overwritten.
+        # The layers save parts of B. Inductor's backward overwrites a saved tensor after its last use, even if other
+        # saved tensors share its memory (torch 2.13). So B is saved in memory of its own. Inductor would drop a plain
+        # copy; it keeps a concatenation, and overwrites neither part.
         ctx.save_for_backward(low_A, torch.cat([B, aligned], 1), norm, *weights)
         return norm
 
@@ -94,14 +97,14 @@ class _RowNorms(torch.autograd.Function):
 
 
 def _transposed_product(weight: Tensor, right: Tensor) -> Tensor:
-    """``W0^T right`` in acc. On a CPU, W0 widened here as in the forward would be kept from there."""
+    """``W0^T right`` in float32 or wider. On a CPU, widening W0 here would keep the forward's wide copy alive."""
     if weight.is_cuda or weight.dtype.itemsize >= 4:
         return accumulated_product(weight.T, right)
     return (weight.T @ right).to(functional.accumulation_dtype(right))
 
 
 def _stacks(rows: Tensor, weights: Sequence[Tensor], dim: int) -> list[Tensor]:
-    """The layers' rows, as many each as W0 is long in ``dim``: neighbours of equal size as one ``[k, size, r]``."""
+    """The rows split into layers by the sizes of W0 in ``dim``; k neighbours of one size as one ``[k, size, r]``."""
     runs: list[list[int]] = []
     for weight in weights:
         if runs and runs[-1][1] == weight.shape[dim]:
@@ -113,9 +116,10 @@ def _stacks(rows: Tensor, weights: Sequence[Tensor], dim: int) -> list[Tensor]:
 
 
 def _times(rows: Tensor, matrices: Tensor, weights: Sequence[Tensor], dim: int) -> Tensor:
-    """Each layer's rows ``[size, r]`` times its matrix ``[r, r]``, below each other, in acc.
+    """Each layer's rows ``[size, r]`` times its matrix ``[r, r]``, concatenated, in float32 or wider.
 
-    Where W0 has half precision, products of that: a matrix is then the sum of two, with 16 of float32's 24 bits.
+    If W0 has half precision, so do the products' inputs. A matrix is then split into the sum of two, which together
+    keep 16 of float32's 24 bits.
     """
     dtype = weights[0].dtype
     if dtype.itemsize < 4:

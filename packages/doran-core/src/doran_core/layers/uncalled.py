@@ -90,8 +90,8 @@ def _stand_ins(model: nn.Module) -> dict[str, str]:
 def pad_encoders(model: nn.Module, adapted: Iterable[nn.Module]) -> None:
     """Make every nn.TransformerEncoder around adapted layers compute on padded tensors.
 
-    At inference with a padding mask, the encoder passes nested tensors to its layers, and only PyTorch's fused layer
-    accepts them. The encoder's check for that layer does not notice adapters.
+    At inference with a padding mask, the encoder passes nested tensors to its layers. Only PyTorch's fused layer
+    accepts these, and the encoder's check for the fused layer does not notice adapters.
     """
     inside = {id(module) for module in adapted}
     for encoder in model.modules():

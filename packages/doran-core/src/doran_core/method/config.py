@@ -105,7 +105,7 @@ class DoranConfig:
         hints = get_type_hints(type(self))
         for entry in dataclasses.fields(self):
             if get_origin(hints[entry.name]) is Literal:
-                self._require(entry.name, "one of", get_args(hints[entry.name]))
+                self._require_choice(entry.name, get_args(hints[entry.name]))
             elif hints[entry.name] is bool and not isinstance(getattr(self, entry.name), bool):
                 raise ConfigError(
                     f"DoranConfig.{entry.name}: expected true or false, got {getattr(self, entry.name)!r}"
@@ -145,10 +145,10 @@ class DoranConfig:
                 f"got factors={self.factors!r}, sharing={self.sharing!r}"
             )
 
-    def _require(self, name: str, what: str, choices: tuple[object, ...]) -> None:
+    def _require_choice(self, name: str, choices: tuple[object, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ConfigError(f"DoranConfig.{name}: expected {what} {list(choices)}, got {value!r}")
+            raise ConfigError(f"DoranConfig.{name}: expected one of {list(choices)}, got {value!r}")
 
     def _normalise_names(self, name: str, *, regex: bool) -> None:
         """Copy any collection of names into a list. A string is a regex, where one is allowed."""

@@ -14,9 +14,9 @@ __all__ = ["RankOneExperts"]
 class RankOneExperts(nn.Module):
     """``A -> diag(lambda * mask) @ A``, so that ``B @ diag(lambda * mask) @ A`` is a masked sum of experts.
 
-    A mask keeps an entry with probability ``1 - expert_dropout`` and divides by it, so the mean is 1. "expert" draws
-    one entry per expert, "element" one per element of A. The DoRAN paper's appendix leaves details open; they are our
-    choice.
+    A mask keeps an entry with probability ``1 - expert_dropout``, and divides what it keeps by that probability, so its
+    mean is 1. The mask "expert" has one entry per expert, "element" one per element of A. The DoRAN paper's appendix
+    leaves details open; they are our choice.
 
     Args:
         rank: r.

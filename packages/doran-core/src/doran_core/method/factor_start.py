@@ -1,8 +1,8 @@
 """First values of the factor networks: embeddings and hidden weights whose features H(0) are close to the identity.
 
 With ``H = act(E W1^T / sqrt(e)) / h`` close to the identity, A and B start as LoRA's static factors, and a step of Adam
-moves them about as far. Entries off the diagonal stay clear of 0, where the slope of a leaky ReLU changes: there,
-rounding would choose it.
+moves them about as far. Entries off the diagonal stay clear of 0, where the slope of a leaky ReLU changes: at 0,
+rounding would choose the slope.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def normal_start(rank: int, widths: Sequence[int]) -> list[Tensor]:
 def identity_start(rank: int, widths: Sequence[int], activation: Activation) -> list[Tensor]:
     """Embedding and weights that make the features as close to the identity as activation and widths allow.
 
-    With hidden width h, a multiple of r, each row of H has h / r units of its own, of value r / h; else their numbers
-    differ by one, and their values make the rows equally long. With h or e below r, H cannot have rank r. A bounded
-    activation (tanh) gives less than r / h.
+    If the hidden width h is a multiple of r, each row of H has h / r units of its own, of value r / h. Otherwise some
+    rows have one unit more than others, and the values make all rows equally long. With h or e below r, H cannot have
+    rank r. A bounded activation (tanh) gives values below r / h.
 
     Computed in float64 on the CPU, so that a seed gives the same values on every device.
 
@@ -100,9 +100,9 @@ def first_output_weight(features: Tensor, d_in: int) -> Tensor:
 
 
 def _support(rank: int, width: int) -> Tensor:
-    """``width`` times the nearest to an identity of ``[rank, width]``: row i has the units i, i + r, i + 2r, ...
+    """``width`` times the ``[rank, width]`` matrix closest to an identity: row i has the units i, i + r, i + 2r, ...
 
-    All singular values that are not 0 are equal; with as many units as rows it is r times the identity.
+    All nonzero singular values are equal. A square result is r times the identity.
     """
     short = min(rank, width)
     rows, units = torch.arange(rank)[:, None] % short, torch.arange(width)[None, :] % short
@@ -119,7 +119,7 @@ def _orthogonal(rank: int, width: int) -> Tensor:
 
 
 def _dual(features: Tensor) -> Tensor:
-    """The pseudoinverse, transposed."""
+    """The transposed pseudoinverse."""
     wide = features.shape[0] <= features.shape[1]
     dual: Tensor = torch.linalg.solve(features @ features.T, features) if wide else torch.linalg.pinv(features).T
     return dual
@@ -140,7 +140,7 @@ def _inverse(activation: Activation, target: Tensor) -> Tensor:
 
 
 def _off_zero(before: Tensor) -> Tensor:
-    """Pre-activations with ``+-delta`` in place of their zeros, signs by the random state."""
+    """Pre-activations with ``+-delta`` in place of their zeros, with random signs."""
     delta = _OFF * before.amax() / (before.shape[0] + 1)
     signs = torch.randint(0, 2, before.shape).double() * 2 - 1
     return torch.where(before == 0, signs * delta, before)

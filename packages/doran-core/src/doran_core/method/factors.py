@@ -109,7 +109,7 @@ class StaticFactors(nn.Module):
 class _Weights(nn.ParameterList):
     """The weights of a network's hidden layers."""
 
-    __call__ = nn.Module.__call__  # which nn.ParameterList refuses
+    __call__ = nn.Module.__call__  # nn.ParameterList's own raises
 
     def forward(self, embedding: Tensor, features: Callable[[Tensor, Sequence[Tensor]], Tensor]) -> Tensor:
         return features(embedding, [read(weight) for weight in self])
@@ -118,7 +118,7 @@ class _Weights(nn.ParameterList):
 class _SharedOutputs(nn.ParameterDict):
     """Shared last layers of a group, by size."""
 
-    __call__ = nn.Module.__call__  # which nn.ParameterDict refuses
+    __call__ = nn.Module.__call__  # nn.ParameterDict's own raises
 
     def forward(self, size: int, hidden: Tensor) -> Tensor:
         weight = read(self[str(size)])
@@ -128,9 +128,9 @@ class _SharedOutputs(nn.ParameterDict):
 class _HiddenLayers(nn.Module):
     """Embedding and all layers but the last of one factor's network: ``H [r, h] = act(E @ W1.T / sqrt(e)) / h``.
 
-    The paper gives neither scales nor first values; these are our choice, and
-    :mod:`doran_core.method.factor_start` has the values. A layer divides by the square root of its inputs, and the last
-    layer's inputs are divided by their number: then a step of Adam moves H by about the same, whatever the widths.
+    The paper gives neither scales nor first values; both are our choice, and :mod:`doran_core.method.factor_start` has
+    the values. A hidden layer divides by the square root of the number of its inputs, and the last layer's inputs are
+    divided by their number. With these scales, a step of Adam moves H about as far for all widths.
     """
 
     def __init__(self, rank: int, config: DoranConfig) -> None:
@@ -195,7 +195,7 @@ class FactorTrunk(SharedNetwork):
     def first_outputs(
         self, d_in: int, d_out: int, offset: Tensor | None, experts: int | None = None
     ) -> tuple[nn.Parameter, nn.Parameter]:
-        """W2 of A ``[d_in, h]`` and of B ``[d_out, h]`` at the start, on the trunk's device; or of all experts."""
+        """W2 of A ``[d_in, h]`` and of B ``[d_out, h]`` at the start, on the trunk's device; or of each expert."""
         hidden, device = self.A.start(offset), self.A.embedding.device
         if experts is None:
             w2_A = first_output_weight(hidden, d_in).to(device)
@@ -263,9 +263,9 @@ class GeneratedFactors(NetworkHolder):
 
     @staticmethod
     def joined(layers: Sequence[GeneratedFactors]) -> tuple[Tensor, Tensor]:
-        """``A^T [d_in, r]`` of all layers below each other, and their B ``[d_out, r]``; for layers with their own W2.
+        """``A^T [d_in, r]`` of all layers, concatenated, and their B ``[d_out, r]``; for layers with their own W2.
 
-        Neighbours with the same features share one product.
+        Consecutive layers with the same features share one product.
         """
         groups: list[list[GeneratedFactors]] = []
         for layer in layers:

@@ -22,8 +22,8 @@ __all__ = ["NetworkHolder", "SharedNetwork", "shared_networks", "tensors_by_laye
 class SharedNetwork(nn.Module):
     """Base of the networks that layers share.
 
-    A state dict of a model names the tensors after the first layer that holds them, and after no other. Loading takes
-    them under any of the layers' names; if none is there, all are missing.
+    A model's state dict names the tensors after the first layer that holds them only. Loading accepts the tensors under
+    any of the layers' names. If the state dict has none of these names, all of them are reported as missing.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class SharedNetwork(nn.Module):
         self.register_load_state_dict_post_hook(_accept_other_names)  # type: ignore[no-untyped-call]
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """As nn.Module's; adds nothing to a `destination` that has these tensors already."""
+        """The state dict of nn.Module; adds nothing to a `destination` that already has these tensors."""
         written = None if self._written_to is None else self._written_to()
         if destination is not None and destination is written:
             return destination
@@ -57,12 +57,12 @@ class NetworkHolder(nn.Module):
     """Base of the modules that hold shared networks.
 
     FSDP2 shards the modules that it finds below a unit through ``children()``, and fails at parameters that an earlier
-    unit has sharded. A network that is sharded already is therefore no child here: it stays with the first unit that
-    has it, and the layers of the other units gather it for each use (:func:`doran_core.support.sharding.read`).
+    unit has sharded. So a network that is already sharded is not among the children here: it stays with the first unit
+    that has it, and the layers of other units gather it for each use (:func:`doran_core.support.sharding.read`).
     """
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """As nn.Module's, without the networks that FSDP2 has sharded."""
+        """The named children of nn.Module, without the networks that FSDP2 has sharded."""
         return ((name, child) for name, child in super().named_children() if not _is_sharded_network(child))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NetworkHolder:
@@ -78,7 +78,7 @@ def _is_sharded_network(module: nn.Module) -> bool:
 
 
 def _accept_other_names(network: SharedNetwork, incompatible: Any) -> None:
-    """One name of a network in a state dict is enough: its other names are not missing."""
+    """Remove a network's other names from the missing keys: one name of it in a state dict is enough."""
     missing: list[str] = incompatible.missing_keys
     if network._missing is not missing:
         network._missing, network._pending, network._is_loaded = missing, [], False
@@ -96,7 +96,7 @@ def _accept_other_names(network: SharedNetwork, incompatible: Any) -> None:
 
 
 def tensors_by_layer(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each layer by their names in it, those of shared networks with the first layer that has them.
+    """Each layer's tensors by their names in the layer; shared networks count for the first layer that has them.
 
     Args:
         layers: the adapters' modules by the layers' names.

@@ -15,7 +15,7 @@ __all__ = ["BLOCK_EMBEDDING", "TRUNK", "SharedTrunks", "block_of", "shared_parts
 TRUNK = "factors.trunk."
 """Prefix of the names of a group's shared tensors, in a layer's tensors."""
 BLOCK_EMBEDDING = "factors.block_embedding."
-"""The same for a block's vector, with ``sharing="model"``."""
+"""Prefix of the name of a block's embedding, with ``sharing="model"``."""
 
 _T = TypeVar("_T")
 
@@ -49,7 +49,7 @@ def _group(config: DoranConfig, name: str, block: str, rank: int) -> tuple[str, 
 
 
 def shared_parts(config: DoranConfig) -> dict[str, Callable[[str], object]]:
-    """By prefix of shared tensors, the function from a layer to its group."""
+    """For each prefix of shared tensors, the function from a layer's name to its group."""
     return {
         TRUNK: lambda layer: sharing_group(layer, config),
         BLOCK_EMBEDDING: lambda layer: block_of(layer, config.block_pattern),
@@ -57,10 +57,10 @@ def shared_parts(config: DoranConfig) -> dict[str, Callable[[str], object]]:
 
 
 def with_shared(tensors: Mapping[str, Mapping[str, _T]], config: DoranConfig) -> dict[str, dict[str, _T]]:
-    """Saved tensors of each layer, together with those of its shared networks, which a file holds under one layer.
+    """Each layer's saved tensors together with those of its shared networks, which a file holds under one layer only.
 
     Args:
-        tensors: by name, by layer. Any layer of a group may hold what the group shares.
+        tensors: by layer, then by name. Any layer of a group may hold the group's shared tensors.
         config: the options that decide the groups.
     """
     full = {layer: dict(parts) for layer, parts in tensors.items()}

@@ -61,13 +61,13 @@ class Tau(nn.Module):
 
     Kinds (``DoranConfig.tau_kind``): ``learned``, ``fixed`` (a buffer), ``zero`` (DoRA; no tensor at all), and
     ``gaussian``: in training the denominator gets ``|N(0, sigma^2)|``, drawn anew at each call, and at inference
-    its mean, ``sigma * sqrt(2 / pi)``; there ``raw`` stands for sigma, learned or fixed.
+    its mean, ``sigma * sqrt(2 / pi)``. For this kind, ``softplus(raw)`` is sigma, learned or fixed.
 
     Args:
         config: the method's options.
         d_out: output rows of the layer, or of one expert.
         where: the layer's name, for error messages.
-        experts: how many matrices the layer is a stack of; None for an ordinary layer.
+        experts: number of matrices in a stack; None for an ordinary layer.
     """
 
     raw: Tensor | None
@@ -98,8 +98,7 @@ class Tau(nn.Module):
         self.raw.copy_(_inverse_softplus(start.double().clamp_min(_SMALLEST)))
 
     def value(self) -> Tensor:
-        """The value that inference adds to the norm: ``[1]``, per head or row ``[d_out]``, and a scalar 0 for the kind
-        zero.
+        """The value that inference adds to the norm: ``[1]``, per head or row ``[d_out]``; a scalar 0 for kind zero.
 
         For a stack: ``[1]``, per expert ``[experts, 1]`` or per row ``[experts, d_out]``.
         """
