@@ -1,5 +1,6 @@
 """Files that doran writes carry digests: any flipped bit is refused, and so are the files of two saves together."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -101,3 +102,27 @@ def test_the_digest_is_of_content(written):
     assert len({known, *map(tensors_digest, others)}) == 5
     assert fields_digest({"a": 1, "digest": "x"}) == fields_digest({"a": 1}) != fields_digest({"a": 2})
     assert directory_digest(written / "folded") != directory_digest(written / "other_folded")
+
+
+@pytest.mark.parametrize(("form", "passes"), [("trainable", 1), ("folded", 2)])
+def test_a_reader_hashes_no_byte_more_often_than_a_digest_needs(written, monkeypatch, form, passes):
+    """Reading is mostly hashing. Of the folded form the scale file records its neighbour's bytes, header included."""
+    real, hashed = hashlib.sha256, []
+
+    class Counting:
+        def __init__(self, data=b""):
+            self.made = real(data)
+            hashed.append(len(data))
+
+        def update(self, data):
+            hashed.append(len(data))
+            self.made.update(data)
+
+        def hexdigest(self):
+            return self.made.hexdigest()
+
+    monkeypatch.setattr(hashlib, "sha256", Counting)
+    adapter = read_adapter(written / form)
+    assert adapter.digest
+    size = sum((written / form / file).stat().st_size for file in FILES[form])
+    assert sum(hashed) < (passes + 0.1) * size

@@ -368,10 +368,10 @@ def _scale_metadata(path: Path, metadata: Mapping[str, str], tensor_file: Loaded
     _check_version(path, int(version) if version.isdecimal() and len(version) < 10 else version)
     if metadata["form"] not in ("folded", "compiled"):  # the form's name before it was "folded"
         raise CorruptFileError(f"{path}: form {metadata['form']!r}, expected 'folded'")
-    if metadata["adapter_model_sha256"] != tensor_file.sha256:
+    recorded, found = metadata["adapter_model_sha256"], tensor_file.sha256()
+    if found != recorded:
         raise CorruptFileError(
-            f"{path}: belongs to another {TENSOR_FILE} (sha256 {metadata['adapter_model_sha256']}, "
-            f"the one beside it has {tensor_file.sha256})"
+            f"{path}: belongs to another {TENSOR_FILE} (sha256 {recorded}, the one beside it has {found})"
         )
     kinds = _json_metadata(path, metadata, "module_kinds")
     return _module_kinds(path, {} if kinds is None else kinds)

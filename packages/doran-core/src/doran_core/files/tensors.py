@@ -38,11 +38,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoadedFile:
-    """All tensors of a safetensors file by key, its metadata, and the sha256 of the very bytes that were read."""
+    """All tensors of a safetensors file by key, in the order of their bytes, and its metadata."""
 
+    header: bytes
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    sha256: str
+
+    def sha256(self) -> str:
+        """Digest of the very bytes that were read, in hexadecimal: a pass over all of them."""
+        digest = hashlib.sha256(self.header)
+        for tensor in self.tensors.values():
+            digest.update(bytes_view(tensor))
+        return digest.hexdigest()
 
 
 def load_tensors(directory: OpenDirectory, name: str) -> LoadedFile:
@@ -56,14 +63,12 @@ def load_tensors(directory: OpenDirectory, name: str) -> LoadedFile:
     with directory.open(name, _memory_limit()) as fd:
         header = read_header(fd)
         layout = parse_layout(path, header, os.fstat(fd).st_size)
-        digest = hashlib.sha256(header)
         tensors = {}
         for entry in layout.entries.values():  # in the order of their bytes, without gaps
             if entry.dtype not in DTYPES:
                 raise CorruptFileError(f"{path}: {entry.key}: dtype {entry.dtype}, expected one of {sorted(DTYPES)}")
             tensors[entry.key] = read_rows(fd, entry)
-            digest.update(bytes_view(tensors[entry.key]))
-    return LoadedFile(tensors, layout.metadata, digest.hexdigest())
+    return LoadedFile(header, tensors, layout.metadata)
 
 
 def tensor_pieces(directory: OpenDirectory, name: str) -> Iterator[bytes]:
