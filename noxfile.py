@@ -324,8 +324,8 @@ def docs(session: nox.Session) -> None:
     # site without a warning; what comes after it is another program.
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     session.run("mkdocs", "build", "--strict")  # with --quiet it would not count its warnings
-    test_side_by_side(session, "docs/tools")
-    test(session, "tests/faults")  # the short form: only here are all four packages in one environment
+    # tests/faults in the short form: only here are all four packages in one environment.
+    test_side_by_side(session, "--dist", "loadgroup", "docs/tools", "tests/faults")
 
 
 @nox.session

@@ -22,6 +22,8 @@ from pressure import full_disks, readers_and_writers, two_writers
 from readers import warm_up
 from real import write_model
 
+pytestmark = pytest.mark.xdist_group("faults")  # the tests share what `legal` writes
+
 
 @pytest.fixture(scope="module")
 def legal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -45,6 +45,7 @@ def test_an_adapted_layer_calls_few_python_functions(tmp_path: Path) -> None:
     assert calls["step", "DoRAN"] <= 3.5 * calls["step", "LoRA"]
 
 
+@pytest.mark.long
 def test_memory_of_a_new_and_of_a_loaded_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen: DoRAN at most 1.0 times DoRA's memory; 1.5 times when every loaded tensor was copied once more."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

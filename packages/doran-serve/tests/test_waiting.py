@@ -55,13 +55,25 @@ class Waiting:
         self.engine.add_request(name, {"prompt_token_ids": prompt}, settings, lora_request=adapter)
         self._asked[request_id] = (spec, prompt, tokens)
 
+    def step(self) -> set[str]:
+        """The requests that have new tokens, or are answered."""
+        outputs = {output.request_id.partition("/")[0]: output for output in self.engine.step()}
+        for name, output in outputs.items():
+            if output.finished:
+                answer = output.outputs[0]
+                self.found[name] = (list(answer.token_ids), answer.finish_reason)
+        return set(outputs)
+
+    def fill_slots(self) -> None:
+        """Run until each busy request has a token: its adapter is then in a slot, and no longer read."""
+        started: set[str] = set()
+        while len(started) < SLOTS:
+            started |= self.step()
+
     def finish(self) -> dict[str, tuple[list[int], str | None]]:
         """Run until all are answered: tokens and finish reason by request, and nobody's may be wrong."""
         while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                if output.finished:
-                    answer = output.outputs[0]
-                    self.found[output.request_id.partition("/")[0]] = (list(answer.token_ids), answer.finish_reason)
+            self.step()
         return self.found
 
     def check(self, *names: str) -> None:
@@ -97,6 +109,7 @@ def test_only_the_requests_of_an_adapter_that_is_gone_fail(
     spec = make_adapter("folded", base.weights, TARGETS, rank=4, seed=230, size=0.5)
     waiting = Waiting(served, base, tmp_path, 220)
     waiting.ask("late", spec.write(tmp_path / "late"), spec, prompt, 6)
+    waiting.fill_slots()
     for copy in (Path(os.environ["DORAN_CACHE_DIR"]) / "admitted").iterdir():
         shutil.rmtree(copy)
     shutil.move(tmp_path / "late", tmp_path / "aside")
