@@ -21,6 +21,7 @@ import torch
 from hf_step import Step, peak_resident, table
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from doran_hf import DoranConfig
@@ -115,8 +116,10 @@ def peak_memory(method: str, args: argparse.Namespace) -> tuple[float, float]:
 
 def time_methods(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     steps = {method: make_step(method, args) for method in args.methods}
-    for step in steps.values():
+    for method, step in steps.items():
         step()  # warm up
+        if args.device == "cuda":
+            print(f"{method}: {kernels_of(step)}")
     times: dict[str, list[tuple[float, float]]] = {method: [] for method in steps}
     order = list(steps)
     for _ in range(args.rounds):
@@ -124,6 +127,15 @@ def time_methods(args: argparse.Namespace) -> dict[str, list[tuple[float, float]
             times[method].append(steps[method]())
         order.append(order.pop(0))
     return times
+
+
+def kernels_of(step: Step) -> str:
+    """What one step's kernels take on a GPU, and their number."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+    kernels = [event for event in found.key_averages() if event.self_device_time_total > 0]
+    took = sum(event.self_device_time_total for event in kernels) / 1e3
+    return f"{took:.1f} ms in {sum(event.count for event in kernels)} kernels"
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def settings() -> list[Setting]:
 class Method:
     """One method in one setting: the model, its optimizer and its step."""
 
-    def __init__(self, base: nn.Module, name: str, setting: Setting, compiler: str) -> None:
+    def __init__(self, base: nn.Module, name: str, setting: Setting, compiler: dict[str, str]) -> None:
         self.name, self.setting, self.times = name, setting, list[float]()
         device = next(base.parameters()).device
         self.is_cuda = device.type == "cuda"
@@ -96,7 +96,7 @@ class Method:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
         if setting.compiled:
-            self.model.compile(fullgraph=True, backend=compiler)
+            self.model.compile(fullgraph=True, **compiler)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=self.is_cuda)
         length = min(setting.tokens, 2048)
@@ -157,7 +157,9 @@ class Method:
         return sum(e.self_device_time_total for e in kernels) / 1e3, sum(e.count for e in kernels), shown
 
 
-def measure(base: nn.Module, setting: Setting, rounds: int, turns: int, compiler: str) -> tuple[list[Result], Any]:
+def measure(
+    base: nn.Module, setting: Setting, rounds: int, turns: int, compiler: dict[str, str]
+) -> tuple[list[Result], Any]:
     """All methods of one setting, in turns, and the dearest kernels of each."""
     methods = [Method(base, name, setting, compiler) for name in setting.methods]
     for turn in range(turns):
@@ -230,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no setting after this time")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the settings to run, from 0")
     parser.add_argument("--compiler", default="inductor", help="torch.compile's backend (default inductor)")
+    parser.add_argument("--mode", help="torch.compile's mode, e.g. reduce-overhead, which replays CUDA graphs")
     parser.add_argument("--cpu", action="store_true", help="two settings of a small model, on the CPU")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -239,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = settings()
     chosen = [chosen[index] for index in args.only] if args.only else chosen
     device = "cpu" if args.cpu else "cuda"
+    compiler = {"backend": args.compiler} | ({"mode": args.mode} if args.mode else {})
     where = f"{'CPU' if args.cpu else torch.cuda.get_device_name()}, torch {torch.__version__}"
     results: list[Result] = []
     kernels = []
@@ -251,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if base is None:
             print(f"no bitsandbytes: {setting}", flush=True)
             continue
-        rows, dearest = measure(base, setting, args.rounds, args.turns, args.compiler)
+        rows, dearest = measure(base, setting, args.rounds, args.turns, compiler)
         results += rows
         kernels.append({"setting": asdict(setting), "kernels": dearest})
         print(table(rows), flush=True)

@@ -202,7 +202,7 @@ class StackedAdapters:
             return
         taus = self._map(lambda: [adapter.tau.value().reshape(-1) for adapter in self._each_adapter()])
         for layer, tau in zip(self._stacked, taus, strict=True):
-            layer.watched_tau = tau
+            layer.watched_tau = tau.to(self.flat.device)  # a fixed tau is a number, made on the CPU
 
     def gradient_shares(self) -> Tensor | None:
         """Shares of each layer's squared gradient along the rows of its weight, and of what tau keeps of these.

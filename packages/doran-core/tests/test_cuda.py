@@ -9,6 +9,8 @@ from torch import nn
 
 from doran_core import DoranConfig, adapt, load
 from doran_core.layers import wrap
+from doran_core.layers.modules import layer_spec, make_factor_builder
+from doran_core.layers.stack import StackAdapter, StackView
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: not tested on this machine")
 
@@ -75,3 +77,30 @@ def test_adapter_trained_on_the_gpu_loads_on_the_cpu(tmp_path):
     handle.save(tmp_path / "a")
     load(base, tmp_path / "a")
     assert torch.allclose(base(x), model(x.cuda()).cpu(), atol=1e-4)
+
+
+@pytest.mark.parametrize("chosen", [None, [1, 3]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_stack_of_experts_in_bfloat16(transposed, chosen):
+    """Scales and gradients against a float64 copy, for all experts and for those that get tokens."""
+    holder = nn.Module()
+    weight = torch.randn(4, 96, 160) if transposed else torch.randn(4, 160, 96)
+    holder.register_parameter("w", nn.Parameter(weight.to("cuda", torch.bfloat16), requires_grad=False))
+    view, config = StackView(holder, "w", transposed=transposed), DoranConfig(rank=8)
+    spec = layer_spec("w", view, config)
+    adapter = StackAdapter(config, spec, make_factor_builder(config)(spec)).cuda()
+    adapter.initialise(view)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    holder_64, adapter_64 = copy.deepcopy(holder).double().cpu(), copy.deepcopy(adapter).double().cpu()
+    view_64 = StackView(holder_64, "w", transposed=transposed)
+    used = list(range(4)) if chosen is None else chosen
+    found = []
+    for a, v in ((adapter, view), (adapter_64, view_64)):
+        experts = None if chosen is None else torch.tensor(chosen, device=a.magnitude.device)
+        scale, A, B = a.scale_and_factors(v, experts)
+        sum(t[used].square().sum() for t in (scale, A, B)).backward()
+        found.append([scale[used], *(p.grad for p in a.parameters())])
+    for ours, exact in zip(*found, strict=True):
+        assert (ours.double().cpu() - exact).norm() <= 1e-2 * exact.norm()

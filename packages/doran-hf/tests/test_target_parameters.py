@@ -310,7 +310,8 @@ def test_checkpointing_recomputes_the_same(reentrant):
         results.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
-    assert all(map(torch.equal, *results))
+    for first, again in zip(*results, strict=True):  # a shared network's gradients add up in another order
+        torch.testing.assert_close(again, first, rtol=1e-5, atol=1e-6 * float(first.abs().max()))
 
 
 def test_layer_states_have_a_row_for_each_stack():

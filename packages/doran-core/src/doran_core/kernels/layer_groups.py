@@ -68,6 +68,7 @@ class LayerInputs:
         columns: its trainable tensors by name, the same names for all layers of a group.
         is_usable: whether an implementation other than the reference can read it all, now and at the next call.
         key: what the layers of a group have in common.
+        seen: :meth:`versions` before the weight side was computed from them.
     """
 
     def __init__(self, adapter: DoranAdapter, view: BaseView) -> None:
@@ -107,6 +108,7 @@ class LayerInputs:
         if weight is not None and self.dtype.itemsize <= 4:
             self.dtype = weight.dtype
         self.key: tuple[Any, ...] = self._key(weight) if self.is_usable else ()
+        self.seen: list[int] | None = None
 
     def is_random(self) -> bool:
         """Whether a call draws random numbers (a gaussian tau, expert masks in training): the layer then draws alone.

@@ -16,7 +16,7 @@ from torch import Tensor
 from doran_core import functional
 from doran_core.kernels.backend import Implementation
 
-__all__ = ["Shape", "TorchPasses", "accumulating_product", "passes_of"]
+__all__ = ["Shape", "TorchPasses", "accumulating_product", "narrow_on_cuda", "passes_of"]
 
 
 def narrow_on_cuda(tensor: Tensor) -> bool:

@@ -69,7 +69,7 @@ class _Checked:
 
     def __init__(self, inputs: LayerInputs, implementation: Implementation) -> None:
         self.inputs, self.implementation = inputs, implementation
-        self.versions, self.epoch = inputs.versions(), now()
+        self.versions, self.epoch = inputs.seen, now()
         self.stream = internals.current_stream(inputs.device)
         watch_optimizers()
 
@@ -108,13 +108,16 @@ class Runtime:
 
     def current_inputs(self, adapter: DoranAdapter, view: BaseView) -> LayerInputs | None:
         """The layer's inputs as they are now; None if they cannot be read, or are drawn anew by each call."""
-        inputs = self.inputs
-        known = inputs is not None and inputs.view is view and inputs.is_usable
-        if inputs is None or not known or inputs.versions() is None or not inputs.weight_is_unwritten():
+        inputs, versions = self.inputs, None
+        if inputs is not None and inputs.view is view and inputs.is_usable and inputs.weight_is_unwritten():
+            versions = inputs.versions()
+        if inputs is None or versions is None:
             if not can_be_read(adapter, view):
                 return None
             adapter.refresh(view)
             self.inputs = inputs = LayerInputs(adapter, view)
+            versions = inputs.versions()
+        inputs.seen = versions
         return None if not inputs.is_usable or inputs.is_random() else inputs
 
     def side(self, adapter: DoranAdapter, view: BaseView, x: Tensor) -> LayerSide | None:

@@ -101,12 +101,12 @@ class Stack(torch.autograd.Function):
         # DistributedDataParallel waits for the gradient of every parameter that the graph reaches: so layers that were
         # not used give zeros there.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        wanted = [True] * len(ctx.used) if distributed else ctx.used
+        wanted, parts = [True] * len(ctx.used) if distributed else ctx.used, grad.unbind()
         for layers, needed in zip(users, ctx.needs_input_grad[2:], strict=True):
             if not needed or not any(map(wanted.__getitem__, layers)):
                 found.append(None)
             else:
-                found.append(grad[layers[0]] if len(layers) == 1 else torch.stack([grad[i] for i in layers]).sum(0))
+                found.append(parts[layers[0]] if len(layers) == 1 else torch.stack([parts[i] for i in layers]).sum(0))
         return None, None, *found
 
 

@@ -7,6 +7,7 @@ the experts; ``B A`` is formed in a merge only. The caller routes tokens to the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from doran_core import functional
 from doran_core.errors import ConfigError, TargetError
 from doran_core.kernels.adapted_linear import without_autocast
+from doran_core.kernels.passes import narrow_on_cuda
 from doran_core.kernels.prepare import watch_optimizers
 from doran_core.kernels.weight_side import now
 from doran_core.layers.adapter import DoranAdapter
@@ -262,26 +264,34 @@ class _FrozenStackProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, A: Tensor, experts: Tensor | None) -> Tensor:
-        return torch.cat([matrices @ A[part].mT for part, matrices in _pieces(weight, A, experts)])
+        return torch.cat([_wide_product(matrices, A[part].mT) for part, matrices in _pieces(weight, experts)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        weight, A, ctx.experts = inputs
+        weight, _, ctx.experts = inputs
         ctx.save_for_backward(weight)
-        ctx.like = A.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, Tensor, None]:
         (weight,) = ctx.saved_tensors
         (grad,) = grad_outputs
-        pieces = _pieces(weight, grad, ctx.experts)
-        return None, torch.cat([grad[part].mT @ matrices for part, matrices in pieces]), None
+        pieces = _pieces(weight, ctx.experts)
+        return None, torch.cat([_wide_product(matrices.mT, grad[part]).mT for part, matrices in pieces]), None
 
 
-def _pieces(weight: Tensor, like: Tensor, experts: Tensor | None) -> Any:
-    """Slices of the chosen experts with their matrices in the dtype of `like`."""
+def _wide_product(matrices: Tensor, thin: Tensor) -> Tensor:
+    """``matrices @ thin`` in the dtype of `thin`. A GPU rounds `thin` to half precision, as the layer's branch does."""
+    if narrow_on_cuda(matrices):
+        return torch.bmm(matrices, thin.to(matrices.dtype), out_dtype=torch.float32)
+    return matrices.to(thin.dtype) @ thin
+
+
+def _pieces(weight: Tensor, experts: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the chosen experts with their matrices, few enough for a copy in float32 where one is made."""
     count = len(weight) if experts is None else len(experts)
-    step = max(1, _UPCAST_BYTES // max(1, weight[0].numel() * like.dtype.itemsize))
+    step = max(1, _UPCAST_BYTES // max(1, weight[0].numel() * 4))
+    if experts is None and narrow_on_cuda(weight):
+        step = count
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
-        yield part, (weight[part] if experts is None else weight[experts[part]]).to(like.dtype)
+        yield part, weight[part] if experts is None else weight[experts[part]]
