@@ -252,7 +252,7 @@ def test_from_lora_takes_target_parameters():
     ("options", "error", "message"),
     [
         ({"target_parameters": ["experts.down_prj"]}, TargetError, "did you mean 'down_proj'"),
-        ({"target_parameters": ["norm.weight"]}, TargetError, "is no stack of expert weights"),
+        ({"target_parameters": ["norm.weight"]}, TargetError, "is neither a stack of expert weights"),
         ({"target_parameters": ["q_proj.weight"]}, TargetError, "name ordinary layers in target_modules"),
         ({"target_parameters": "experts.down_proj"}, ConfigError, "expected a list of names"),
         ({"target_parameters": []}, ConfigError, "target_parameters alone, and none are given"),
@@ -288,7 +288,7 @@ def test_an_operation_that_is_not_known_is_refused():
     stand_in = stack.stand_in(None)
     with pytest.raises(TargetError, match="calls einsum"):
         torch.einsum("eoi,ti->eto", stand_in, torch.randn(3, 32))
-    with pytest.raises(TargetError, match="other way round"):
+    with pytest.raises(TargetError, match="their layout is not the one that is_transposed"):
         torch.randn(3, 96) @ stand_in[0]
     with pytest.raises(AttributeError, match="set_experts_implementation"):
         stand_in.requires_grad_(True)

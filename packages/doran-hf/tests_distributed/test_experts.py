@@ -97,6 +97,6 @@ def test_two_processes_train_as_one_does(pair: Pair, strategy: str, factors: str
 def test_weights_that_are_whole_in_their_own_forward_alone_are_refused(
     pair: Pair, strategy: str, targets: tuple[str, ...], named: str
 ) -> None:
-    with pytest.raises(RemoteError, match=rf"{named} is not whole in this process outside its .*own forward") as caught:
+    with pytest.raises(RemoteError, match=rf"{named} is whole only inside its .*own forward") as caught:
         pair.run(train, Options(strategy), "static", MixtralExperts, targets)
     assert caught.value.kind == "TargetError"

@@ -1,4 +1,4 @@
-"""AdaptedWeight stands in a module for its parameter, and gives products with W' without forming it.
+"""AdaptedWeight stands in for a module's parameter, and computes products with W' without forming W'.
 
 transformers computes experts in several ways (eager, batched_mm, grouped_mm, and each model's own loop). All of them
 index the parameter by expert and multiply, so a stand-in with these few operations serves all of them; routers
@@ -53,39 +53,39 @@ class AdaptedWeight:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight."""
+        """The weight's shape."""
         return self.base.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight."""
+        """The weight's dtype."""
         return self.base.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weight."""
+        """The weight's device."""
         return self.base.device
 
     @property
     def is_cuda(self) -> bool:
-        """Of the weight."""
+        """Whether the weight is on a GPU."""
         return self.base.is_cuda
 
     @property
     def ndim(self) -> int:
-        """Of the weight."""
+        """The weight's number of dimensions."""
         return self.base.dim()
 
     def dim(self) -> int:
-        """Of the weight."""
+        """The weight's number of dimensions."""
         return self.base.dim()
 
     def size(self, *dim: int) -> Any:
-        """Of the weight."""
+        """The weight's size."""
         return self.base.size(*dim)
 
     def data_ptr(self) -> int:
-        """Of the weight."""
+        """The weight's address."""
         return self.base.data_ptr()
 
     def __len__(self) -> int:
@@ -99,19 +99,19 @@ class AdaptedWeight:
         return AdaptedWeight(*parts, self.rows_first, self.dropout, self.where)
 
     def transpose(self, first: int, second: int) -> AdaptedWeight:
-        """With the last two dimensions exchanged."""
+        """The weight with its last two dimensions exchanged."""
         if {first % self.ndim, second % self.ndim} != {self.ndim - 2, self.ndim - 1}:
             raise TargetError(f"{self.where}: DoRAN cannot exchange dimensions {first} and {second} of expert weights")
         return replace(self, base=self.base.mT, rows_first=not self.rows_first)
 
     @property
     def mT(self) -> AdaptedWeight:
-        """With the last two dimensions exchanged."""
+        """The weight with its last two dimensions exchanged."""
         return self.transpose(-2, -1)
 
     @property
     def T(self) -> AdaptedWeight:
-        """Of one expert: transposed."""
+        """The transposed weight of one expert."""
         return self.transpose(0, 1)
 
     def __getattr__(self, name: str) -> Any:
@@ -178,8 +178,8 @@ class AdaptedWeight:
     def _require(self, fits: bool) -> None:
         if not fits:
             raise TargetError(
-                f"{self.where}: the model multiplies with these weights along their output dimension: they are stored "
-                "the other way round than its module says (is_transposed)"
+                f"{self.where}: the model multiplies along the output dimension of these weights, so their layout is "
+                "not the one that is_transposed of their module says"
             )
 
 
@@ -192,14 +192,14 @@ def summed(sides: Sequence[WeightSide]) -> WeightSide:
 
 
 def call_with(module: nn.Module, weights: Mapping[str, AdaptedWeight], *args: Any, **kwargs: Any) -> Any:
-    """Call a module with these in place of its parameters of their names."""
+    """Call a module with stand-ins for the parameters of the same names."""
     shallow = copy.copy(module)  # shares parameters and hooks; attributes set here stay here
     vars(shallow).update(weights)
     return shallow(*args, **kwargs)
 
 
 def refuse_replaced_forward(module: nn.Module, name: str, remedy: str) -> None:
-    """Refuse a module whose call would read the parameters and not what stands in for them.
+    """Refuse a module whose call would read the parameters instead of their stand-ins.
 
     Args:
         module: a router or an experts module.
@@ -212,7 +212,7 @@ def refuse_replaced_forward(module: nn.Module, name: str, remedy: str) -> None:
     if "forward" in vars(module):
         raise TargetError(
             f"{name}: {type(module).__name__}.forward has been replaced on this module (by accelerate's device_map or "
-            "offload, perhaps), so that adapters of its parameters would do nothing; load the model on one device, or "
+            "offload, perhaps), so adapters of its parameters would have no effect; load the model on one device, or "
             f"{remedy}"
         )
 
@@ -231,7 +231,7 @@ def _scaled_sum(base_output: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
 
 
 class _ScaledRows(torch.autograd.Function):
-    """``c[expert of the row] * z + delta``; keeps z and c, and no row of c for each row of z."""
+    """``c[expert of the row] * z + delta``; saves z and c, but no row of c for each row of z."""
 
     @staticmethod
     def forward(base_output: Tensor, scale: Tensor, experts: Tensor, delta: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an adapter records of its base model (fingerprint, layer kinds, ties), and the check of it on loading."""
+"""Facts that an adapter records about its base model (fingerprint, layer kinds, ties), and their check on loading."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def module_kinds(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 
 def stored_experts(model: nn.Module, adapter_name: str) -> dict[str, list[str]]:
-    """For adapted stacks that the base's checkpoint holds as matrices of single experts: their names.
+    """Checkpoint names of the adapted stacks that the base's checkpoint stores as separate matrices per expert.
 
-    ``{}`` stands for an expert's number; several names hold its rows one below the other.
+    ``{}`` stands for the expert's number. Several names hold parts of an expert's rows, in this order.
     """
     return {name: stored.experts for name, stored in _stored_stacks(model, adapter_name).items() if stored.experts}
 

@@ -42,9 +42,9 @@ class LayerMetricsCallback(TrainerCallback):
         states: all records, from the first step on.
 
     Args:
-        file: also write them there, as parquet (needs pyarrow): at the start and end, with every checkpoint, and in
-            between when there are a tenth more. A resumed training goes on with the file's rows. Only the main process
-            writes.
+        file: a parquet file for the records (needs pyarrow). It is written at the start and end, with every checkpoint,
+            and whenever the records have grown by a tenth. A resumed training keeps the file's rows. Only the main
+            process writes.
         adapter_name: which adapter; None for the active one.
         gradients: record the gradient split.
     """
@@ -98,7 +98,7 @@ class LayerMetricsCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the gradients, while the weights are still those of the gradient."""
+        """Compute the gradient split before the optimizer changes the weights."""
         self._end_probe()
 
     def on_log(
@@ -109,7 +109,7 @@ class LayerMetricsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Record; every layer's numbers join the logs, the range of tau joins the history."""
+        """Record the layers; add each layer's numbers to the logs, and the range of tau to the history."""
         if logs is None or "loss" not in logs:
             return
         rows = self._record(state, kwargs["model"])
@@ -165,7 +165,7 @@ class _Hide(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         for name in [name for name in logs or {} if name.startswith(_PREFIX)]:
-            del logs[name]  # type: ignore[union-attr]  # there are none in None
+            del logs[name]  # type: ignore[union-attr]  # the loop is empty for None
 
 
 def _will_log(args: TrainingArguments, state: TrainerState) -> bool:

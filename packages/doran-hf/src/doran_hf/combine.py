@@ -1,4 +1,4 @@
-"""Combines several adapters into one, whose change is exactly the weighted sum of theirs."""
+"""Combines several adapters into one whose change is exactly the weighted sum of their changes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def add_weighted_adapter(
     """Add an adapter whose change to each weight is the weighted sum of the changes of others.
 
     With ``W_i = c_i (W0 + g_i B_i A_i)``, the sum ``W0 + sum w_i (W_i - W0)`` is ``C (W0 + B A)`` with
-    ``C = 1 + sum w_i (c_i - 1)``, A the A_i one above the other, and B the ``w_i c_i g_i B_i / C`` side by side:
-    a DoRAN adapter with static factors, without tau, of the sum of the ranks.
+    ``C = 1 + sum w_i (c_i - 1)``. A concatenates the rows of the A_i, and B the columns of the ``w_i c_i g_i B_i / C``.
+    The result is a DoRAN adapter with static factors, without tau; its rank is the sum of the ranks.
 
     Args:
         tuner: the model's tuner.
@@ -110,8 +110,8 @@ def _combine(layer: DoranLayer, shares: Mapping[str, float]) -> tuple[Tensor, Te
     smallest = float(scale.abs().min())
     if not smallest > _SMALLEST_SCALE:
         raise NonFiniteError(
-            f"{layer.name}: with these weights the base weight gets the factor {smallest:.2g} in a row, so that the "
-            "sum is no DoRAN adapter; take other weights, or merge the adapters"
+            f"{layer.name}: with these weights the base weight gets the factor {smallest:.2g} in a row, so no "
+            "DoRAN adapter computes the sum; take other weights, or merge the adapters"
         )
     return scale, torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1) / scale[:, None]
 

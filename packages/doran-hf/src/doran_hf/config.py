@@ -66,11 +66,11 @@ class DoranConfig(AdapterOptions, PeftConfig):
         FormatVersionError: an adapter_config.json of a newer format.
     """
 
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Accepted for LoRA's sake; Conv1D is recognised."})
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the adapter file; leave it alone."})
-    created_by: str | None = field(default=None, metadata={"help": "What wrote the adapter; filled on saving."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Accepted as in LoRA, but ignored."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the adapter file; do not set."})
+    created_by: str | None = field(default=None, metadata={"help": "Program that wrote the adapter; filled on saving."})
     base_fingerprint: str | None = field(
-        default=None, metadata={"help": "Of the base weights that a loaded adapter was made for; filled on saving."}
+        default=None, metadata={"help": "Fingerprint of the adapter's base weights; filled on saving."}
     )
     module_kinds: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Kinds of the adapted layers that are not linear; filled on saving."}
@@ -84,8 +84,8 @@ class DoranConfig(AdapterOptions, PeftConfig):
     stored_experts: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "Names of single experts' weights in the base's checkpoint; filled on saving."}
     )
-    tensors_digest: str | None = field(default=None, metadata={"help": "Of the saved tensors; filled on saving."})
-    digest: str | None = field(default=None, metadata={"help": "Of the saved configuration; filled on saving."})
+    tensors_digest: str | None = field(default=None, metadata={"help": "Digest of the tensors; filled on saving."})
+    digest: str | None = field(default=None, metadata={"help": "Digest of this configuration; filled on saving."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,11 +157,11 @@ class DoranConfig(AdapterOptions, PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> DoranConfig:
-        """As PEFT's method. The configuration must be complete, and the tensors beside it must be safetensors.
+        """Read a saved configuration. It must be complete, and the tensors beside it must be safetensors.
 
         Raises:
             MissingKeyError: the adapter has no safetensors file. PEFT would go on and load a pickle.
-            AdapterFormatError: the configuration lacks a field, has an unknown one, or a value that may not be.
+            AdapterFormatError: the configuration lacks a field, or has an unknown field or an invalid value.
         """
         name = str(pretrained_model_name_or_path)
         if is_local := Path(name, subfolder or "").is_dir():
@@ -184,7 +184,7 @@ class DoranConfig(AdapterOptions, PeftConfig):
         path = Path(path_json_file)
         with named_errors(path, AdapterFormatError):
             fields = read_json(path)
-            fields.pop("runtime_config", None)  # PEFT: of no meaning in a file
+            fields.pop("runtime_config", None)  # options of PEFT that mean nothing in a file
             if (method := fields.get("peft_type")) != DoranPeftType.DORAN:
                 raise ConfigError(f"{path}: peft_type {method!r}, expected DORAN")
             _check_version(fields.get("format_version", FORMAT_VERSION))  # first: later formats may differ

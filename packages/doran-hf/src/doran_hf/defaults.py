@@ -1,4 +1,4 @@
-"""Options that the user leaves open: target modules (query and value, as in the paper) and the size of tau's heads."""
+"""Defaults of options that the user leaves open: target modules (query and value, as in the paper) and head_dim."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fill_head_dim(config: DoranConfig, model: nn.Module) -> None:
     """Set head_dim from the model's configuration if tau per head needs it.
 
     Raises:
-        ConfigError: the model's configuration does not say.
+        ConfigError: the model's configuration has no head size.
     """
     if config.tau_granularity != "head" or config.head_dim is not None:
         return

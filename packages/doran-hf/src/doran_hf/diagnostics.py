@@ -19,7 +19,7 @@ class LayerState:
     """One adapted layer at one step; the gradient's parts are None if no gradient was recorded.
 
     Attributes:
-        step: the optimizer step that is over.
+        step: number of optimizer steps done.
         layer: the module's name in the base model.
         tau: mean over its values, as inference uses it.
         norm: mean of ``||W0 + g B A||`` over the rows.
@@ -125,7 +125,7 @@ def layer_states(
             norm, tau = adapter.norm(layer.view, A, B), adapter.tau.value()
             scale = adapter.output_scale(norm)
             values = singular_values(A, B, adapter.scaling)
-            ranks = [effective_rank(own) for own in values.reshape(-1, values.shape[-1])]  # one an expert
+            ranks = [effective_rank(own) for own in values.reshape(-1, values.shape[-1])]  # one per expert
         split = (splits or {}).get(layer.name)
         states.append(
             LayerState(

@@ -36,14 +36,14 @@ class DoranStack(DoranLayer):
         name: the parameter's name in the base model.
 
     Raises:
-        TargetError: the parameter is no stack, or its module does not say how it is stored.
+        TargetError: the parameter is no stack, or its module does not declare the layout (``is_transposed``).
     """
 
     adapter_class = StackAdapter
 
     def __init__(self, holder: nn.Module, parameter: str, name: str) -> None:
         nn.Module.__init__(self)
-        self._holder = (holder,)  # in a tuple: it is the child of DoranExperts
+        self._holder = (holder,)  # in a tuple, because the module is the child of DoranExperts
         self._parameter = parameter
         self._prepare(self._new_view(), name)
 
@@ -74,7 +74,7 @@ class DoranStack(DoranLayer):
         return False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Not defined."""
+        """Not defined: DoranExperts computes its module with the stand-ins."""
         raise TargetError(f"{self.name}: stacked expert weights are not called; call their module")
 
     def stand_in(self, chosen: Tensor | None) -> AdaptedWeight | None:
@@ -100,15 +100,14 @@ class DoranStack(DoranLayer):
 
 
 class DoranExperts(nn.Module):
-    """An experts module, some of whose stacked parameters have adapters: children of the parameters' names.
+    """An experts module with adapters on some of its stacked parameters: a child DoranStack under each one's name.
 
     Args:
         base_layer: the experts module.
         name: its name in the base model.
 
     Raises:
-        TargetError: the module does not say how it stores its weights, or computes in a way that this class would
-            bypass.
+        TargetError: the module does not declare the layout of its weights, or its call would bypass the adapters.
     """
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -130,7 +129,7 @@ class DoranExperts(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
     def stack(self, parameter: str) -> DoranStack:
-        """The adapters of one parameter, made if there are none yet."""
+        """The DoranStack of one parameter, made if there is none."""
         stack = own_modules(self).get(parameter)
         if stack is None:
             stack = DoranStack(self.base_layer, parameter, f"{self.name}.{parameter}")
@@ -145,7 +144,7 @@ class DoranExperts(nn.Module):
     # The routing breaks the graph anyway, and the stand-ins are no tensors.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the experts module."""
+        """The experts module's output, adapted."""
         self._refuse_bypass()
         chosen = self._chosen((*args, *kwargs.values()))
         found = {name: stack.stand_in(chosen) for name, stack in self.stacks().items()}
@@ -155,7 +154,7 @@ class DoranExperts(nn.Module):
         return call_with(self.base_layer, stand_ins, *args, **kwargs)
 
     def _refuse_bypass(self) -> None:
-        """Refuse a module whose call would read the parameters and not the stand-ins."""
+        """Refuse a module whose call would read the parameters instead of the stand-ins."""
         refuse_replaced_forward(self.base_layer, self.name, "leave target_parameters out")
         if is_expert_parallel(self.base_layer):
             raise TargetError(f"{self.name}: DoRAN does not adapt experts under expert parallelism; load without it")

@@ -1,4 +1,4 @@
-"""Warns of the share of a mixture-of-experts model that no adapter reaches: experts that are parameters, not layers."""
+"""Warns about expert weights without an adapter: they are stacked parameters, which target_modules does not reach."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXPERTS = re.compile(r"(?<![a-z])experts?(?![a-z])")
 
 
 def expert_share(model: nn.Module) -> float:
-    """The part of a model's parameters in stacked expert weights that have no adapter, from 0 to 1."""
+    """The fraction of a model's parameters that are stacked expert weights without an adapter, from 0 to 1."""
     total = left_out = 0
     adapted = {
         f"{module.name}.base_layer.{name}"

@@ -17,7 +17,7 @@ __all__ = ["expand_parameters", "routers_as_modules", "stacked_parameters"]
 
 
 def stacked_parameters(model: nn.Module) -> list[str]:
-    """Names of the stacked weights of a model's experts modules: those that say how they store them."""
+    """Names of the stacked weights in a model's experts modules, which declare their layout (``is_transposed``)."""
     return [
         f"{name}.{parameter}"
         for name, module in _holders(model).items()
@@ -28,7 +28,7 @@ def stacked_parameters(model: nn.Module) -> list[str]:
 
 
 def expand_parameters(config: DoranConfig, model: nn.Module) -> None:
-    """Put full names in place of target_parameters where "all-linear" or exclude_modules decides, and check them.
+    """Check target_parameters, and replace them by full names if "all-linear" or exclude_modules selects them.
 
     "all-linear" means all stacked expert weights besides the linear layers, as for PEFT's LoRA.
 
@@ -51,9 +51,9 @@ def expand_parameters(config: DoranConfig, model: nn.Module) -> None:
             )
         if wrong := next((name for name in found if name not in stacks and name not in routers), None):
             raise TargetError(
-                f"target_parameters: {wrong!r} {list(whole_shape(others[wrong]))} is no stack of expert weights "
-                "[experts, rows, columns] of one of transformers' experts modules (use_experts_implementation), and no "
-                "router's weight; name ordinary layers in target_modules"
+                f"target_parameters: {wrong!r} {list(whole_shape(others[wrong]))} is neither a stack of expert "
+                "weights [experts, rows, columns] in one of transformers' experts modules (use_experts_implementation) "
+                "nor a router's weight; name ordinary layers in target_modules"
             )
     if config.exclude_modules:
         meant = {name for name in [*stacks, *routers] if matches(name, config.target_parameters)}
@@ -61,7 +61,7 @@ def expand_parameters(config: DoranConfig, model: nn.Module) -> None:
 
 
 def routers_as_modules(config: DoranConfig, model: nn.Module) -> None:
-    """Move the routers among target_parameters to target_modules: their adapters are those of ordinary layers.
+    """Move the routers among target_parameters to target_modules: a router has the adapter of an ordinary layer.
 
     Call it after "all-linear" has been replaced by names.
     """

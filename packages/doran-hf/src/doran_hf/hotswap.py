@@ -1,4 +1,4 @@
-"""hotswap_adapter: replaces a loaded adapter's values by another's. PEFT's function of this name takes LoRA alone."""
+"""hotswap_adapter: replaces a loaded adapter's values by another's. PEFT's function of this name takes LoRA only."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def _check_options(now: Any, saved: Any, path: str) -> None:
         if (getattr(saved, name) or None) != (getattr(now, name) or None)
     ]
     if other:
-        raise ConfigError(f"{path}: its options differ from the loaded adapter's: {', '.join(other)}; load it anew")
+        raise ConfigError(
+            f"{path}: its options differ from the loaded adapter's: {', '.join(other)}; load it under a new name"
+        )
 
 
 def _check_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], path: str) -> None:

@@ -35,7 +35,7 @@ __all__ = [
 class DoranLayer(nn.Module, BaseTunerLayer):
     """A frozen base layer and its adapters: linear, Conv1D, embedding, convolution or quantized linear.
 
-    With several active adapters the changes that each makes to the output (and, merged, to the weight) add up.
+    The changes of several active adapters add up: in the output, or in the weight if merged.
 
     Args:
         base_layer: the layer to adapt.
@@ -75,7 +75,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         while "base_layer" in own_modules(layer):  # another method's layer, around which PEFT has put this one
             layer = own_modules(layer)["base_layer"]
         weight = own_parameters(layer).get("weight")
-        # None under FSDP1, which puts the weight elsewhere for each pass; another dtype than before is mixed precision.
+        # None under FSDP1, which puts the weight elsewhere for each pass. Another floating dtype is mixed precision.
         packed = weight is not None and not (weight.dtype.is_floating_point and weight.dtype.itemsize > 1)
         if self._view is None or self._view[0].layer is not layer or self._view[1] != packed:
             self._view = base_view(layer, self.name), packed
@@ -91,11 +91,11 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         return self._swap.original(self.view)
 
     def whole_weight(self) -> AbstractContextManager[Tensor | None]:
-        """A context with W0 as :meth:`original_weight` has it, gathered from all processes if it is sharded."""
+        """A context that yields W0 as :meth:`original_weight` does, gathered from all processes if it is sharded."""
         return self._swap.whole_original(self.view)
 
     def base_digest(self, adapter_name: str) -> bytes | None:
-        """Digest of W0; of a sharded one as it was when the adapter was made. None if it is quantized or float16."""
+        """Digest of W0; of a sharded W0, the digest taken with its norm. None if W0 is quantized or float16."""
         weight = self.original_weight()
         return self.adapter(adapter_name).base_digest if weight is None else exact_digest(self.name, weight)
 
@@ -121,7 +121,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # To PEFT that is the weight's: "meta" for one that accelerate brings per call.
+        # PEFT takes the weight's device, which is "meta" if accelerate loads the weight for each call.
         super()._move_adapter_to_device_of_base_layer(adapter_name, self.view.device if device is None else device)
 
     def adapter(self, name: str) -> DoranAdapter:
@@ -141,7 +141,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """Shapes and dtype of the base layer.
+        """The adapted output, of the shape and dtype of the base layer's.
 
         Args:
             x: the base layer's input, ``[batch, ...]`` with ``adapter_names``.
@@ -161,7 +161,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         adapters, base_layer = self._adapters_in_use(), own_modules(self)["base_layer"]
         view = self.view if adapters else None
         if view is not None and len(adapters) == 1 and not args and not kwargs and view.layer is base_layer:
-            alone: Tensor = adapters[0](view, x)  # which calls the base layer itself, and spares a copy
+            alone: Tensor = adapters[0](view, x)  # the adapter calls the base layer itself, which saves a copy
             return alone
         base_output: Tensor = base_layer(x, *args, **kwargs)
         if view is None:
@@ -247,7 +247,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 class LinearDoranLayer(DoranLayer):
     """DoRAN around nn.Linear, a Conv1D or a quantized linear layer. x ``[..., d_in]`` to ``[..., d_out]``.
 
-    PEFT knows by "Linear" in the name of the class that "all-linear" means this layer for a second adapter, too.
+    PEFT recognises by "Linear" in the class's name that "all-linear" includes this layer for a second adapter.
     """
 
 

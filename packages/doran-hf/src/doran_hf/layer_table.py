@@ -44,7 +44,7 @@ def write_states(path: str | Path, states: Sequence[LayerState]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         parquet.write_table(table, part)
-        os.replace(part, path)  # noqa: PTH105  # the name that says that it replaces
+        os.replace(part, path)  # noqa: PTH105  # this name says that it replaces
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
@@ -54,7 +54,7 @@ def read_states(path: str | Path) -> list[LayerState]:
 
     Raises:
         MissingDependencyError: pyarrow is not installed.
-        CheckpointError: there is no such file, or it is not one of these.
+        CheckpointError: there is no such file, or it has other columns or another format.
     """
     parquet = _parquet()
     import pyarrow

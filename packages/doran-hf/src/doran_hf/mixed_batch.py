@@ -22,7 +22,7 @@ BASE = "__base__"
 
 
 def check_rows(where: str, rows: int, adapter_names: Sequence[str], *, merged: bool) -> None:
-    """Refuse what a layer cannot compute row by row.
+    """Refuse names that a layer cannot apply row by row.
 
     Raises:
         ConfigError: another number of names than of rows, or merged adapters.

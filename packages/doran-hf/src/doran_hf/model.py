@@ -120,7 +120,7 @@ class DoranModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        # PEFT's own answer; each pattern is replaced by the result of our matcher for this name.
+        # PEFT decides, with the result of our matcher for this name in place of each pattern.
         key = plain_name(key)
         view = copy.copy(peft_config)
         view.target_modules = _resolved(peft_config.target_modules, key)
@@ -173,7 +173,7 @@ class DoranModel(BaseTuner):
         name = plain_name(current_key)
         if is_offloaded_and_unhooked(self.model, target):
             raise TargetError(
-                f"{name}: its weight is offloaded, and PEFT has taken off the hooks that bring it; adapt the base with "
+                f"{name}: its weight is offloaded, and PEFT has removed the hooks that load it; adapt the base with "
                 "get_peft_model, then set_peft_model_state_dict(model, load_peft_weights(path))"
             )
         refuse_read(name, self._plan.read)
@@ -198,7 +198,7 @@ class DoranModel(BaseTuner):
         parent: nn.Module,
         name: str,
     ) -> None:
-        """Adapt one stacked parameter; the target is its module, that module with adapters, or inside the latter."""
+        """Adapt one stacked parameter of `target`: an experts module, a DoranExperts, or a module inside one."""
         holder_name, _, parameter = name.rpartition(".")
         experts = next((module for module in (target, parent) if isinstance(module, DoranExperts)), None)
         if experts is None:
@@ -210,8 +210,8 @@ class DoranModel(BaseTuner):
             self._replace_module(parent, target_name, experts, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's base class also hands the child's weight over by name, which fails for heads without one and for
-        # embeddings with trained tokens; its LoRA does not do so either. DoranLayer.add has seen to the device.
+        # PEFT's base class also copies the attribute `weight`, which fails for heads without one and for embeddings
+        # with trained tokens; PEFT's LoRA does not copy it either. DoranLayer.add has moved the adapter to its device.
         setattr(parent, child_name, new_module)
 
     @contextmanager
@@ -283,8 +283,8 @@ class DoranModel(BaseTuner):
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        # PEFT looks for modules under FSDP1's own names. And ZeRO-3's state dict has a shared network once for each
-        # layer that holds it, where a file has one.
+        # PEFT looks for modules under FSDP1's names. ZeRO-3's state dict has a shared network once for each layer that
+        # holds it, but a file has it once.
         seen: set[int] = set()
         for name, tensor in _tensors_by_name(model, adapter_name).items():
             key = name.replace(_FSDP1, "")

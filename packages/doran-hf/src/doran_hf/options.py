@@ -12,7 +12,7 @@ __all__ = ["AdapterOptions"]
 
 @dataclass
 class AdapterOptions:
-    """The fields that :class:`doran_hf.DoranConfig` adds to PEFT's; described there."""
+    """The fields that :class:`doran_hf.DoranConfig` adds to PEFT's; its docstring describes them."""
 
     rank: int = field(default=8, metadata={"help": "Rank of the update: rows of A."})
     alpha: float = field(default=16.0, metadata={"help": "The update is scaled by alpha / rank."})
@@ -28,13 +28,13 @@ class AdapterOptions:
         metadata={"help": "Names or endings of modules to adapt, a regex, or 'all-linear'; default: query and value."},
     )
     exclude_modules: str | list[str] | set[str] | None = field(
-        default=None, metadata={"help": "Names or endings of modules, or a regex, not to adapt after all."}
+        default=None, metadata={"help": "Names or endings of modules, or a regex, to leave out."}
     )
     target_parameters: list[str] | set[str] | None = field(
         default=None, metadata={"help": "Names or endings of stacked expert weights [experts, rows, columns] to adapt."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules to train in full and save along."}
+        default=None, metadata={"help": "Other modules to train in full and save with the adapter."}
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank branch."})
     norm_grad: Literal["full", "detached"] = field(
@@ -47,7 +47,7 @@ class AdapterOptions:
         default="learned", metadata={"help": "Kind of tau; 'zero' is DoRA."}
     )
     tau_granularity: Literal["layer", "head", "expert", "row"] = field(
-        default="layer", metadata={"help": "What one tau serves."}
+        default="layer", metadata={"help": "One tau per layer, head, expert or output row."}
     )
     tau_init: float = field(default=0.1, metadata={"help": "First value of tau, or of sigma."})
     tau_init_relative: bool = field(
@@ -101,7 +101,7 @@ class AdapterOptions:
         metadata={"help": "Tokens whose embeddings train, too: indices, or by name of the embedding module."},
     )
     layer_replication: list[list[int]] | None = field(
-        default=None, metadata={"help": "Pairs [start, end] of layers to stack the model from before it is adapted."}
+        default=None, metadata={"help": "Pairs [start, end] of layers from which to build the model first."}
     )
     ensure_weight_tying: bool = field(
         default=False, metadata={"help": "Keep embeddings in modules_to_save tied to the output layer."}

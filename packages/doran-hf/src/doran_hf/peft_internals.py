@@ -1,13 +1,16 @@
-"""Makes PEFT know DORAN, and holds every private name of PEFT, transformers and accelerate that doran-hf uses.
+"""Registers DORAN with PEFT, and holds every private name of PEFT, transformers and accelerate that doran-hf uses.
 
-PEFT's own ``register_peft_method`` refuses names outside its enum. When PEFT accepts methods from other packages, one
-call of its function replaces ``register``. The other names go when PEFT offers what they do under public ones:
-``_maybe_include_all_linear_layers`` (which layers "all-linear" means), and when transformers says of a model which
-parameters were not in its checkpoint: ``_is_hf_initialized``, its mark of a parameter that was loaded, and
-``_keys_to_ignore_on_load_missing``, the patterns of those that no checkpoint needs to have; ``_is_expert_parallel``,
-when transformers says of an experts module whether it has all experts; ``Trainer._load_from_checkpoint``, when Trainer
-loads without training under a public name. ``PeftModel.load_adapter`` is wrapped, because given a configuration it asks
-nothing of the tuner before it opens a pickle; the wrapper goes when PEFT can be told to open safetensors alone.
+Each entry goes when its library does the same under a public name:
+
+- ``register``: PEFT's ``register_peft_method`` refuses names outside PEFT's enum. One call of it replaces ``register``
+  when PEFT accepts methods of other packages.
+- ``_maybe_include_all_linear_layers`` of PEFT: the layers that "all-linear" means.
+- ``_is_hf_initialized`` of transformers: marks a parameter that was loaded from a checkpoint.
+- ``_keys_to_ignore_on_load_missing`` of transformers: patterns of parameters that a checkpoint may lack.
+- ``_is_expert_parallel`` of transformers: whether an experts module holds only a part of the experts.
+- ``Trainer._load_from_checkpoint``: loads a checkpoint without training.
+- the wrapper of ``PeftModel.load_adapter``: for a given configuration, PEFT opens a pickle without asking the tuner.
+  The wrapper goes when PEFT can be told to open safetensors only.
 """
 
 from __future__ import annotations
@@ -83,7 +86,7 @@ _WRAPPED = "doran_hf_wrapped"
 
 
 def _without_pickles(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``PeftModel.load_adapter``, for a DORAN configuration that is there before any file is read."""
+    """``PeftModel.load_adapter`` that refuses a DORAN adapter without safetensors before PEFT opens a file of it."""
 
     @functools.wraps(stock)
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -106,12 +109,12 @@ def _same(old: Any, new: Any) -> bool:
 
 def linear_layers(config: PeftConfig, model: nn.Module) -> set[str]:
     """Names of the layers that "all-linear" means in a model, for a configuration with these target_modules."""
-    inside = uncompiled(model)  # a compiled model is no model of transformers to PEFT
+    inside = uncompiled(model)  # PEFT does not recognise a compiled model of transformers
     return set(_maybe_include_all_linear_layers(copy.copy(config), inside).target_modules)
 
 
 def is_expert_parallel(experts: nn.Module) -> bool:
-    """Whether transformers has given this process a part of the experts only."""
+    """Whether this process holds only a part of the experts."""
     return bool(getattr(experts, "_is_expert_parallel", False))
 
 
@@ -121,7 +124,7 @@ def load_checkpoint(trainer: Trainer, folder: str) -> None:
 
 
 def was_loaded(tensor: Tensor) -> bool:
-    """Whether transformers has read this parameter from a checkpoint. False also where it has read none."""
+    """Whether transformers has loaded this parameter from a checkpoint; False in models that were not loaded."""
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
@@ -136,9 +139,9 @@ def ignored_if_missing(model: nn.Module, name: str) -> bool:
 
 
 def is_offloaded_and_unhooked(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether a device_map offloads a layer's weights, and nothing brings them for a call.
+    """Whether a device_map offloads a layer's weights, and no hook loads them for a call.
 
-    PEFT takes accelerate's hooks off a model with such a map before it loads an adapter.
+    PEFT removes accelerate's hooks from a model with such a map before it loads an adapter.
     """
     mapped = {"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     return bool(mapped) and offload_hook(layer) is None and any(p.is_meta for p in layer.parameters())

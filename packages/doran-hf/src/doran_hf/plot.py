@@ -28,7 +28,7 @@ def plot_states(states: Sequence[LayerState], path: str | Path, title: str = "")
     Args:
         states: from :func:`doran_hf.layer_table.read_states`.
         path: image to write; its suffix decides the format.
-        title: above it all.
+        title: of the figure.
 
     Returns:
         The path.

@@ -68,7 +68,7 @@ def warn_random_start(model: nn.Module, modules_to_save: Iterable[str] | None) -
     advice = f"add them: modules_to_save={[*saved, *modules]}" if not others else "load a checkpoint that has them"
     warnings.warn(
         f"the checkpoint of this {type(model).__name__} lacks {shortened(modules + others)}: they start at random, and "
-        f"the adapter neither trains them nor saves them (but for resized embeddings); {advice}",
+        f"the adapter neither trains them nor saves them (except resized embeddings); {advice}",
         stacklevel=5,
     )
 

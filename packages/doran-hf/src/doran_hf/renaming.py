@@ -41,9 +41,10 @@ class StoredStack:
     """How a checkpoint holds a stacked parameter.
 
     Attributes:
-        name: of the one tensor that holds all experts; None if there is none.
+        name: the tensor that holds all experts; None if each expert has tensors of its own.
         transposed: whether that tensor is ``[experts, d_in, d_out]``.
-        experts: else the names of an expert's matrices ``[rows, d_in]``, one below the other; ``{}`` is its number.
+        experts: names of one expert's matrices ``[rows, d_in]``, in the order of their rows, with ``{}`` for its
+            number; empty if one tensor holds all experts.
     """
 
     name: str | None = None

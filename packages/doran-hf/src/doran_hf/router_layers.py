@@ -42,8 +42,8 @@ class _RouterView(BaseView):
 
     def _apply_base(self, rows: Tensor) -> Tensor:
         raise TargetError(
-            f"{type(self.layer).__name__}: a router's weight is not whole in this process outside its own forward pass "
-            "(ZeRO-3, a sharding unit of its own, offload), which DoRAN needs: leave it out of target_modules"
+            f"{type(self.layer).__name__}: a router's weight is whole only inside its own forward pass (ZeRO-3, a "
+            "sharding unit of its own, offload), and DoRAN needs it outside: leave the router out of target_modules"
         )
 
 
@@ -71,10 +71,10 @@ class RouterDoranLayer(DoranLayer):
     # A stand-in is no tensor.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the router.
+        """The router's output, adapted.
 
         Raises:
-            TargetError: the router's call would read the weight and not the stand-in.
+            TargetError: the router's call would read the weight instead of the stand-in.
         """
         if self.merged and self.disable_adapters:
             self.unmerge()

@@ -30,10 +30,10 @@ def fill_targets(config: DoranConfig, model: nn.Module) -> None:
     """
     if config.target_modules is not None:
         return
-    if config.target_parameters and getattr(getattr(model, "config", None), "model_type", None) not in DEFAULT_TARGETS:
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if config.target_parameters and family not in DEFAULT_TARGETS:
         config.target_modules = set()
         return
-    family = getattr(getattr(model, "config", None), "model_type", None)
     targets = DEFAULT_TARGETS.get(family) if isinstance(family, str) else None
     modules = _base_modules(model)
     if isinstance(targets, list):
@@ -59,8 +59,8 @@ def check_targets(config: DoranConfig, model: nn.Module) -> None:
     for name in modules:
         if matches(name, targets) and _cannot_be_saved(name, model):
             raise TargetError(
-                f"target_modules: with an adapter on {name!r} PEFT saves the embeddings, too, of which this "
-                f"{type(model).__name__} has none; put it into modules_to_save instead"
+                f"target_modules: PEFT saves the embeddings with an adapter on {name!r}, but this "
+                f"{type(model).__name__} has none; put {name!r} into modules_to_save instead"
             )
     entries: list[str | list[str]] = [targets] if isinstance(targets, str) else [[entry] for entry in sorted(targets)]
     for entry in entries:
@@ -110,7 +110,7 @@ def check_exclusions(config: DoranConfig, model: nn.Module) -> None:
         if not any(matches(name, entry) for name in targets)
     ]
     if unused:
-        warnings.warn(f"exclude_modules: none of the target modules is meant by {shortened(unused)}", stacklevel=5)
+        warnings.warn(f"exclude_modules: no target module matches {shortened(unused)}", stacklevel=5)
 
 
 def _is_saved(name: str, config: DoranConfig) -> bool:
@@ -121,7 +121,7 @@ def _is_saved(name: str, config: DoranConfig) -> bool:
 
 
 def _cannot_be_saved(name: str, model: nn.Module) -> bool:
-    """Whether PEFT takes a layer for an output embedding by its name, in a model without embeddings (CTC heads)."""
+    """Whether PEFT mistakes a layer for an output embedding by its name, in a model without embeddings (CTC heads)."""
     if name.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES or not hasattr(model, "get_input_embeddings"):
         return False
     try:
@@ -145,7 +145,7 @@ def _base_modules(model: nn.Module) -> dict[str, bool]:
 
 
 def refuse_saved(name: str, config: DoranConfig) -> None:
-    """Refuse a target that modules_to_save means, too.
+    """Refuse a target that modules_to_save matches, too.
 
     PEFT matches modules_to_save against the ends of names, and cannot fully train an adapted module.
 
@@ -155,6 +155,6 @@ def refuse_saved(name: str, config: DoranConfig) -> None:
     for entry in config.modules_to_save or []:
         if name.endswith(entry):
             raise TargetError(
-                f"{name}: modules_to_save={entry!r} means this module, too (PEFT compares the ends of names), so that "
-                "it trains in full; leave it out of target_modules, or exclude it with exclude_modules"
+                f"{name}: modules_to_save={entry!r} matches this module, too (PEFT compares the ends of names), so it "
+                "trains in full; leave it out of target_modules, or exclude it with exclude_modules"
             )

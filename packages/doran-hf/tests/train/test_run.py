@@ -130,7 +130,7 @@ def test_a_run_that_is_done_is_left_alone(capsys: pytest.CaptureFixture[str]) ->
         ({"trainer__report_to": "wandb"}, r"trainer: .*wandb"),
         (
             {"data__max_length": 5, "data__choices": [" positive", " negative", " a b"]},
-            r"data.max_length: an example to choose in has 6 tokens with the choice ' a b', 5 are kept",
+            r"data.max_length: an example has 6 tokens with the choice ' a b', and only 5 are kept",
         ),
         ({"task": "sequence-classification", **CLASSIFY, "data__text": "txt"}, r"data.text: 'txt' is no column"),
         ({"task": "sequence-classification", **CLASSIFY, "data__text_pair": "b"}, r"data.text_pair: 'b' is no column"),

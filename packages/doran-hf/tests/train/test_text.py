@@ -105,7 +105,7 @@ def test_templates_that_cannot_be_followed_are_refused() -> None:
     with pytest.raises(ConfigError, match="no chat template"):
         encoder(["messages"], tokenizer)
     tokenizer.chat_template = "{{ messages | length }} " + CHAT
-    with pytest.raises(ConfigError, match="renders the beginning of a chat in another way"):
+    with pytest.raises(ConfigError, match="renders the beginning of a chat differently"):
         encoder(["messages"], tokenizer)(
             {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")]}
         )
@@ -137,5 +137,5 @@ def test_choices_that_are_cut_are_not_compared() -> None:
     encode = encoder(["x", "y"], prompt="{x}", completion="{y}", choices=choices, max_length=4, append_eos=False)
     model = make_llama()
     assert choice_accuracy(model, encode, [{"x": "e", "y": " a"}], "choosing") in (0.0, 1.0)
-    with pytest.raises(ConfigError, match=r"data.max_length: an example to choose in has 5 tokens .*' b c d', 4 are"):
+    with pytest.raises(ConfigError, match=r"data.max_length: an example has 5 tokens .*' b c d', and only 4 are"):
         choice_accuracy(model, encode, [{"x": "e f", "y": " a"}], "choosing")

@@ -1,4 +1,4 @@
-"""`doran plot`: a run's tau, norms, ranks and gradients over its steps."""
+"""`doran plot`: draws a run's tau, norms, ranks and gradients over its steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["plot"]
 
 @command(
     group="train",
-    short_help="draw what the layers did in training",
+    short_help="draw the layers' metrics over a training",
     examples=("doran plot run", "doran plot run/layers.parquet --out layers.svg"),
 )
 @click.argument("run", metavar="RUN_DIR", type=click.Path(path_type=Path))

@@ -1,4 +1,4 @@
-"""`doran train`: an adapter from a configuration file, flags, or both."""
+"""`doran train`: trains an adapter from a configuration file, flags, or both."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ class _Field(click.Option):
 
 
 class _Train(DoranCommand):
-    """A command with a flag for each field. The trainer's fields take seconds to import, so they are read only if
-    used."""
+    """A command with a flag for each field. The trainer's fields take seconds to import, so they are read on demand."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if any(argument.startswith("--trainer") for argument in args):
@@ -109,8 +108,8 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 @click.option("--dry-run", is_flag=True, help="Load everything, print the plan, train nothing.")
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run in the output directory.")
 def train(config: str | None, init: Path | None, dry_run: bool, overwrite: bool, **given: str | None) -> Outcome:
-    """Train a DoRAN adapter, and write it with metrics, layer metrics and a model card. Flags go before the values of
-    the configuration file. Run the same command again to go on with a run that was interrupted.
+    """Train a DoRAN adapter, and write it with metrics, layer metrics and a model card. Flags override the
+    configuration file. To resume an interrupted run, run the same command again.
     """
     fields = (parameter for parameter in click.get_current_context().command.params if isinstance(parameter, _Field))
     texts = ((field, given[field.name or ""]) for field in fields)
@@ -143,7 +142,7 @@ def _init(file: Path, config: str | None, values: Mapping[str, Any]) -> Outcome:
     from doran_hf.train.template import commented_config
 
     if config is not None:
-        raise ConfigError(f"--init writes a new configuration, but {config} was given, too: give one of them")
+        raise ConfigError(f"--init writes a new configuration, but {config} was given, too: give only one of them")
     if file.exists():
         raise ConfigError(f"--init: {file} exists; name another file")
     try:

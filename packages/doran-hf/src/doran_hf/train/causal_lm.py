@@ -18,7 +18,7 @@ __all__ = ["CausalLM"]
 
 
 class CausalLM(TaskRecipe):
-    """Next tokens, of texts, completions or an assistant's turns."""
+    """Next-token prediction on texts, completions or an assistant's turns."""
 
     auto_model = AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Accuracy of a causal LM on multiple choice: the most probable of some completions against the right one."""
+"""Accuracy of a causal LM on multiple choice: how often the right completion is the most probable one."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class DataConfig:
         train_split: split of a dataset or of an image folder with splits.
         eval_split: likewise, used if ``eval`` is not None.
         eval_size: examples to hold out from train if there is no eval.
-        max_train: use only so many examples, the first ones.
+        max_train: use only the first N examples.
         max_eval: likewise.
         max_length: in tokens; longer examples are cut on the right.
         text: column, or template such as "{title}. {body}", of the text.
@@ -55,7 +55,7 @@ class DataConfig:
         system: a system message before prompt and completion.
         completion_only: take the loss on completions only (in chats: on the assistant's turns).
         append_eos: end each completion or text with the end-of-sequence token.
-        choices: completions to choose from; accuracy is the share of examples whose right one is the most probable.
+        choices: completions to choose from. Accuracy is the share of examples whose completion is the most probable.
         label: column of the class: a number or a name.
         label_names: names of the classes, for labels that are numbers.
         image: column of the image.
@@ -70,7 +70,7 @@ class DataConfig:
     train_split: str = _option("train", "split of a dataset or of an image folder with splits")
     eval_split: str = _option("test", "likewise, for eval")
     eval_size: int = _option(0, "examples of train to hold out if there is no eval")
-    max_train: int | None = _option(None, "use only the first so many")
+    max_train: int | None = _option(None, "use only the first N examples")
     max_eval: int | None = _option(None, "likewise")
     max_length: int = _option(512, "tokens; longer examples are cut on the right")
     text: str | None = _option(None, 'column, or template such as "{title}. {body}"; default: text')
@@ -79,8 +79,8 @@ class DataConfig:
     prompt: str | None = _option(None, 'template, such as "Question: {question}\\nAnswer:"; default: {prompt}')
     completion: str | None = _option(None, 'template of what follows, such as " {answer}"; default: {completion}')
     chat: bool = _option(False, "put prompt and completion into the tokenizer's chat template")
-    system: str | None = _option(None, "a system message before them")
-    completion_only: bool = _option(True, "loss on completions (in chats: the assistant's turns) alone")
+    system: str | None = _option(None, "a system message before prompt and completion")
+    completion_only: bool = _option(True, "loss on completions (in chats: the assistant's turns) only")
     append_eos: bool = _option(True, "end completions and texts with the end-of-sequence token")
     choices: list[str] | None = field(
         default=None, metadata={"help": "completions to choose from in evaluation, for an accuracy"}
@@ -108,14 +108,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training.
+    """The configuration of one training.
 
     Attributes:
         base: directory or hub name of the base model.
         task: the kind of task, such as causal-lm.
         output: directory of the run: adapter, metrics, layer metrics, checkpoints.
         dtype: of the base model; the adapter is float32.
-        seed: of initial values, order of the data, masks.
+        seed: for initial values, order of the data and masks.
         evaluate_base: evaluate the untouched base model, too (causal-lm).
         keep_checkpoints: keep the Trainer's checkpoints when all is done.
         data: see :class:`DataConfig`.
@@ -132,9 +132,9 @@ class TrainConfig:
     )
     output: str = _option("", "directory of the run: adapter, metrics, layer metrics, checkpoints")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "of the base model"}
+        default="auto", metadata={"help": "dtype of the base model"}
     )
-    seed: int = _option(0, "of initial values, order of the data, masks")
+    seed: int = _option(0, "for initial values, order of the data and masks")
     evaluate_base: bool = _option(True, "evaluate the untouched base model, too (causal-lm)")
     keep_checkpoints: bool = _option(False, "keep the Trainer's checkpoints when all is done")
     data: DataConfig = field(metadata={"help": "the examples"})
@@ -169,7 +169,7 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """As YAML text."""
+        """The configuration as YAML text."""
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
 
@@ -183,7 +183,7 @@ OWN_TRAINER_FIELDS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-"""TrainingArguments with our defaults."""
+"""Our defaults of TrainingArguments."""
 
 _REFUSED = {
     "output_dir": "output",
@@ -211,10 +211,10 @@ def load_config(file: str | Path | None, overrides: Mapping[str, Any] | None = N
 
     Args:
         file: YAML file, or None for overrides alone.
-        overrides: values that go before the file's, by field, or "section.field" in the sections.
+        overrides: values that replace the file's, by field, or "section.field" in the sections.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or holds a field or value that is not known.
+        ConfigError: the file cannot be read, is not YAML, or has an unknown field or a wrong value.
     """
     values = {} if file is None else _read(Path(file))
     for name, value in (overrides or {}).items():
@@ -233,7 +233,7 @@ def load_config(file: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 
 CONFIG_LIMIT = 2**20
-"""Most bytes of a configuration."""
+"""Largest size of a configuration file, in bytes."""
 
 
 def _read(file: Path) -> dict[str, Any]:

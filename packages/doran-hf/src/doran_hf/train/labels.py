@@ -64,7 +64,7 @@ class Labels:
             raise ConfigError(f"data.eval: its classes are {declared}, those of data.train {self.names}")
 
     def described(self) -> str:
-        """How many there are, and which have no example to train on."""
+        """The number of classes, and the names of those without an example to train on."""
         if not self.unseen:
             return str(len(self.names))
         shown = ", ".join(map(repr, self.unseen[:10])) + (", ..." if len(self.unseen) > 10 else "")

@@ -48,7 +48,7 @@ class Prepared:
     Attributes:
         train: dataset to train on.
         held_out: dataset to evaluate on, or None.
-        counts: of the examples in both, "train" and "eval".
+        counts: of the examples of both, by "train" and "eval".
         sample: the first example, for people to read.
         classes: the classes, for people to read, or None.
     """
@@ -116,7 +116,7 @@ class TaskRecipe(ABC):
         if others:
             raise ConfigError(
                 f"base: {self.config.base} lacks {shortened(others)} of {type(model).__name__}: they would start at "
-                "random and not be saved, for they lie beside parameters that it has; take a base that has them"
+                "random and not be saved, because their modules have other parameters, too; take a base that has them"
             )
         return [*wanted, *modules]
 
@@ -148,7 +148,7 @@ def load_part(what: str, auto_class: Any, base: str, **options: Any) -> Any:
 
 
 def _hub_says(error: BaseException) -> str:
-    """Why the hub has no such model, in a few words: transformers wraps the cause in paragraphs."""
+    """Why the hub's model cannot be loaded, in a few words: transformers wraps the cause in paragraphs."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:

@@ -42,7 +42,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
         dry_run: print the plan, train nothing and write nothing.
 
     Returns:
-        The metrics, as in the run's metrics.json: of a run that is done already without training again.
+        The metrics, as in the run's metrics.json. A finished run returns its metrics and does not train again.
 
     Raises:
         DoranError: a fault in the configuration, the data or the base; the subclass and the message name it.
@@ -95,7 +95,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, dry_run: bool = False
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> tuple[float | None, float]:
-    """Mean loss and seconds of the training, from a checkpoint on if there is one."""
+    """Train, from the checkpoint if there is one; return mean loss and seconds."""
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         steps = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
@@ -127,7 +127,8 @@ def _trainer(config: TrainConfig, recipe: TaskRecipe, prepared: Prepared, model:
         raise ConfigError(f"trainer: {error}") from error
     if arguments.label_smoothing_factor and config.adapter_config().factor_penalty:
         raise ConfigError(
-            "trainer.label_smoothing_factor leaves no loss for adapter.factor_penalty to join: set one only"
+            "trainer.label_smoothing_factor: the model then returns no loss to which adapter.factor_penalty could be "
+            "added; set only one of the two"
         )
     try:
         trainer = Trainer(

@@ -31,7 +31,7 @@ __all__ = ["RunDirectory"]
 
 
 class RunDirectory:
-    """One run's directory. Only :meth:`begin` changes it.
+    """One run's directory. Making this object changes nothing on disk; :meth:`begin` does.
 
     Args:
         config: the configuration.
@@ -108,7 +108,7 @@ class RunDirectory:
 
     @property
     def done(self) -> bool:
-        """Whether all was written."""
+        """Whether the run is finished."""
         return (self.path / "metrics.json").is_file()
 
     def last_checkpoint(self) -> Path | None:

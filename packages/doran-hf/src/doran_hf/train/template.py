@@ -13,7 +13,7 @@ __all__ = ["commented_config", "settable_fields"]
 
 _WIDTH = 40
 
-_HEAD = """# A training. Run it with `doran train THIS_FILE`; run that again to go on after an interruption.
+_HEAD = """# A training. Run it with `doran train THIS_FILE`; to resume after an interruption, run that again.
 # Every field is a flag, too: doran train THIS_FILE --adapter.rank 16 --trainer.learning_rate 5e-4
 """
 

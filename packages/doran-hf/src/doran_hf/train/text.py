@@ -1,6 +1,6 @@
 """Texts as tokens and labels for a causal LM: plain text, prompt and completion, or a chat by its template.
 
-The text is rendered whole and tokenized once; which tokens the loss is taken on follows from their place in the text.
+The whole text is rendered and tokenized once. A token's position in the text decides whether the loss includes it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
     """A column's text, or a template with the columns' values in braces.
 
     Raises:
-        ConfigError: naming the column that is not there; a text without braces that is no column, which would be
-            the same for every row.
+        ConfigError: a named column does not exist, or the template is neither a column nor has braces and would give
+            every row the same text.
     """
     if template in row:
         return str(row[template])
     if "{" not in template:
-        raise ConfigError(f"{where}: {template!r} is no column and names none in braces; the columns are {sorted(row)}")
+        raise ConfigError(f"{where}: {template!r} is no column and has none in braces; the columns are {sorted(row)}")
     try:
         return template.format_map(row)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -64,7 +64,7 @@ class TextEncoder:
         self.shape = _shape(config, columns)
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
-                f"base: {type(tokenizer).__name__} gives no places of tokens in the text (not a fast one)"
+                f"base: {type(tokenizer).__name__} does not report the positions of tokens; use a fast tokenizer"
             )
         if (self.shape == "messages" or config.chat) and not tokenizer.chat_template:
             raise ConfigError(
@@ -101,8 +101,8 @@ class TextEncoder:
         length, limit = len(encoded["input_ids"]), self.config.max_length
         if length > limit:
             raise ConfigError(
-                f"data.max_length: an example to choose in has {length} tokens with the choice {completion!r}, "
-                f"{limit} are kept, so that the choices cannot be compared; raise it or shorten the prompts"
+                f"data.max_length: an example has {length} tokens with the choice {completion!r}, and only {limit} are "
+                "kept, so its choices cannot be compared; raise data.max_length or shorten the prompts"
             )
         return encoded
 
@@ -120,7 +120,7 @@ class TextEncoder:
             start = len(self._prefix_of(text, turns[:index], add_generation_prompt=True))
             spans.append((start, len(self._prefix_of(text, turns[: index + 1]))))
         if not spans:
-            raise ConfigError(f"data.messages: no turn of the assistant, nothing to learn, in {messages!r}")
+            raise ConfigError(f"data.messages: no turn of the assistant, so nothing to learn, in {messages!r}")
         return _Rendered(text, spans, add_special_tokens=False)
 
     def _pair(self, prompt: str, completion: str) -> _Rendered:
@@ -136,8 +136,8 @@ class TextEncoder:
         prefix = self._template(turns, **options) if turns else ""
         if not text.startswith(prefix):
             raise ConfigError(
-                "base: its chat template renders the beginning of a chat in another way than the whole, so that the "
-                f"turns of the assistant cannot be told: {prefix[-80:]!r} is not in {text[:160]!r}"
+                "base: its chat template renders the beginning of a chat differently than the whole chat, so the "
+                f"assistant's turns cannot be located: {prefix[-80:]!r} is not in {text[:160]!r}"
             )
         return prefix
 
