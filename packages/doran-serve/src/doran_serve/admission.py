@@ -1,4 +1,4 @@
-"""Private copies of admitted adapters, by the digest of their files: an engine loads what was checked. No vLLM here.
+"""Private copies of admitted adapters, by the digest of their files: engines load the checked files. No vLLM here.
 
 While a request waits, its adapter's directory may be damaged, replaced or removed. So the server copies an adapter
 when it admits it, and sends the engine the directory with the digest of its files. The engine compares the digest and
@@ -45,13 +45,13 @@ def content_digest(folder: Path) -> str:
     """SHA-256 of the adapter's files, in hexadecimal digits.
 
     Raises:
-        AdapterFormatError: a file cannot be read, or is not what its name says.
+        AdapterFormatError: a file cannot be read, or has another format than its name says.
     """
     return _digits(directory_digest(folder))
 
 
 def _digits(digest: str) -> str:
-    """The pattern of a digest in paths."""
+    """A digest without the algorithm's name, as in paths."""
     return digest.removeprefix("sha256:")
 
 
@@ -102,8 +102,8 @@ class AdmittedCopies:
             return copy if copy.exists() else source
         raise AdapterFormatError(
             f"{source}: the admitted version (sha256 {digest[:16]}...) is gone: the directory holds another one, and "
-            f"there is no sound copy in {self.directory}; ask again, or set DORAN_CACHE_DIR to a directory that all "
-            "nodes of the server share"
+            f"there is no sound copy in {self.directory}; send the request again, or set DORAN_CACHE_DIR to a "
+            "directory that all nodes of the server share"
         )
 
     def _copy(self, source: Path) -> str:

@@ -1,4 +1,4 @@
-"""The base model's files, as far as an adapter has to fit them: module names, shapes, fingerprint. No vLLM here."""
+"""The base model's files, to check adapters against: module names, shapes, fingerprint. No vLLM here."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class BaseModel:
     def stored_names(self, adapter: FoldedAdapter | PeftAdapter) -> dict[str, str]:
         """The names that an adapter's modules have in the checkpoint, by the adapter's own names.
 
-        A module that the checkpoint lacks, or any if the checkpoint is not at hand, has the name that the adapter
-        records, or its own.
+        If there is no local checkpoint, or the checkpoint lacks a module, the name is the one that the adapter records,
+        or the module's own.
         """
         recorded = {} if isinstance(adapter, PeftAdapter) else adapter.stored_names or {}
         keys = {name: recorded.get(f"{name}.weight", f"{name}.weight") for name in adapter.modules}
@@ -99,7 +99,7 @@ class BaseModel:
 
         Args:
             where: the adapter's directory, for the message.
-            adapter: any but a trainable one.
+            adapter: of any form but the trainable one.
 
         Raises:
             CheckpointError: the base has no such module, or one of another shape.
@@ -108,13 +108,13 @@ class BaseModel:
         if self.checkpoint is None:
             return
         if isinstance(adapter, PeftAdapter):
-            # PEFT's files record neither stored names nor ties, and other versions of transformers name the modules of
-            # multimodal models otherwise. vLLM knows these names; its layers decide.
+            # PEFT's files record neither stored names nor ties, and versions of transformers name the modules of
+            # multimodal models differently. vLLM knows these names; its layers decide.
             if "text_config" not in self.checkpoint.config():
                 bind(adapter, self.checkpoint, where)
             return
         known = adapter.base_fingerprint, frozenset(adapter.modules)
-        if known in self._fingerprints:  # a policy's next version; to compute it reads all adapted weights
+        if known in self._fingerprints:  # a policy's next version: do not read all weights again
             adapter = replace(adapter, base_fingerprint=None)
         bind(adapter, self.checkpoint, where)
         self._fingerprints.add(known)

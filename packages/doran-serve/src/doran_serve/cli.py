@@ -16,8 +16,8 @@ __all__ = ["publish", "serve"]
     group="serve",
     short_help="serve a base model with many adapters at once through vLLM",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    epilog="Adapters that cannot be served are named and left out; with --check they make the exit code 1. What is no "
-    "flag of doran's is handed to vLLM as it stands, so a misspelt flag is vLLM's to refuse.",
+    epilog="Adapters that cannot be served are named and left out; with --check they make the exit code 1. Flags that "
+    "doran does not know go to vLLM unchanged, so vLLM refuses a misspelt flag.",
     examples=(
         "doran serve base --adapters adapters",
         "doran serve base --adapters adapters --check --json",
@@ -48,7 +48,7 @@ def serve(ctx: click.Context, base: str, adapters: Path | None, mode: str, check
     if base.startswith("-"):
         raise click.UsageError(f"BASE_DIR goes before the flags of vLLM, got {base!r}.", ctx)
     if wants_json() and not check:
-        raise ConfigError("--json goes with --check: a server that runs has no result")
+        raise ConfigError("--json goes with --check: a running server has no result")
     planned = launch.plan(base, adapters, mode, ctx.args)
     if not check:
         launch.start(planned)
@@ -74,8 +74,8 @@ def serve(ctx: click.Context, base: str, adapters: Path | None, mode: str, check
 @click.argument("target", metavar="TARGET_DIR", type=click.Path(path_type=Path))
 @click.option("--base", metavar="BASE_DIR", help="Check the adapter against this base model first.")
 def publish(adapter: Path, target: Path, base: str | None) -> Outcome:
-    """Copy an adapter to TARGET_DIR, the directory by whose name clients ask for it. An adapter that is there is
-    replaced in one step, so that a running server never sees half of it.
+    """Copy an adapter to TARGET_DIR; clients request the adapter by this directory's name. An existing adapter is
+    replaced in one step, so a running server never sees half of one.
     """
     from doran_serve.publish import publish_adapter
 

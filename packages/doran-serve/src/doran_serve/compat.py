@@ -38,7 +38,7 @@ class Patch:
     Attributes:
         target: ``module:attribute`` or ``module:Class.attribute``.
         build: a function from the stock object to its replacement.
-        reason: the fault without it.
+        reason: the fault without the patch.
         checked: the releases whose source was read, or on which the tests ran.
         remove_when: the change in vLLM after which the patch can go.
         optional: a vLLM built for another platform may lack the target.
@@ -179,7 +179,7 @@ PATCHES = (
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor._validate_lora",
         frontend.unless_merged,
-        "it refuses adapters when LoRA is off, as it is in merged mode",
+        "the stock method refuses adapters when LoRA is off, and merged mode turns LoRA off",
         _BOTH,
         _MERGED_GOES,
     ),
@@ -202,7 +202,7 @@ PATCHES = (
         Patch(
             f"vllm.v1.engine.core:EngineCore.{name}",
             _reloading,
-            "it changes which adapters the workers have, which the scheduler remembers",
+            "the call changes the workers' adapters, and the scheduler remembers which adapters they have",
             _BOTH,
             _FRONT_GOES,
         )
@@ -211,7 +211,7 @@ PATCHES = (
     Patch(
         "vllm.v1.engine.core:EngineCore.wake_up",
         _forgetting,
-        "level 2 of sleep discards the slots' factors, and vLLM goes on taking the adapters for loaded",
+        "sleep level 2 discards the slots' factors, and vLLM still takes the adapters for loaded",
         ("0.32.0",),
         "vLLM empties its slots at level 2",
     ),
@@ -230,28 +230,28 @@ PATCHES = (
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor.__init__",
         frontend.with_known_config,
-        "a resolver is not told the engine's limits, by which it has to refuse an adapter with a reason",
+        "a resolver does not get the engine's limits, which it needs to refuse an adapter with a reason",
         _BOTH,
         "vLLM hands its resolvers the engine's configuration",
     ),
     Patch(
         "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
         _plain_weights,
-        "on the CPU vLLM packs a linear layer's weight and drops it, so that it cannot be swapped",
+        "on the CPU vLLM packs a linear layer's weight and drops the plain one, so no weight can be swapped",
         _BOTH,
         "vLLM can pack a changed weight again",
     ),
     Patch(
         "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
         processes.answering_at_shutdown,
-        "after SIGTERM open requests wait for outputs that never come, and the server for them",
+        "after SIGTERM open requests wait for outputs that never come, and the server waits for the requests",
         ("0.32.0",),
         "vLLM ends open requests when it ends their engine",
     ),
     Patch(
         "vllm.entrypoints.openai.models.serving:OpenAIServingModels.init_static_loras",
         frontend.good_ones,
-        "one damaged adapter keeps the server from starting, and so any supervisor from bringing it back",
+        "one damaged adapter keeps the server from starting, so no supervisor can restart it",
         ("0.32.0",),
         "vLLM starts without the adapters that it cannot load",
     ),

@@ -1,9 +1,9 @@
-"""Replacements of vLLM's pure-PyTorch LoRA operators: computed per slot instead of per token, none for base tokens.
+"""Replacements of vLLM's pure-PyTorch LoRA operators: one product per slot, and none for tokens without an adapter.
 
 vLLM's operators index the stacked weights with each token's slot. A token without an adapter has slot -1, which in
-PyTorch is the LAST slot. So such a token silently gets that slot's adapter whenever another token of the batch uses an
-adapter. They also copy a whole factor per token. These replacements keep the signatures, skip -1, and multiply once
-per slot.
+PyTorch is the last slot. So such a token silently gets that slot's adapter whenever another token of the batch uses an
+adapter. vLLM's operators also copy a whole factor per token. These replacements keep the signatures, skip -1, and
+multiply once per slot.
 """
 
 from __future__ import annotations

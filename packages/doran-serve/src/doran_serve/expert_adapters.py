@@ -1,4 +1,4 @@
-"""Adapters of stacked expert weights, which merged mode alone serves: how to recognise and read them. No vLLM here."""
+"""Recognises and reads adapters of stacked expert weights, which only merged mode serves. No vLLM here."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def refuse_in_mixed_mode(folder: Path, stacks: list[str]) -> None:
     """Raise TargetError, naming a stack and the alternatives."""
     raise TargetError(
         f"{folder}: adapts the stacked expert weights {stacks[0]}; in mixed mode vLLM's LoRA for experts has no scale "
-        "per expert and output row, which DoRAN needs; serve it in merged mode, or the checkpoint that `doran merge` "
-        "makes"
+        "per expert and output row, which DoRAN needs; serve it in merged mode, or serve the checkpoint that `doran "
+        "merge` writes"
     )
 
 

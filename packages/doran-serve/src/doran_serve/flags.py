@@ -1,4 +1,4 @@
-"""vLLM's flags for a directory of adapters; what the user gave wins. Imports no vLLM."""
+"""vLLM's flags for a directory of adapters; the user's own flags win. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def served_rank(rank: int) -> int:
     """The smallest max_lora_rank of vLLM that holds `rank`.
 
     Raises:
-        DoranError: vLLM has none.
+        DoranError: the rank is above vLLM's highest.
     """
     for allowed in _RANKS:
         if rank <= allowed:
@@ -105,9 +105,9 @@ def mixed_flags(
 
     Args:
         adapters: directories by name.
-        rank: the largest of them; 0 if unknown.
+        rank: the adapters' largest rank; 0 if unknown.
         slots: adapters in one batch.
-        targets: ends of the module names that they adapt; empty if unknown. Other layers then cost what the base's do.
+        targets: last parts of the adapted modules' names; empty if unknown. Other layers then get no LoRA.
         given: the user's own flags.
     """
     derived: dict[str, Sequence[str]] = {"--enable-lora": []}
@@ -128,7 +128,7 @@ def merged_flags(adapters: Mapping[str, Path], given: Sequence[str]) -> list[str
         given: the user's own flags.
 
     Raises:
-        DoranError: flags that do not go with merged mode, or an --additional-config that is no JSON object.
+        DoranError: flags that exclude merged mode, or an --additional-config that is no JSON object.
     """
     if given_value(given, "--enable-lora") is not None:
         raise DoranError("--enable-lora does not go with --mode merged, which swaps the weights themselves")

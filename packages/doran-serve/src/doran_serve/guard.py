@@ -65,7 +65,7 @@ class GuardedScheduler(StockScheduler):
         return super().get_num_unfinished_requests() + len(self._failed)
 
     def forget_loaded(self) -> None:
-        """Another caller has loaded or removed adapters: ask the workers before the next step."""
+        """Forget the workers' adapters, because another caller has changed them; the next step asks the workers."""
         self._loaded = {}
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]:

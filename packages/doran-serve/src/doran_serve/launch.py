@@ -1,10 +1,11 @@
 """The part of `doran serve` before vLLM: checks every adapter against the base, and derives vLLM's flags from them.
 
-Imports vLLM only to run it, so that `--check` works on a machine without.
+Imports vLLM only to run it, so that `--check` works on a machine without vLLM.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Collection, Sequence
@@ -51,9 +52,9 @@ class Checked:
     Attributes:
         folder: the directory.
         paths: of the adapters that can be served, by name.
-        rank: the largest; 0 if none is known.
-        targets: ends of the module names that they adapt; empty if unknown.
-        infos: the check's record of each.
+        rank: the largest rank; 0 if none is known.
+        targets: last parts of the adapted modules' names; empty if unknown.
+        infos: the record of each adapter's check.
         refused: the reason for each adapter that cannot be served, by name.
     """
 
@@ -218,23 +219,16 @@ def _base_sizes(store: AdapterStore, targets: frozenset[str]) -> tuple[list[tupl
         return [], 0, 0
     total = sum(checkpoint.file(key).entry.nbytes for key in checkpoint)
     shapes = memory.adaptable(checkpoint, targets)
-    width = max((checkpoint.file(key).entry.nbytes // _count(checkpoint.shape(key)) for key in checkpoint), default=2)
+    counts = {key: max(1, math.prod(checkpoint.shape(key))) for key in checkpoint}
+    width = max((checkpoint.file(key).entry.nbytes // count for key, count in counts.items()), default=2)
     return shapes, width, total
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return max(1, count)
 
 
 def start(plan: Plan) -> None:
     """Run vLLM's own server in this process, until it ends.
 
     Raises:
-        DoranError: vLLM is not installed or not one that this package knows, is told not to load the plugin, or its
-            engine does not start.
+        DoranError: vLLM is not installed or too old, VLLM_PLUGINS excludes this plugin, or the engine does not start.
     """
     from doran_serve import compat, versions
 

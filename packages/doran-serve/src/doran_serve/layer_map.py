@@ -1,4 +1,4 @@
-"""Where a projection of the checkpoint lives in a vLLM model: its layer, its rows there, its name. No vLLM here.
+"""Maps projections of the checkpoint to a vLLM model: the layer, the rows in it, the name. No vLLM here.
 
 vLLM packs projections with the same input (q, k, v; gate, up) into one layer, and shards layers over ranks.
 """
@@ -61,18 +61,18 @@ def place_name(module: ServedModule, rename: Callable[[str], str], places: Conta
 
     Args:
         module: the layer.
-        rename: of :func:`renamer`.
+        rename: from :func:`renamer`.
         places: the names of vLLM's layers; embedding models are adapted without their wrapper `model`.
 
     Returns:
-        The name in `places`, or the stored name's if there is none.
+        The name in `places`; if there is none, vLLM's name for the stored one.
     """
     names = [rename(name) for name in (module.stored_name, module.name)]
     return next((full for name in names for full in (name, f"model.{name}") if full in places), names[0])
 
 
 def nearest(name: str, places: Any) -> str:
-    """The end of a message about a missing module."""
+    """The nearest names, as the end of a message about a missing module."""
     near = get_close_matches(name, places, n=3)
     return f"; nearest: {', '.join(near)}" if near else ""
 

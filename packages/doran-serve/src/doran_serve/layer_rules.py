@@ -1,4 +1,4 @@
-"""Which layers of a base model a served adapter may change, by the base's files. Imports vLLM only to ask its model.
+"""Decides which layers of a base a served adapter may change, from the base's files; asks vLLM's model class if there.
 
 vLLM adapts linear layers, and with LoRA also embeddings, the output head and experts. Only linear layers can have the
 output scale of DoRA and DoRAN. These rules predict the engine's verdict before it starts; the engine decides.

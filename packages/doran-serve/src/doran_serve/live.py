@@ -44,7 +44,7 @@ def reload_adapter(llm: Any, name: str, directory: str | Path) -> Any:
 
 
 async def reload_adapter_async(llm: Any, name: str, directory: str | Path) -> Any:
-    """As `reload_adapter`, for vLLM's `AsyncLLM`, with the same errors."""
+    """`reload_adapter` for vLLM's `AsyncLLM`, with the same errors."""
     request = await asyncio.to_thread(_request, llm, name, directory)
     await llm.add_lora(request)
     last = _replaced(llm, request, name)
@@ -57,7 +57,7 @@ def _request(engine: Any, name: str, directory: str | Path) -> Any:
     path = str(Path(directory).resolve())
     request = current_request(engine.vllm_config, lookup("LoRARequest")(name, adapter_id(name), path))
     last = _loaded.get(engine, {}).get(name)
-    # The number is the content's: from another directory it is the version that is loaded.
+    # Under one name the number depends on the content only: an equal number is the version that is loaded.
     return last if last is not None and last.lora_int_id == request.lora_int_id else request
 
 

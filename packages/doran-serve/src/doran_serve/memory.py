@@ -1,4 +1,4 @@
-"""How much memory adapters take on the device, and how many slots fit. No vLLM here."""
+"""The memory that adapters take on the device, and the number of slots that fit. No vLLM here."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def fitting_slots(wanted: int, each: int, base: int, memory: Memory) -> int:
 
     Args:
         wanted: requested slots.
-        each: bytes of one, from `slot_bytes`.
+        each: bytes of one slot, from `slot_bytes`.
         base: bytes of the base's weights on this device.
         memory: of the device.
 
     Raises:
-        DoranError: not even one fits.
+        DoranError: not even one slot fits.
     """
     room = _USABLE * (1 - _CACHE) * memory.total - base
     fitting = min(wanted, int(room // max(1, each)))

@@ -22,6 +22,6 @@ def accepted(adapter: str) -> None:
 
 def refused(adapter: str) -> None:
     """Count a refusal of `adapter`."""
-    _counter("doran:refusals", "Requests and loads that were refused for what is wrong with the adapter.").labels(
+    _counter("doran:refusals", "Requests and loads that were refused because of a fault of the adapter.").labels(
         adapter
     ).inc()

@@ -22,8 +22,8 @@ def publish_adapter(adapter: Path, target: Path, base: str | None = None) -> Pat
 
     Args:
         adapter: the adapter's directory.
-        target: the directory by whose name clients ask for it, inside of the one that is served.
-        base: the serving base model, to check the adapter against it.
+        target: a subdirectory of the served directory; clients request the adapter by its name.
+        base: the served base model, against which to check the adapter.
 
     Returns:
         `target`, resolved.
@@ -45,7 +45,7 @@ def publish_adapter(adapter: Path, target: Path, base: str | None = None) -> Pat
     if base is None:
         read_adapter(adapter)
     else:
-        AdapterStore(local_directory(base), stacks=True).check(adapter)  # the engine knows its mode
+        AdapterStore(local_directory(base), stacks=True).check(adapter)  # an engine in mixed mode refuses stacks itself
     with new_directory(target, overwrite=True, owned=ADAPTER_FILES) as staging:
         for name in (CONFIG_FILE, TENSOR_FILE, SCALE_FILE):
             if (adapter / name).is_file():

@@ -25,7 +25,7 @@ class ServedModule:
         A: ``[r, d_in]``.
         B: ``[d_out, r]``, scaling included.
         scale: c, ``[d_out]`` float32; None for LoRA (all ones).
-        stored_name: the module's name in the base checkpoint, which vLLM makes its own names of.
+        stored_name: the module's name in the base checkpoint, from which vLLM derives its own.
     """
 
     name: str
@@ -41,9 +41,9 @@ class ServedAdapter:
 
     Attributes:
         path: its directory.
-        form: as it lies there.
+        form: the form of its files.
         modules: its linear layers, by name.
-        stacks: the matrices of each stacked expert parameter, by the parameter's name; merged mode alone has them.
+        stacks: the matrices of each stacked expert parameter, by the parameter's name; only in merged mode.
     """
 
     path: Path
@@ -64,10 +64,10 @@ class AdapterInfo:
     Attributes:
         path: its directory.
         form: the form of its files.
-        rank: the largest rank; None if only vLLM can read it.
+        rank: the largest rank; None if only vLLM can read the adapter.
         modules: the number of adapted layers and stacked parameters.
         values: the number of values that a slot holds for this adapter.
-        targets: ends of the names of these layers; empty if only vLLM can read it.
+        targets: last parts of these layers' names; empty if only vLLM can read the adapter.
         others: names of the layers that vLLM does not serve as linear ones.
         stacks: names of the stacked expert parameters.
         version: digest of the files, see `admission`; empty if they were checked without being admitted.

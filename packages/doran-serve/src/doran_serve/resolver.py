@@ -1,4 +1,4 @@
-"""Adapters found by name in a directory, when a request first asks for one. Does not import vLLM.
+"""Finds adapters by name in a directory, when a request first asks for one. Does not import vLLM.
 
 vLLM's server asks its resolvers for a model name that it does not know, if VLLM_ALLOW_RUNTIME_LORA_UPDATING is set. Its
 own file resolver takes LoRA only, and numbers adapters by `hash(name)`, which differs between processes.
@@ -26,14 +26,14 @@ __all__ = ["CLOSED_VARIABLE", "VARIABLE", "DirectoryResolver", "register_resolve
 _logger = logging.getLogger("vllm.doran_serve")
 VARIABLE = "DORAN_ADAPTERS_DIR"
 CLOSED_VARIABLE = "DORAN_CLOSED_ENDPOINTS"
-"""Set: clients may not load adapters by path, though VLLM_ALLOW_RUNTIME_LORA_UPDATING is on for the resolver."""
+"""If set, clients cannot load adapters by path, even if VLLM_ALLOW_RUNTIME_LORA_UPDATING is on for the resolver."""
 
 
 class DirectoryResolver:
     """Mixin over vLLM's `LoRAResolver`: the adapter called NAME is the subdirectory NAME.
 
     Args:
-        folder: where the adapters are.
+        folder: the directory of the adapters.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +60,7 @@ class DirectoryResolver:
         return lookup("LoRARequest")(lora_name, adapter_id(lora_name), str(path))
 
     def _find(self, name: str) -> Path | None:
-        """The adapter's directory; None for a name that is no plain one. Names come from clients."""
+        """The adapter's directory; None unless the name is a plain one. Clients choose the name, so check it."""
         if not is_plain_name(name):
             return None
         path = self.folder / name
@@ -71,10 +71,10 @@ class DirectoryResolver:
 
 
 def register_resolver() -> None:
-    """Register a resolver for $DORAN_ADAPTERS_DIR with vLLM, if it is set.
+    """Register a resolver for $DORAN_ADAPTERS_DIR with vLLM, if the variable is set.
 
     Raises:
-        DoranError: it is set to something that is no directory.
+        DoranError: the variable does not name a directory.
     """
     if not (configured := os.environ.get(VARIABLE)):
         return

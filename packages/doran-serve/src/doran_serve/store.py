@@ -1,4 +1,4 @@
-"""Adapter directories as a server needs them: any form read, checked against the base, folded once. No vLLM here.
+"""Reads adapter directories for a server: any form, checked against the base, folded once. No vLLM here.
 
 Trainable adapters and PEFT's DoRA adapters need the base weights to become servable; the result is kept in a cache
 directory as a folded adapter, named by the content of the adapter and the identity of the base.
@@ -51,7 +51,7 @@ _Factored = FoldedAdapter | PeftAdapter
 _CLASSIFIERS = ("score", "classifier")
 """Heads of cross-encoders that vLLM swaps per request."""
 _TRIES = 5
-"""Times that files which change while they are checked are read again."""
+"""Most attempts to read files that change while they are checked."""
 
 _PACKED = (
     frozenset({"qkv_proj", "q_proj", "k_proj", "v_proj"}),
@@ -71,7 +71,7 @@ class AdapterStore:
     """Reads and checks adapters for one base model.
 
     Args:
-        base: directory of the base checkpoint, or None without a local one.
+        base: directory of the base checkpoint; None if there is no local one.
         max_rank: refuse ranks above it (vLLM's ``max_lora_rank``); None for no limit.
         targets: refuse modules of other names (vLLM's ``lora_target_modules``); None for no limit.
         cache_directory: directory of the folded adapters.
@@ -237,9 +237,9 @@ class AdapterStore:
                 others.append(module.name)
                 if form != "lora":
                     raise TargetError(
-                        f"{folder}: {module.name}: vLLM serves this layer as {served_as}, where a {form} adapter's "
-                        "scale of the output has no place; leave the layer out of target_modules, or merge the adapter "
-                        "with `doran merge` and serve the merged checkpoint"
+                        f"{folder}: {module.name}: vLLM serves this layer as {served_as}, which cannot have the "
+                        f"output scale of a {form} adapter; leave the layer out of target_modules, or merge the "
+                        "adapter with `doran merge` and serve the merged checkpoint"
                     )
         return tuple(others)
 
@@ -374,7 +374,7 @@ def _signature(folder: Path) -> _Signature:
     found = []
     for name in ADAPTER_FILES:
         try:
-            status = os.stat(f"{folder}/{name}")  # noqa: PTH116 - every request comes by, and Paths cost more
+            status = os.stat(f"{folder}/{name}")  # noqa: PTH116 - every request calls this, and Path is slower
         except OSError:
             continue
         found.append((name, status.st_size, status.st_mtime_ns, status.st_ino))

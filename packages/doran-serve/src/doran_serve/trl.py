@@ -1,8 +1,8 @@
 """TRL's rollouts with an adapter: each update sends vLLM the adapter's files, never the base weights.
 
 TRL's own way merges the adapter, copies every weight to the engine, and unmerges. Here the engine keeps its base, also
-a quantized one, and gets the adapter under a new version. Names of TRL's that are no public interface stand in this
-file alone. It imports transformers, which vLLM brings, and neither TRL nor vLLM.
+a quantized one, and gets the adapter under a new version. Only this file uses names outside TRL's public interface. It
+imports transformers, which vLLM brings, and neither TRL nor vLLM.
 """
 
 from __future__ import annotations
@@ -217,11 +217,11 @@ class _PolicyEngine(StockEngine):
         super().__init__(*args, **(kwargs | self.doran_options))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's."""
+        """vLLM's method, with the policy's adapter by default."""
         return super().generate(*args, **{"lora_request": self.doran_request, **kwargs})
 
     def sleep(self, level: int = 1, **kwargs: Any) -> Any:
-        """As vLLM's, at level 1 at most: the base moves to host memory and is not dropped."""
+        """vLLM's method, at level 1 at most: the base moves to host memory and is not dropped."""
         return super().sleep(level=min(level, 1), **kwargs)
 
 

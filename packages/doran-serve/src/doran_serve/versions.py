@@ -1,4 +1,4 @@
-"""Which vLLM releases this package works on, and what happens on the others. Does not import vLLM.
+"""The vLLM releases that this package supports, and what it does on others. Does not import vLLM.
 
 The rule: release lines in `CHECKED` are used without a warning, others from `OLDEST` on with one warning; older ones
 are refused. For every version, `compat.apply` refuses a vLLM that lacks a name it uses.
@@ -81,8 +81,8 @@ def check_companions() -> None:
     wrong = [name for name in _COMPANIONS if _is_installed(name) and not metadata.version(name).endswith("+cpu")]
     if wrong:
         raise UnsupportedVllmError(
-            f"{', '.join(wrong)} came as builds for CUDA, and vLLM cannot be imported with them beside a torch for the "
-            f"CPU; serving does not need them: pip uninstall -y {' '.join(wrong)}"
+            f"{', '.join(wrong)}: installed as CUDA builds beside a CPU build of torch, with which vLLM cannot be "
+            f"imported; serving does not need them: pip uninstall -y {' '.join(wrong)}"
         )
 
 

@@ -91,8 +91,7 @@ class DoranScales(StockModelManager):
         return activated
 
     def _add_adapter(self, lora: Any) -> None:
-        """As vLLM's, which reads an adapter's first layer; this one also accepts an adapter without layers on this
-        worker."""
+        """Register an adapter, also one without layers on this worker: vLLM's method reads the first layer."""
         if lora.loras:
             super()._add_adapter(lora)
         else:
@@ -127,7 +126,7 @@ class DoranLoading(StockWorkerManager):
         return errors, {number: getattr(model, _SOURCE, "") for number, model in loaded.items()}
 
     def add_adapter(self, lora_request: Any) -> bool:
-        """As vLLM's, but two versions never share a number, and a failed adapter is tried again."""
+        """vLLM's method, but two versions never share a number, and a failed adapter is tried again."""
         number = lora_request.lora_int_id
         loaded = self._adapter_manager.list_adapters().get(number)
         source = getattr(loaded, _SOURCE, None)
@@ -189,7 +188,7 @@ class DoranLoading(StockWorkerManager):
         if config.get("use_dora") or config.get("peft_type") == "DORAN":
             raise AdapterFormatError(
                 f"adapter {lora_request.lora_name!r}: another package (such as verl) hands vLLM an adapter's tensors, "
-                "and loads LoRA alone that way; for DoRA and DoRAN use doran_serve.reload_adapter, or merged weights"
+                "and can load only LoRA that way; for DoRA and DoRAN use doran_serve.reload_adapter, or merged weights"
             )
         return super()._load_adapter(lora_request)
 
@@ -237,7 +236,7 @@ def prepare_adapters(worker: Any, lora_requests: Sequence[Any]) -> tuple[dict[in
     if not isinstance(manager, DoranLoading) or type(manager)._load_adapter is not DoranLoading._load_adapter:
         raise DoranError(
             f"another package has replaced vLLM's adapter loading after doran-serve ({type(manager).__qualname__}), so "
-            "that DoRA and DoRAN adapters would lose their scales; use one of the two"
+            "DoRA and DoRAN adapters would lose their scales; use one of the two"
         )
     return manager.prepare(lora_requests)
 
@@ -293,7 +292,7 @@ def _check_shapes(adapter: ServedAdapter, module: ServedModule, layer: Any, posi
         sizes = [sum(sizes)]
     if len(sizes) != packed:
         raise TargetError(
-            f"{adapter.path}: {module.name}: vLLM packs {packed} projections into {len(sizes)} slices there, "
+            f"{adapter.path}: {module.name}: vLLM packs {packed} projections into {len(sizes)} slices here, "
             "which doran-serve does not split"
         )
     expected = (sizes[position], layer.base_layer.input_size)

@@ -34,10 +34,10 @@ __all__ = ["bench_serve"]
     metavar="DIR",
     help="Directory of DoRAN adapters; up to 8 are used.",
 )
-@click.option("--requests", type=int, default=128, help="Sent together (default: 128).")
-@click.option("--prompt-tokens", type=int, default=128, help="Of each request (default: 128).")
-@click.option("--output-tokens", type=int, default=128, help="Of each request (default: 128).")
-@click.option("--rounds", type=int, default=5, help="The median counts (default: 5).")
+@click.option("--requests", type=int, default=128, help="Requests, sent together (default: 128).")
+@click.option("--prompt-tokens", type=int, default=128, help="Tokens of each prompt (default: 128).")
+@click.option("--output-tokens", type=int, default=128, help="Tokens of each answer (default: 128).")
+@click.option("--rounds", type=int, default=5, help="Rounds; results are medians (default: 5).")
 @click.option(
     "--engine",
     "engine_json",
@@ -49,7 +49,7 @@ __all__ = ["bench_serve"]
     "--log",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Add every round's numbers to this file, a line each.",
+    help="Append every round's numbers to this file, one line each.",
 )
 def bench_serve(
     base: str,
@@ -73,8 +73,6 @@ def bench_serve(
     from doran_serve.launch import cache_size, find_adapters
     from doran_serve.store import AdapterStore
 
-    if not isinstance(engine, dict):
-        raise DoranError(f"--engine {engine!r} is no JSON object")
     store = AdapterStore(local_directory(base))
     doran = list(find_adapters(adapters).values())[: flags.MOST_SLOTS]
     os.environ.update(cache_size(bool({"gpu_memory_utilization", "kv_cache_memory_bytes"} & engine.keys())))
@@ -85,7 +83,7 @@ def bench_serve(
         for index, path in enumerate(doran):
             adapter = store.load(path)
             if adapter is None:
-                raise DoranError(f"{path}: of a kind that only vLLM reads; it has no LoRA part to compare with")
+                raise DoranError(f"{path}: only vLLM can read this adapter, so it has no LoRA part to compare with")
             rank = max(rank, adapter.rank)
             lora.append(str(write_lora(adapter, Path(folder, f"{index}"))))
         dorans = [str(path.resolve()) for path in doran]

@@ -1,9 +1,9 @@
-"""Adapted expert weights in place of the base's, through the served model's own loader.
+"""Swaps the base's expert weights for adapted ones, through the served model's own loader.
 
-vLLM keeps the experts of a layer in two parameters, and each backend packs them its own way. So the checkpoint's
-tensors, merged, go through the model's loader into a stand-in, are packed as vLLM packed the base, and are copied into
-the parameter. Before a stack is changed for the first time, its base tensors go the same way, and must give the
-parameter to the bit.
+vLLM keeps the experts of a layer in two parameters, and each backend packs them its own way. So this file merges the
+checkpoint's tensors, loads them with the model's loader into a stand-in, packs the stand-in as vLLM packed the base,
+and copies it into the parameter. Before a stack changes for the first time, its base tensors take the same steps, and
+must equal the parameter bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ExpertWeights:
 
     Args:
         model: vLLM's.
-        keep: copies base weights to where there is room.
+        keep: copies base weights to a device that has room.
         partial: the model has only some of the layers (pipeline parallelism).
     """
 
@@ -50,10 +50,10 @@ class ExpertWeights:
         self._changed: set[_Place] = set()
 
     def check(self, stacks: Mapping[str, Sequence[BoundModule]]) -> None:
-        """Find the parameter of each stack, and make sure that tensors of the checkpoint give this parameter.
+        """Find the parameter of each stack, and check that loading the checkpoint's tensors reproduces it.
 
         Raises:
-            TargetError: they do not.
+            TargetError: there is no such parameter, or it differs.
         """
         for stack, modules in stacks.items():
             if stack not in self._places:
@@ -104,7 +104,7 @@ class ExpertWeights:
         return place
 
     def _loaded(self, stack: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[_Place, Tensor]:
-        """What the model's loader makes of a stack's tensors, packed, by the parameter for which they are."""
+        """Load a stack's tensors with the model's loader; return the packed values of each parameter that they fill."""
         near = {name for name in self._layers if _numbers(name) == _numbers(stack)}
         with _stand_ins(self._layers, near) as stand_ins:
             self._model.load_weights(tensors)  # type: ignore[operator]
@@ -132,7 +132,7 @@ def _stand_ins(layers: Mapping[str, Any], near: set[str]) -> Iterator[dict[_Plac
             device = parameter.device if name in near else "meta"
             values = torch.full(shape, torch.nan, dtype=parameter.dtype, device=device)
             stand_in = stand_ins[name, part] = nn.Parameter(values, requires_grad=False)
-            vars(stand_in).update(vars(parameter))  # vLLM's loader of this parameter, above all
+            vars(stand_in).update(vars(parameter))  # includes vLLM's loader of this parameter
             setattr(layers[name], part, stand_in)
         yield {place: stand_in for place, stand_in in stand_ins.items() if place[0] in near}
     finally:
@@ -141,12 +141,12 @@ def _stand_ins(layers: Mapping[str, Any], near: set[str]) -> Iterator[dict[_Plac
 
 
 def _numbers(name: str) -> list[str]:
-    """The numbers in a name, which are alike in vLLM's name of a layer and in transformers'."""
+    """The numbers in a name: vLLM's and transformers' names of one layer have the same."""
     return [part for part in name.split(".") if part.isdigit()]
 
 
 def _packing(layer: Any, live: Tensor) -> str | None:
-    """How vLLM has packed a layer's experts for the CPU; None for experts that lie as they were loaded."""
+    """How vLLM has packed a layer's experts for the CPU; None if it stores them as loaded."""
     kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
     way: str | None = getattr(getattr(kernel, "fused_experts", None), "isa", None)
     return way if live.device.type == "cpu" else None

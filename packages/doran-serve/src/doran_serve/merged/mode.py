@@ -1,4 +1,4 @@
-"""Whether an engine serves merged weights; refuses options that do not combine with that."""
+"""Recognises an engine in merged mode, and refuses options that do not combine with the mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_merged(vllm_config: Any) -> bool:
     """Whether `vllm_config` is that of an engine in merged mode.
 
     Raises:
-        DoranError: an unknown mode, or one that does not go with the engine's other options.
+        DoranError: the mode is unknown, or does not combine with the engine's other options.
     """
     options = getattr(vllm_config, "additional_config", None)
     mode = options.get(MODE_KEY) if isinstance(options, dict) else None

@@ -1,4 +1,4 @@
-"""Requests of one adapter at a time: those of another one wait until the engine has drained, then the weights swap.
+"""Schedules requests of one adapter at a time; others wait until the engine has drained and the weights are swapped.
 
 While a request waits, later requests wait behind it, so no adapter starves another. A turn serves all waiting requests
 for the oldest request's adapter.
@@ -86,7 +86,7 @@ class SwitchingScheduler(StockScheduler):
         return running, waiting + len(self._held)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: Any) -> Any:
-        """As vLLM's; a request that waits for a swap is finished like one that waits for its turn."""
+        """vLLM's method, which here also finishes requests that wait for a swap."""
         if isinstance(request_ids, str):
             request_ids = (request_ids,)
         named = None if request_ids is None else set(request_ids)
@@ -130,7 +130,7 @@ class SwitchingScheduler(StockScheduler):
         # The weights' state is unknown until every worker has answered. The next swap repairs a failed worker.
         self._active = "unknown"
         if not self.reset_prefix_cache():
-            raise RuntimeError("the prefix cache is in use, so what it holds for other weights cannot be dropped")
+            raise RuntimeError("the prefix cache is in use, so its entries for other weights cannot be dropped")
         self.executor.collective_rpc(swap_weights, args=(wanted,))
         self._active = wanted
         milliseconds = 1e3 * (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Adapted weights in place of the base's, made on the device: `W' = c (W0 + B A)` in float64, rounded once.
+"""Swaps the base's weights for adapted ones, computed on the device: `W' = c (W0 + B A)` in float64, rounded once.
 
 The weights equal those that `doran merge` writes for the folded adapter. The base rows of every changed projection are
 kept once: on the device if they fit beside the engine, else in host memory. `experts` swaps stacked expert weights.
@@ -57,7 +57,7 @@ class MergedWeights:
         """Swap in the adapter at `path`, from `admission.marked`, or the base model for None.
 
         Returns:
-            Seconds that it took.
+            The duration in seconds.
 
         Raises:
             DoranError: the adapter cannot be read or does not fit, and nothing has changed. Or a merged expert weight
@@ -87,7 +87,7 @@ class MergedWeights:
     def _require_base_files(self) -> None:
         """Refuse base files that have changed since they were read first: expert weights are merged from them."""
         checkpoint = self._store.base.checkpoint
-        assert checkpoint is not None  # an adapter of experts is not read without
+        assert checkpoint is not None  # without it no adapter of experts can be read
         checkpoint.require_unchanged()
 
     def _read(self, path: str) -> tuple[ServedAdapter, dict[str, ServedModule]]:
@@ -169,7 +169,7 @@ def swap_weights(worker: Any, path: str | None) -> float:
     """Swap the weights of a vLLM worker; run on every one of them by `collective_rpc`.
 
     Returns:
-        Seconds that it took.
+        The duration in seconds.
     """
     model = worker.get_model()
     if model not in _of_model:
