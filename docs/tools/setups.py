@@ -168,4 +168,5 @@ PAGES: dict[str, tuple[str, ...]] = {
     "docs/howto/vllm.md": ("base", "adapters"),
     "docs/reference/adapter-format.md": ("base", "adapter"),
     "docs/start/ten-minutes.md": ("base", "train", "test"),
+    "packages/doran-core/README.md": ("base", "adapter"),
 }
