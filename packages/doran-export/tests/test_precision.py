@@ -160,7 +160,5 @@ def test_targets() -> None:
         target_for(torch_exporter, half, "tpu", [CPU])
     with pytest.raises(UnsupportedModelError, match="cpu does not run bf16 of the torch exporter: the CPU provider"):
         target_for(torch_exporter, PRECISIONS["bf16"], "cpu", [CUDA])
-    with pytest.raises(
-        UnsupportedModelError, match="graph of the genai exporter for cuda is proven there, which is not here"
-    ):
+    with pytest.raises(UnsupportedModelError, match="runs on cuda only, where the proof cannot run here"):
         target_for(genai, PRECISIONS["int4"], "cuda", [CPU])

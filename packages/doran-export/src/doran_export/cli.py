@@ -33,7 +33,7 @@ _TASKS = (
 @command(
     group="export",
     short_help="export a model to ONNX",
-    epilog="Exit code 1: the graph was made and does not compute what PyTorch computes.",
+    epilog="Exit code 1: the graph was made, but differs from PyTorch by more than the tolerance.",
     examples=(
         "doran export --model merged --out onnx",
         "doran export --base base --adapter run/adapter --out onnx --precision fp16",
@@ -56,12 +56,12 @@ _TASKS = (
     help="Write the base's graph once, with adapters as inputs, and each adapter as a small .onnx_adapter file.",
 )
 @click.option("--out", required=True, type=DIRECTORY, help="Directory to write; must not exist or be empty.")
-@click.option("--task", metavar="NAME", help=f"Kind of model, when it cannot be told: {', '.join(_TASKS)}.")
+@click.option("--task", metavar="NAME", help=f"Kind of model; default: by its architecture. {', '.join(_TASKS)}.")
 @click.option(
     "--exporter",
     "--road",  # its old name
     metavar="NAME",
-    help="What makes the graph: genai (onnxruntime-genai's builder; the default for decoders) or torch.",
+    help="Exporter: genai (onnxruntime-genai's model builder; the default for decoders) or torch.",
 )
 @click.option(
     "--precision", default="fp32", metavar="NAME", help="fp32 (default), fp16, bf16, int8, or with genai int4."
@@ -69,7 +69,7 @@ _TASKS = (
 @click.option(
     "--target",
     metavar="NAME",
-    help="Make the graph for cpu or cuda (default: the best that is here); decides what fp16 computes in.",
+    help="Device of the graph, cpu or cuda (default: this machine's best); decides the arithmetic of fp16.",
 )
 @click.option(
     "--provider", "providers", multiple=True, metavar="NAME", help="Prove on cpu or cuda only (may be given twice)."
@@ -90,8 +90,8 @@ def export(
     inputs: str | None,
     tolerance: float | None,
 ) -> Outcome:
-    """Export a merged model, or a base with an adapter, to ONNX. ONNX Runtime must give what PyTorch gives before the
-    output directory appears; export_report.json in it holds the differences.
+    """Export a merged model, or a base with an adapter, to ONNX. The output directory appears only if
+    ONNX Runtime agrees with PyTorch; its export_report.json lists every difference.
     """
     if (model is None) == (base is None):
         raise click.UsageError("give one of --model and --base.", click.get_current_context())
@@ -137,7 +137,7 @@ def _shown(report: ExportReport) -> list[str]:
 
 
 def _adapters(given: Sequence[str], *, multi_adapter: bool) -> tuple[str | None, dict[str, str] | None]:
-    """The one adapter to merge, or those that stay apart, by name."""
+    """The adapter to merge, or the separate adapters by name."""
     if not multi_adapter:
         if len(given) > 1:
             raise ConfigError(f"{len(given)} adapters were given: expected one, or --multi-adapter with NAME=DIR")

@@ -71,10 +71,10 @@ def _open_source(path: Path, task: str | None) -> Source:
 
 
 def traceable_experts(model: PreTrainedModel, source: Source) -> None:
-    """Let a mixture of experts gather each token's experts, which torch.export can trace; its loops it cannot.
+    """Make a mixture of experts gather each token's experts, because torch.export cannot trace a loop over experts.
 
     Raises:
-        UnsupportedModelError: the model has loops of its own; names the field of the configuration.
+        UnsupportedModelError: the model's code has no experts_implementation; names the field of the configuration.
     """
     text = source.config.get_text_config()
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):

@@ -1,4 +1,4 @@
-"""export_report.json: what was exported, by what, and how near to PyTorch it was found to be."""
+"""export_report.json: the exported model, its exporter and versions, and every difference from PyTorch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ExportReport:
         return self.exporter
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without the directory's place on this machine; the exporter also under its old name, "road"."""
+        """JSON-ready data without the directory's path; the exporter also under its old name, "road"."""
         values = {name: value for name, value in asdict(self).items() if name != "directory"}
         return {"format_version": _FORMAT_VERSION, **values, "road": self.exporter, "proof": self.proof.to_dict()}
 

@@ -1,4 +1,4 @@
-"""Adapters kept apart from the base: folded against it, checked against the model, merged for the proof alone."""
+"""Adapters kept apart from the base: folded against it, checked against the model, merged for the proof only."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From a model to one ONNX file: what goes into the graph, tracing, precisions, storage, and the genai builder."""
+"""From a model to one ONNX file: inputs and outputs, tracing, precisions, storage, and the genai builder."""

@@ -15,7 +15,7 @@ KEPT = 3
 """Number of traced layers. The first also has the shared nodes; the second and third show what changes from layer to
 layer."""
 
-_FEWEST = 6  # fewer layers are not worth it
+_FEWEST = 6  # tracing fewer layers in full is fast enough
 
 
 @dataclass(frozen=True)

@@ -183,5 +183,7 @@ def target_for(exporter: Exporter, precision: Precision, requested: str | None, 
             f"{requested} does not run {precision.name} of the {exporter.name} exporter: {reason}"
         )
     if exporter.name == "genai" and target not in proven_on:
-        raise UnsupportedModelError(f"a graph of the genai exporter for {requested} is proven there, which is not here")
+        raise UnsupportedModelError(
+            f"a graph of the genai exporter for {requested} runs on {requested} only, where the proof cannot run here"
+        )
     return target

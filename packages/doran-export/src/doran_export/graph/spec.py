@@ -1,4 +1,4 @@
-"""What goes into a graph and comes out of it: names, axes, and the shape of a decoder's cache."""
+"""The inputs and outputs of a graph: names, axes, and the shape of a decoder's cache."""
 
 from __future__ import annotations
 

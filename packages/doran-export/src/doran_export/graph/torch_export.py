@@ -1,4 +1,4 @@
-"""One model to one ONNX file through torch.export, with named axes and nothing of this machine in it."""
+"""Turns a model into one ONNX file through torch.export, with named axes and no path of this machine."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _tidy(graph: ir.Model) -> None:
 
 
 def save_graph(graph: ir.Model, directory: Path) -> bool:
-    """Write ``model.onnx``; large weights go to ``model.onnx.data`` beside it. Tells whether they did."""
+    """Write ``model.onnx``; large weights go to ``model.onnx.data`` beside it. Returns whether they did."""
     path = directory / MODEL_FILE
     weights = sum(
         value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None
@@ -157,7 +157,7 @@ def _take_external_weights(graph: onnx.GraphProto, path: Path) -> None:
         file = path.parent / place["location"]
         end = int(place.get("offset", 0)) + int(place.get("length", 0))
         if not file.is_file() or file.stat().st_size < end:
-            raise ExportError(f"{path.name}: {tensor.name} lies beyond the end of {file.name}, or that is missing")
+            raise ExportError(f"{path.name}: {file.name}, which holds {tensor.name}, is missing or too short")
         graph.initializer.remove(tensor)
         if tensor.name not in {value.name for value in graph.input}:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))

@@ -1,4 +1,4 @@
-"""A cache of traces in this process: graphs without weights, for models that differ in their weights alone.
+"""A cache of traces in this process: graphs without weights, for models that differ only in their weights.
 
 A trace takes about half of an export's time, and its result depends on the model's configuration only. So a second
 precision of a model, or a second adapter of its base, reuses the nodes with its own weights. Each export's proof
@@ -25,7 +25,7 @@ __all__ = ["Traces", "named_weights", "trace_key"]
 
 _MOST = 32
 _LARGEST_CONSTANT = 4096  # values in a tensor that is kept with a graph
-_UNTRACED = ("_name_or_path", "architectures", "transformers_version")  # of a configuration
+_UNTRACED = ("_name_or_path", "architectures", "transformers_version")  # fields that no trace depends on
 
 
 def named_weights(function: nn.Module) -> dict[str, Tensor]:

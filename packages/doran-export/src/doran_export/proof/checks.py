@@ -1,4 +1,4 @@
-"""One case of a proof: ONNX Runtime's outputs against PyTorch's; and whether the cases together are enough."""
+"""Compares ONNX Runtime's outputs with PyTorch's, case by case, and checks all cases of a proof together."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def compare(
         provider: for the report.
 
     Raises:
-        ProofError: an output has another shape, is not finite, or differs by more than the precision's rule allows of
-            a single case.
+        ProofError: an output has another shape, is not finite, or differs by more than the precision's rule allows
+            for a single case.
     """
     case = answer.case
     got = {"logits": runner.run_in_chunks(case.inputs, case.chunks)} if case.chunks else runner.run(case.inputs)

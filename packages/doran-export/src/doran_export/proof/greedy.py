@@ -1,4 +1,4 @@
-"""The greedy part of a proof: the tokens that ONNX Runtime chooses, against those that PyTorch chose."""
+"""The greedy part of a proof: compares the tokens that ONNX Runtime chooses with PyTorch's."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def compare_greedy(
 ) -> GreedyCheck:
     """Compare token by token. After a first difference a row's contexts differ, so its comparison ends.
 
-    A difference is forgiven only where PyTorch's own two best logits lie within rounding of each other, or the
-    precision promises no equal tokens; then it is a departure.
+    A difference is allowed if PyTorch's two best logits are within rounding of each other (a tie), or if the precision
+    does not promise equal tokens (a departure).
 
     Args:
         got: tokens of each prompt; fewer than PyTorch's where a generator stopped at one of `end_tokens`.
@@ -113,7 +113,7 @@ def compare_greedy(
             ties.append(step)
         elif precision.rule != "average":
             raise ProofError(
-                f"greedy tokens of {who} leave PyTorch's at step {step} of prompt {row}, "
+                f"greedy tokens of {who} differ from PyTorch's at step {step} of prompt {row}, "
                 f"where PyTorch's best token leads by {margin:.3g} (rounding explains {rounding:.3g})"
             )
         else:
@@ -122,7 +122,7 @@ def compare_greedy(
     if precision.rule != "average" and compared < _FEWEST_TOKENS * expected_tokens:
         raise ProofError(
             f"greedy tokens of {who} could be compared for only {compared} of {expected_tokens}: PyTorch's two best "
-            f"tokens lie within {rounding:.3g} of each other too often; give inputs on which the model is surer"
+            f"tokens lie within {rounding:.3g} of each other too often; give inputs with clearer choices"
         )
     identical = len(got) - len(ended) - len(ties) - len(departures)
     return GreedyCheck(

@@ -38,7 +38,7 @@ class Proof:
         return max(averages(self.checks).values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """JSON-ready data."""
         return {"max_difference": self.max_difference, "average": self.average, **asdict(self)}
 
 

@@ -54,7 +54,7 @@ class OnnxRunner:
 
     @property
     def output_names(self) -> list[str]:
-        """Names of the caller's outputs: those of the graph without the cache."""
+        """Names of the caller's outputs: all outputs of the graph except the cache."""
         return self.graph.output_names
 
     @property
@@ -244,5 +244,5 @@ def _as_array(name: str, value: Any) -> Array:
         lengths = [len(row) if isinstance(row, Sized) else type(row).__name__ for row in value]
         raise ConfigError(
             f"{name}: expected rows of one length, got rows of {lengths}; pad them to one length and mark the padding "
-            "with 0 in attention_mask, or take generate_text"
+            "with 0 in attention_mask, or use generate_text"
         ) from error
