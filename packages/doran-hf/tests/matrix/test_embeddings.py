@@ -81,7 +81,7 @@ def test_an_embedding_that_does_more_is_refused() -> None:
 
     model = make_llama()
     model.model.embed_tokens = Shifted(97, 32)
-    with pytest.raises(ValueError, match="no lookup, nor one times embed_scale"):
+    with pytest.raises(ValueError, match="neither a lookup nor a lookup times embed_scale"):
         get_peft_model(model, DoranConfig(target_modules=["embed_tokens"]))
 
 
