@@ -13,7 +13,6 @@ from pathlib import Path
 
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     AutoModelForCausalLM,
@@ -35,6 +34,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="where the adapter goes")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8, help="of each process")
+    parser.add_argument("--dtype", default="auto", help="of the base model; by default the checkpoint's")
     parser.add_argument("--lora", action="store_true", help="train LoRA instead, to compare")
     options = parser.parse_args()
 
@@ -46,7 +46,7 @@ def main() -> None:
     )
 
     set_seed(0)  # the same start in every process
-    model = AutoModelForCausalLM.from_pretrained(options.base)
+    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype)
     where = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     config = LoraConfig(r=8, lora_alpha=16, **where) if options.lora else DoranConfig(rank=8, **where)
     model = get_peft_model(model, config)
@@ -77,28 +77,16 @@ def is_fsdp1(trainer: Trainer) -> bool:
 
 
 def save(trainer: Trainer) -> None:
-    """Trainer's own saving, but under FSDP1 and ZeRO.
-
-    FSDP1's state dict has no place for networks that layers share, and ZeRO's has bfloat16 copies of what the optimizer
-    keeps in float32.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-
-    def write(trained: dict[str, Tensor]) -> None:
-        if trainer.is_world_process_zero():
-            model.save_pretrained(trainer.args.output_dir, state_dict=trained)
-
-    if trainer.is_deepspeed_enabled:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        # Each call gathers a parameter, in all processes.
-        write({name: safe_get_full_fp32_param(p) for name, p in model.named_parameters() if p.requires_grad})
-    elif is_fsdp1(trainer):
-        with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
-            parameters = trainer.model_wrapped.named_parameters()
-            write({name: p.detach() for name, p in parameters if ".doran_adapter." in name})
-    else:
+    """Trainer's own saving, but under FSDP1, whose state dict has no place for networks that layers share."""
+    if not is_fsdp1(trainer):
         trainer.save_model()
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
+        if trainer.is_world_process_zero():
+            parameters = trainer.model_wrapped.named_parameters()
+            trained = {name: p.detach() for name, p in parameters if ".doran_adapter." in name}
+            model.save_pretrained(trainer.args.output_dir, state_dict=trained)
 
 
 if __name__ == "__main__":

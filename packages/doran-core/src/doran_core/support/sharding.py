@@ -6,6 +6,7 @@ No import of those libraries: a sharded or offloaded tensor shows by its type or
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,6 +36,8 @@ __all__ = [
 _PLAIN = (Tensor, nn.Parameter)
 _ZERO = "ds_id"
 """DeepSpeed ZeRO-3's mark on a parameter that it partitions."""
+_ZERO_COPY = "_hp_mapping"
+"""The mark of DeepSpeed's other stages on a parameter whose float32 copy the optimizer has."""
 
 
 def held(layer: nn.Module, name: str) -> Any:
@@ -98,7 +101,24 @@ def read(parameter: Tensor, dims: int = 0) -> Tensor:
             "FSDP1: a layer's networks are used outside the FSDP unit that owns them (sharing='model', or a factor "
             "penalty), where FSDP1 loses their gradient; use FSDP2 (fully_shard), or sharing='block' without a penalty"
         )
-    return parameter.float() if parameter.dtype.itemsize < 4 else parameter
+    if parameter.dtype.itemsize >= 4:
+        return parameter
+    if not torch.compiler.is_compiling():
+        _warn_of_rounded(parameter)
+    return parameter.float()
+
+
+def _warn_of_rounded(parameter: Tensor) -> None:
+    """Warn if DeepSpeed rounded a parameter before the optimizer took its float32 copy."""
+    if hasattr(parameter, _ZERO) or hasattr(parameter, _ZERO_COPY):
+        warnings.warn(
+            f"DeepSpeed has rounded the adapter to {str(parameter.dtype).removeprefix('torch.')}, and its optimizer "
+            "started from the rounded values. A rounded magnitude moves the model away from the pretrained one. Turn "
+            "DeepSpeed's bf16 and fp16 off (Trainer: bf16=False; accelerate: mixed_precision 'no'), and load the base "
+            "model in bfloat16",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def refuse_zero_init(made: nn.Module, name: str) -> None:
