@@ -57,6 +57,12 @@ def launch_weight_side(passes, dtype, rank, d_out, d_in, tau_per_row, transposed
     passes.add_weight_products(shape, torch.empty(1, rank, d_in), B.to(dtype))
 
 
+def launch_expert_rows(passes, dtype, d_out):
+    z, c, ends = torch.empty(TOKENS, d_out, dtype=dtype), torch.empty(4, d_out), torch.zeros(4, dtype=torch.int32)
+    passes.expert_rows(z, z, c, ends)
+    passes.expert_rows_gradient(z, z, c, ends)
+
+
 def main(capability, dtype):
     driver.set_active(NoDevice(capability))
     triton_passes.launch = compile_launch
@@ -64,6 +70,7 @@ def main(capability, dtype):
     for rank in (8, 64):  # the smallest and the largest blocks
         launch_layer(passes, dtype, rank, 256, True)
         launch_weight_side(passes, dtype, rank, 256, 512, True, False)
+    launch_expert_rows(passes, dtype, 256)
     if capability < 90:
         return
     for has_bias, d_out in itertools.product((False, True), (123, 256)):

@@ -11,7 +11,14 @@ import pytest
 
 pytestmark = cases.needs_triton
 
-KERNELS = {"expand_kernel", "row_scales_kernel", "scale_gradient_kernel", "weight_product_kernel"}
+KERNELS = {
+    "expand_kernel",
+    "expert_rows_gradient_kernel",
+    "expert_rows_kernel",
+    "row_scales_kernel",
+    "scale_gradient_kernel",
+    "weight_product_kernel",
+}
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 """KiB that a block may have, by compute capability (CUDA programming guide): above it a launch fails."""
 

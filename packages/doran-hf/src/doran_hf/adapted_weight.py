@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from doran_core.errors import TargetError
 from doran_core.functional import accumulation_dtype, adapted_output
+from doran_core.kernels.expert_rows import scale_expert_rows
 
 __all__ = ["AdaptedWeight", "WeightSide", "call_with", "refuse_replaced_forward", "summed"]
 
@@ -162,10 +163,7 @@ class AdaptedWeight:
         if not is_grouped:
             return _scaled_sum(base_output, self.scale[..., None, :] if self.ndim == 3 else self.scale, delta)
         ends = kwargs["offs"] if "offs" in kwargs else args[2]
-        places = torch.arange(len(base_output), device=ends.device)
-        experts = torch.searchsorted(ends.to(places.dtype), places, right=True).clamp_max(len(self) - 1)
-        scaled: Tensor = _ScaledRows.apply(base_output, self.scale, experts, delta)  # type: ignore[no-untyped-call]
-        return scaled
+        return scale_expert_rows(base_output, delta, self.scale, ends)
 
     def _aligned(self) -> tuple[Tensor, Tensor]:
         """A and B padded to a rank whose rows take a multiple of 16 bytes, as torch's grouped product requires."""
@@ -228,27 +226,3 @@ def _scaled_sum(base_output: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
     """``c * z + delta``, with the arithmetic in float32 or wider and the dtype of z."""
     dtype = accumulation_dtype(base_output)
     return torch.addcmul(delta.to(dtype), base_output.to(dtype), scale.to(dtype)).to(base_output.dtype)
-
-
-class _ScaledRows(torch.autograd.Function):
-    """``c[expert of the row] * z + delta``; saves z and c, but no row of c for each row of z."""
-
-    @staticmethod
-    def forward(base_output: Tensor, scale: Tensor, experts: Tensor, delta: Tensor) -> Tensor:
-        return _scaled_sum(base_output, scale[experts], delta)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
-        base_output, scale, experts, delta = inputs
-        ctx.save_for_backward(base_output, scale, experts)
-        ctx.delta_dtype = delta.dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor | None, None, Tensor]:
-        base_output, scale, experts = ctx.saved_tensors
-        (grad,) = grad_outputs
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            products = grad.to(scale.dtype) * base_output
-            grad_scale = torch.zeros_like(scale).index_add_(0, experts, products)
-        return (grad * scale[experts]).to(base_output.dtype), grad_scale, None, grad.to(ctx.delta_dtype)

@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from doran_core.errors import BackendError
-from doran_core.kernels.backend import choose
-from doran_core.kernels.passes import TorchPasses, accumulating_product, passes_of
+from doran_core.kernels.passes import TorchPasses, accumulating_product
 from doran_core.support.torch_internals import apply_directly, version, without_view
 
-__all__ = ["SECOND_DERIVATIVE", "LayerSide", "adapted_linear", "apply", "small_scale", "without_autocast"]
+__all__ = ["SECOND_DERIVATIVE", "LayerSide", "apply", "small_scale", "without_autocast"]
 
 SECOND_DERIVATIVE = (
     "the hand-written backward of an adapted layer has no derivative of its own (create_graph=True): "
@@ -225,31 +224,3 @@ def apply(
     assert side.ports is not None
     y: Tensor = _apply(side, recomputes, x, low, weight, bias, base, *side.ports)
     return y
-
-
-def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B_scaled: Tensor, scale: Tensor
-) -> Tensor:
-    """``y = c (W0 x + B A x) + bias``, with gradients for x, A, B and c by hand; the frozen W0 and bias get none.
-
-    Args:
-        x: ``[..., d_in]``.
-        weight: W0 ``[d_out, d_in]``, in the dtype of x.
-        bias: ``[d_out]`` or None.
-        A: ``[r, d_in]``, float32 or wider.
-        B_scaled: ``[d_out, r]``, g included, likewise.
-        scale: c, ``[d_out]``, likewise.
-
-    Raises:
-        BackendError: an implementation was asked for by name and cannot run on these tensors.
-    """
-    implementation = choose(x.device, torch.float64 if scale.dtype == torch.float64 else x.dtype)
-    passes = passes_of("torch" if implementation == "reference" else implementation)
-    limit = small_scale(x.dtype, has_bias=bias is not None)
-    ports = A, B_scaled, scale[None].expand(passes.sum_parts(weight.shape[0]), -1)
-    low_A, low_B = (
-        tensor.detach().to(x.dtype, copy=True, memory_format=torch.contiguous_format) for tensor in (A, B_scaled)
-    )
-    c = scale.detach().clone()
-    side = LayerSide(low_A, low_B, c, passes, lambda: bool((c.abs() < limit).any()), ports)
-    return apply(side, x, None, weight, bias, None)

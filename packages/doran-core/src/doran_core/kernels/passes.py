@@ -124,6 +124,32 @@ class TorchPasses:
             else:
                 out.add_(functional.wide_transposed_product(M, weight))
 
+    def expert_rows(self, base_output: Tensor, delta: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+        """``y = c z + delta [T, d_out]`` in the dtype of z, with the c of each row's expert.
+
+        Args:
+            base_output: z ``[T, d_out]``, the rows of each expert together.
+            delta: ``[T, d_out]``.
+            scale: c ``[experts, d_out]`` acc.
+            ends: ``[experts]``, where each expert's rows end; rows after the last end are the last expert's.
+        """
+        rows = scale[_experts_of_rows(base_output, ends)]
+        return torch.addcmul(delta.to(scale.dtype), base_output.to(scale.dtype), rows).to(base_output.dtype)
+
+    def expert_rows_gradient(
+        self, grad: Tensor, base_output: Tensor, scale: Tensor, ends: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``c G`` in the dtype of z, and the sum of ``G z`` over the rows of each expert, ``[experts, d_out]`` acc."""
+        experts, wide = _experts_of_rows(base_output, ends), grad.to(scale.dtype)
+        sums = torch.zeros_like(scale).index_add_(0, experts, wide * base_output)
+        return (wide * scale[experts]).to(base_output.dtype), sums
+
+
+def _experts_of_rows(rows: Tensor, ends: Tensor) -> Tensor:
+    """``[T]``."""
+    places = torch.arange(len(rows), device=ends.device)
+    return torch.searchsorted(ends.to(places.dtype), places, right=True).clamp_max(len(ends) - 1)
+
 
 def _take_cancelled_rows_directly(shape: Shape, A: Tensor, B: Tensor, K: Tensor, norm: Tensor) -> None:
     """Take K and n anew, from V, for rows in which V nearly cancels."""

@@ -15,7 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["expand_kernel", "row_scales_kernel", "scale_gradient_kernel", "weight_product_kernel"]
+__all__ = [
+    "expand_kernel",
+    "expert_rows_gradient_kernel",
+    "expert_rows_kernel",
+    "row_scales_kernel",
+    "scale_gradient_kernel",
+    "weight_product_kernel",
+]
 
 
 @triton.jit
@@ -191,3 +198,58 @@ def weight_product_kernel(
         total = tl.dot(tl.trans(m), w, total)
     out += (layer * tl.num_programs(1) + part) * rank * d_in
     tl.store(out + ranks[:, None] * d_in + columns[None, :], total, rank_ok[:, None] & column_ok[None, :])
+
+
+@triton.jit
+def _rows_of_part(ends, tokens):
+    """The first of a part of the rows of an expert, and the end; rows after the last end are the last expert's."""
+    expert, part, parts = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    begin = tl.load(ends + expert - 1, expert > 0, 0).to(tl.int64)
+    end = tl.load(ends + expert).to(tl.int64)
+    if expert == tl.num_programs(1) - 1:
+        end = tl.maximum(end, tokens)
+    size = tl.cdiv(end - begin, parts)
+    return begin + part * size, tl.minimum(begin + (part + 1) * size, end)
+
+
+@triton.jit
+def expert_rows_kernel(
+    base_output, delta, scale, ends, y, tokens, d_out, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """``y = c z + delta`` with the c of each row's expert."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column_ok = columns < d_out
+    c = tl.load(scale + tl.program_id(1).to(tl.int64) * d_out + columns, column_ok, 0.0)
+    rows = tl.arange(0, BLOCK_T)
+    at = rows[:, None] * d_out + columns[None, :]
+    first, end = _rows_of_part(ends, tokens)
+    for start in range(first, end, BLOCK_T):
+        mask = (rows < end - start)[:, None] & column_ok[None, :]
+        skipped = start * d_out
+        z = tl.load(base_output + skipped + at, mask, 0.0).to(tl.float32)
+        result = c[None, :] * z + tl.load(delta + skipped + at, mask, 0.0).to(tl.float32)
+        tl.store(y + skipped + at, result.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def expert_rows_gradient_kernel(
+    grad, base_output, scale, ends, scaled, sums, tokens, d_out, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """``c G``, and the sums of ``G z`` over parts of each expert's rows, ``[parts, experts, d_out]``."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column_ok = columns < d_out
+    expert = tl.program_id(1).to(tl.int64)
+    c = tl.load(scale + expert * d_out + columns, column_ok, 0.0)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    rows = tl.arange(0, BLOCK_T)
+    at = rows[:, None] * d_out + columns[None, :]
+    first, end = _rows_of_part(ends, tokens)
+    for start in range(first, end, BLOCK_T):
+        mask = (rows < end - start)[:, None] & column_ok[None, :]
+        skipped = start * d_out
+        g = tl.load(grad + skipped + at, mask, 0.0).to(tl.float32)
+        z = tl.load(base_output + skipped + at, mask, 0.0).to(tl.float32)
+        tl.store(scaled + skipped + at, (g * c[None, :]).to(scaled.dtype.element_ty), mask)
+        total += tl.sum(g * z, 0)
+    at_sum = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + expert) * d_out
+    tl.store(sums + at_sum + columns, total, column_ok)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -105,3 +107,29 @@ class TritonPasses(TorchPasses):
             WIDEN=_INTERPRETING, BLOCK_T=64, BLOCK_R=_padded(rank), BLOCK_K=block_k, num_stages=4,
         )  # fmt: skip
         total.add_(products[:, 0] if parts == 1 else products.sum(1))
+
+    def expert_rows(self, base_output: Tensor, delta: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+        base_output, y = base_output.contiguous(), torch.empty_like(base_output, memory_format=torch.contiguous_format)
+        self._launch_by_expert(kernels.expert_rows_kernel, (base_output, delta.contiguous(), scale, ends, y), scale)
+        return y
+
+    def expert_rows_gradient(
+        self, grad: Tensor, base_output: Tensor, scale: Tensor, ends: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grad, base_output = grad.contiguous(), base_output.contiguous()
+        sums, scaled = scale.new_empty(_parts(scale), *scale.shape), torch.empty_like(base_output)
+        self._launch_by_expert(
+            kernels.expert_rows_gradient_kernel, (grad, base_output, scale, ends, scaled, sums), scale
+        )
+        return scaled, sums[0] if len(sums) == 1 else sums.sum(0)
+
+    def _launch_by_expert(self, kernel: Any, tensors: tuple[Tensor, ...], scale: Tensor) -> None:
+        experts, d_out = scale.shape
+        block = 64
+        grid = _cdiv(d_out, block), experts, _parts(scale)
+        launch(kernel, grid, tensors, (len(tensors[0]), d_out), BLOCK_T=block, BLOCK_D=block)
+
+
+def _parts(scale: Tensor) -> int:
+    """In how many parts an expert's rows are computed: enough programs for a GPU with few experts, too."""
+    return max(1, 128 // len(scale))
