@@ -159,7 +159,7 @@ def _named_targets(
             kinds = sorted({type(modules[name]).__name__ for name in named})
             raise TargetError(
                 f"target_modules: {shown!r} matches only modules that DoRAN cannot adapt ({', '.join(kinds)}); "
-                "it adapts linear layers, Conv1D, Embedding and Conv2d"
+                "it adapts linear layers, Conv1D, Embedding and nn.Conv1d, 2d and 3d"
             )
         found.update(fitting)
     return [name for name in candidates if name in found]

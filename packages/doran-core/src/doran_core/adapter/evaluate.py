@@ -117,8 +117,8 @@ def _evaluate_trainable(
     own = own_generator_parts(adapter.config, adapter.modules)
     if own and factor_builder is None:
         raise AdapterFormatError(
-            f"its factors come from a generator that is not DoRAN's ({', '.join(own[:5])}): give what builds it "
-            "(factor_builder, or --factor-builder MODULE:NAME of the doran command), or use the folded form"
+            f"its factors come from a generator that is not DoRAN's ({', '.join(own[:5])}): give the function that "
+            "builds it (factor_builder, or --factor-builder MODULE:NAME of the doran command), or use the folded form"
         )
     built = build_adapters(adapter.config, adapter.modules, d_in, factor_builder if own else None)
     layers = [layer_factors(name, module, adapter.module_kinds.get(name)) for name, module in built.items()]

@@ -125,8 +125,9 @@ class TrainableAdapter:
         extra, base_fingerprint, base_model, task_type, ties, stored_names, created_by, digest: as in
             :class:`FoldedAdapter`.
         module_kinds: kinds of the modules that are not linear.
-        stored_experts: for stacked expert weights that a checkpoint holds as one matrix an expert: the names of these,
-            with ``{}`` for the expert's number; several hold an expert's rows one below the other.
+        stored_experts: for stacked expert weights of which a checkpoint holds one matrix per expert: the names of these
+            matrices, with ``{}`` for the expert's number. Several names: each matrix holds a part of the expert's rows,
+            in this order.
         peft_fields: PEFT's own fields of adapter_config.json, kept as they are.
     """
 

@@ -183,8 +183,8 @@ def _first_expert(where: str, module: str, tensors: Mapping[str, Tensor], expert
     for part, tensor in tensors.items():
         if tensor.dim() != 3 or len(tensor) != experts:
             raise TensorShapeError(
-                f"{where}: {module}.{part}: shape {list(tensor.shape)}, expected {experts} matrices, for the magnitude "
-                f"has {experts} rows, one an expert"
+                f"{where}: {module}.{part}: shape {list(tensor.shape)}, expected {experts} matrices, because the "
+                f"magnitude has {experts} rows, one per expert"
             )
     return [tensor[0] for tensor in tensors.values()]
 

@@ -18,7 +18,7 @@ def to_peft_dora(adapter: FoldedAdapter | StrPath, out_dir: StrPath, *, overwrit
     Args:
         adapter: folded, or the directory of a folded adapter.
         out_dir: directory to write.
-        overwrite: replace an adapter that is there already.
+        overwrite: replace an adapter that `out_dir` already holds.
 
     Raises:
         AdapterFormatError: the directory does not hold a folded adapter.

@@ -83,7 +83,7 @@ def tensor_pieces(directory: OpenDirectory, name: str) -> Iterator[bytes]:
         layout_of(path, fd)
         while data := os.read(fd, 2**20):
             left -= len(data)
-            if left < 0:  # or the file of a writer that never ends would be read for ever
+            if left < 0:  # a file that grows all the time would be read without end
                 break
             yield data
     if left:

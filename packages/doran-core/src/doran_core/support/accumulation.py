@@ -11,8 +11,11 @@ _UPCAST_BYTES = 64 * 2**20
 """Most memory that the wider copy of a half-precision weight takes at a time, in bytes."""
 
 _CACHED_BYTES = 2**18
-"""Likewise for squares on a CPU: in its cache, where they cost a tenth of what fresh memory does. Larger blocks, freed
-between the parameters of a new adapter, would leave as large holes in the allocator's heap."""
+"""Most memory that squares take at a time on a CPU, in bytes.
+
+So few squares stay in the cache, where they cost a tenth of their time in fresh memory. Larger blocks, freed between
+the parameters of a new adapter, would leave holes of their size in the allocator's heap.
+"""
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -85,8 +85,8 @@ def read(parameter: Tensor, dims: int = 0) -> Tensor:
     """A parameter as the formulas use it: whole, in float32 or wider, differentiable.
 
     Args:
-        parameter: it.
-        dims: dimensions that it has at least; FSDP1's parts have one.
+        parameter: the parameter, or this process's part of it.
+        dims: the fewest dimensions that a whole parameter has; FSDP1's parts have one.
 
     Mixed precision hands float32 parameters over in half precision. A DTensor, outside its FSDP2 unit, is gathered
     here; its gradient is the mean over the processes, as FSDP2's own.
@@ -188,9 +188,9 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def first_process(parameters: Iterable[Tensor]) -> Iterator[bool]:
-    """A context whose value says whether this process is to write; where the parameters are sharded, rank 0 alone.
+    """A context whose value says whether this process writes: only rank 0 does where the parameters are sharded.
 
-    The others leave it when rank 0 does.
+    The other processes leave the context when rank 0 does.
     """
     if not any(map(is_sharded, parameters)) or not torch.distributed.is_initialized():
         yield True

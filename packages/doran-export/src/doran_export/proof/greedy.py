@@ -80,11 +80,10 @@ def compare_greedy(
 
     Args:
         got: tokens of each prompt; fewer than PyTorch's where a generator stopped at one of `end_tokens`.
-        expected: PyTorch's.
-        precision: of the graph.
+        expected: PyTorch's tokens.
+        precision: the graph's precision.
         tolerance: as in `prove`.
-        provider: for the report.
-        adapter: for the report.
+        provider, adapter: for the report and the messages.
         end_tokens: tokens that may stop a generator.
 
     Raises:
@@ -118,13 +117,18 @@ def compare_greedy(
             )
         else:
             departures.append(step)
-    expected_tokens = len(got) * steps - sum(steps - count for count in ended)
-    if precision.rule != "average" and compared < _FEWEST_TOKENS * expected_tokens:
-        raise ProofError(
-            f"greedy tokens of {who} could be compared for only {compared} of {expected_tokens}: PyTorch's two best "
-            f"tokens lie within {rounding:.3g} of each other too often; give inputs with clearer choices"
-        )
+    if precision.rule != "average":
+        _require_enough(compared, len(got) * steps - sum(steps - count for count in ended), rounding, who)
     identical = len(got) - len(ended) - len(ties) - len(departures)
     return GreedyCheck(
         provider, adapter, len(got), steps, compared, identical, sorted(ended), sorted(ties), sorted(departures)
     )
+
+
+def _require_enough(compared: int, total: int, rounding: float, who: str) -> None:
+    """Raises ProofError where ties left too few of all tokens to compare."""
+    if compared < _FEWEST_TOKENS * total:
+        raise ProofError(
+            f"greedy tokens of {who} could be compared for only {compared} of {total}: PyTorch's two best "
+            f"tokens lie within {rounding:.3g} of each other too often; give inputs with clearer choices"
+        )
