@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel, Trainer
 
 import doran_hf
@@ -25,6 +27,8 @@ def test_private_methods_exist():
 
 @pytest.mark.parametrize("mark", WRITTEN_BY)
 def test_private_marks_are_still_set(mark):
+    if mark == "_is_expert_parallel" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("before 5.18 transformers replaces the forward of such a module, and doran-hf refuses that")
     source = inspect.getsource(importlib.import_module(WRITTEN_BY[mark]))
     assert re.search(rf"\.{mark} = ", source)
 

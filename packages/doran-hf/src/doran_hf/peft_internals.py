@@ -7,7 +7,7 @@ Each entry goes when its library does the same under a public name:
 - ``_maybe_include_all_linear_layers`` of PEFT: the layers that "all-linear" means.
 - ``_is_hf_initialized`` of transformers: marks a parameter that was loaded from a checkpoint.
 - ``_keys_to_ignore_on_load_missing`` of transformers: patterns of parameters that a checkpoint may lack.
-- ``_is_expert_parallel`` of transformers: whether an experts module holds only a part of the experts.
+- ``_is_expert_parallel`` of transformers from 5.18 on: whether an experts module holds only a part of the experts.
 - ``Trainer._load_from_checkpoint``: loads a checkpoint without training.
 - the wrapper of ``PeftModel.load_adapter``: for a given configuration, PEFT opens a pickle without asking the tuner.
   The wrapper goes when PEFT can be told to open safetensors only.
