@@ -83,7 +83,8 @@ def compare_greedy(
         expected: PyTorch's tokens.
         precision: the graph's precision.
         tolerance: as in `prove`.
-        provider, adapter: for the report and the messages.
+        provider: for the report and the messages.
+        adapter: likewise.
         end_tokens: tokens that may stop a generator.
 
     Raises:
