@@ -1,6 +1,6 @@
 """One training step with the experts' stacked weights adapted: DoRAN against PEFT's LoRA with target_parameters.
 
-    python benchmarks/moe_step.py --markdown docs/results/moe-step-cpu.md
+    python benchmarks/moe_step.py --markdown docs/results/moe-step.md
     python benchmarks/moe_step.py --device cuda --layers 8 --experts 64 --hidden 2048 --moe-hidden 768 --length 512
 
 A Qwen3-MoE model with random weights, made from a configuration. All methods live in one process and take turns step by
