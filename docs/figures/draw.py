@@ -149,7 +149,7 @@ def start(measured: dict[str, Any], scheme: str) -> None:
 
 def gained() -> dict[str, dict[str, float]]:
     """The bars of the first page's figure, by panel, from the tables of docs/results."""
-    steps = {row["method"]: row for row in _table("train-step-gpu.md", "## Numbers") if row["compiled"] == "no"}
+    steps = {row["method"]: row for row in _table("train-step-gpu.md", "## Numbers")}
     merges = {row["way"]: row for row in _table("merge.md", "All linear layers")}
     served = {row["case"]: row for row in _table("serving-gpu.md", "**Speed**")}
     methods = {"LoRA (PEFT)": "LoRA", "DoRA (PEFT)": "DoRA", "DoRAN": "DoRAN"}
