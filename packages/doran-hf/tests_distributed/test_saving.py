@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import Adaptation, handle_of, probe, train
+from models import Adaptation, Block, adapted, batches, handle_of, loss_of, probe, train
 from processes import Pair, RemoteError
-from strategies import Options, Spread
+from strategies import Options, Spread, spread
 
 from doran_core.adapter import read_folded
 from doran_hf import save_folded
@@ -98,3 +99,40 @@ def test_elsewhere_the_remedy_is_named(pair: Pair, options: Options, remedy: str
     with pytest.raises(RemoteError, match=remedy) as caught:
         pair.run(merge, options)
     assert caught.value.kind == "TargetError"
+
+
+def resume(how: Adaptation, options: Options) -> Any:
+    """The trained parameters of four steps at once, and of two and two with a checkpoint between them."""
+    from torch.distributed.checkpoint import state_dict as checkpoint
+
+    rank = torch.distributed.get_rank()
+    steps = batches(4, rank)
+
+    def made(steps: list[Any], load: Callable[[Spread], None] | None = None) -> Spread:
+        spreading = spread(adapted(how), options, Block)
+        if load is not None:
+            load(spreading)
+        for step in steps:
+            spreading.step(step, loss_of)
+        return spreading
+
+    half = made(steps[:2])
+    whole = checkpoint.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    states = checkpoint.get_state_dict(half.model, half.optimizer, options=whole)
+    model_state, optimizer_state = states if rank == 0 else ({}, {})
+
+    def load(spreading: Spread) -> None:
+        sent = checkpoint.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        checkpoint.set_model_state_dict(spreading.model, model_state, options=sent)
+        checkpoint.set_optimizer_state_dict(spreading.model, spreading.optimizer, optimizer_state, options=sent)
+
+    return made(steps).tensors(), made(steps[2:], load).tensors()
+
+
+@pytest.mark.parametrize("sharing", ["block", "model"])
+@pytest.mark.parametrize("method", ["core", "hf"])
+def test_fsdp2_resumes_from_torchs_checkpoint(pair: Pair, method: str, sharing: str) -> None:
+    """As Trainer resumes, loads its best model, and accelerate loads a state, from what rank 0 has read."""
+    for at_once, resumed in pair.run(resume, Adaptation(method, {"sharing": sharing}), Options("fsdp2")):
+        assert at_once.keys() == resumed.keys()
+        assert all(torch.equal(at_once[name], resumed[name]) for name in at_once)

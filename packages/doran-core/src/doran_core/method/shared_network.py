@@ -59,11 +59,12 @@ class NetworkHolder(nn.Module):
     FSDP2 shards the modules that it finds below a unit through ``children()``, and fails at parameters that an earlier
     unit has sharded. So a network that is already sharded is not among the children here: it stays with the first unit
     that has it, and the layers of other units gather it for each use (:func:`doran_core.support.sharding.read`).
+    ``named_children()`` has it: through that, torch.distributed.checkpoint finds what it loads.
     """
 
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The named children of nn.Module, without the networks that FSDP2 has sharded."""
-        return ((name, child) for name, child in super().named_children() if not _is_sharded_network(child))
+    def children(self) -> Iterator[nn.Module]:
+        """The children of nn.Module, without the networks that FSDP2 has sharded."""
+        return (child for child in super().children() if not _is_sharded_network(child))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NetworkHolder:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
