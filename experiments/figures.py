@@ -12,6 +12,10 @@ from experiments.tables import at_chosen_rates
 
 __all__ = ["plot_data", "plot_rates", "plot_spectra", "plot_split", "plot_tau", "plot_theory"]
 
+_INK = "#808080"
+"""Is read on white and on black: a figure's ground is that of its page, which readers choose."""
+_INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
+
 
 def _pyplot() -> Any:
     import matplotlib
@@ -20,7 +24,8 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     # The same drawing gives the same file.
-    matplotlib.rcParams |= {"svg.hashsalt": "experiments", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    matplotlib.rcParams |= {"svg.hashsalt": "experiments", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}
+    matplotlib.rcParams |= dict.fromkeys(_INKED, _INK) | {"legend.frameon": False, "savefig.transparent": True}
     return pyplot
 
 
@@ -42,7 +47,7 @@ def _lines(axis: Any, table: pandas.DataFrame, x: str) -> None:
     for number, arm in enumerate(table.arm.drop_duplicates()):
         _curve(axis, table[table.arm == arm], x, str(arm), "-" if number < 10 else "--")
     axis.set(xscale="log", ylabel="test accuracy, % (95% t interval)")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def plot_rates(table: pandas.DataFrame, path: Path) -> Path:
@@ -77,9 +82,9 @@ def plot_tau(curves: pandas.DataFrame, arm: str, path: Path) -> Path:
             axes[0].plot(line.index, line.to_numpy(), color=colour, linewidth=0.8, alpha=0.7)
         ends = last[last.projection == projection]
         axes[1].plot(ends.block, ends.relative, ".", color=colour, markersize=4, label=projection)
-    axes[0].set(xlabel="step", ylabel="tau / mean row norm", title=f"{arm}: each layer, mean over seeds")
+    axes[0].set(xlabel="step", ylabel="tau / mean row norm", title="each layer, mean over seeds")
     axes[1].set(xlabel="block", title="last step, each seed")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=9)
     return _save(figure, path)
 
 
@@ -93,10 +98,8 @@ def plot_split(curves: pandas.DataFrame, arm: str, path: Path) -> Path:
         means = 100 * part.groupby("block")[["along", "kept"]].mean()
         (line,) = axis.plot(means.index, means.along, "o", markersize=4, label=f"{projection}: along the rows")
         axis.plot(means.index, means.kept, "x", markersize=4, color=line.get_color(), label="of it, kept by tau")
-    axis.set(
-        yscale="log", xlabel="block", ylabel="% of the squared gradient", title=f"{arm}: mean over steps and seeds"
-    )
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set(yscale="log", xlabel="block", ylabel="% of the squared gradient", title="mean over steps and seeds")
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 
 
@@ -105,11 +108,11 @@ def plot_spectra(spectra: pandas.DataFrame, path: Path) -> Path:
     figure, axis = _pyplot().subplots(figsize=(7, 3.4), layout="constrained")
     largest = spectra.groupby(["arm", "seed", "layer"], observed=True).value.transform("max")
     relative = spectra.assign(relative=spectra.value / largest)
-    for arm in spectra.arm.drop_duplicates():
+    for number, arm in enumerate(spectra.arm.drop_duplicates()):
         line = relative[relative.arm == arm].groupby("index").relative.mean()
-        axis.plot(line.index + 1, line.to_numpy(), marker=".", label=str(arm))
+        axis.plot(line.index + 1, line.to_numpy(), "-" if number < 10 else "--", marker=".", label=str(arm))
     axis.set(yscale="log", xlabel="singular value, from the largest", ylabel="over the largest", ylim=(1e-4, 1.5))
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 
 
@@ -124,5 +127,5 @@ def plot_theory(table: pandas.DataFrame, path: Path) -> Path:
             axis.set(xscale="log", yscale="log", xlabel="samples", title=name.replace("_", " ") + ", median")
             axis.set_xticks(middle.index, labels=[str(samples) for samples in middle.index])
             axis.set_xticks([], minor=True)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=9)
     return _save(figure, path)
