@@ -1,7 +1,8 @@
 """One training step with the experts' stacked weights adapted: DoRAN against PEFT's LoRA with target_parameters.
 
     python benchmarks/moe_step.py --markdown docs/results/moe-step.md
-    python benchmarks/moe_step.py --device cuda --layers 8 --experts 64 --hidden 2048 --moe-hidden 768 --length 512
+    python benchmarks/moe_step.py --device cuda --dtype bfloat16 --layers 4 --experts 128 --top-k 8 --hidden 2048 \\
+        --moe-hidden 768 --length 2048
 
 A Qwen3-MoE model with random weights, made from a configuration. All methods live in one process and take turns step by
 step, in an order that rotates; a ratio is the median over the rounds of the ratio within a round. Memory is that of a
@@ -18,10 +19,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from gpu_kernels import kernels_of
 from hf_step import Step, peak_resident, table
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from doran_hf import DoranConfig
@@ -119,7 +120,9 @@ def time_methods(args: argparse.Namespace) -> dict[str, list[tuple[float, float]
     for method, step in steps.items():
         step()  # warm up
         if args.device == "cuda":
-            print(f"{method}: {kernels_of(step)}")
+            kernels = kernels_of(step)
+            took, count = sum(took for _, _, took in kernels), sum(count for _, count, _ in kernels)
+            print(f"{method}: {took:.1f} ms in {count} kernels")
     times: dict[str, list[tuple[float, float]]] = {method: [] for method in steps}
     order = list(steps)
     for _ in range(args.rounds):
@@ -127,15 +130,6 @@ def time_methods(args: argparse.Namespace) -> dict[str, list[tuple[float, float]
             times[method].append(steps[method]())
         order.append(order.pop(0))
     return times
-
-
-def kernels_of(step: Step) -> str:
-    """What one step's kernels take on a GPU, and their number."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        step()
-    kernels = [event for event in found.key_averages() if event.self_device_time_total > 0]
-    took = sum(event.self_device_time_total for event in kernels) / 1e3
-    return f"{took:.1f} ms in {sum(event.count for event in kernels)} kernels"
 
 
 def main() -> None:

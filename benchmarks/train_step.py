@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_kernels import kernels_of
 from peft_methods import METHODS, make_base, make_method
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 FACE = ("LoRA", "DoRAN")
 """The methods of settings that do not ask for all."""
@@ -148,13 +148,14 @@ class Method:
         """Milliseconds of one step's kernels, their number, and the dearest of them."""
         if not self.is_cuda:
             return 0.0, 0, []
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+
+        def step() -> None:
             self.step()
             self.synchronize()
-        kernels = [event for event in found.key_averages() if event.self_device_time_total > 0]
-        kernels.sort(key=lambda event: -event.self_device_time_total)
-        shown = [(event.key[:100], event.count, event.self_device_time_total / 1e3) for event in kernels[:40]]
-        return sum(e.self_device_time_total for e in kernels) / 1e3, sum(e.count for e in kernels), shown
+
+        kernels = kernels_of(step)
+        shown = [(name[:100], count, took) for name, count, took in kernels[:40]]
+        return sum(took for _, _, took in kernels), sum(count for _, count, _ in kernels), shown
 
 
 def measure(

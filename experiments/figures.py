@@ -13,7 +13,7 @@ from experiments.tables import at_chosen_rates
 __all__ = ["plot_data", "plot_rates", "plot_spectra", "plot_split", "plot_tau", "plot_theory"]
 
 _INK = "#808080"
-"""Is read on white and on black: a figure's ground is that of its page, which readers choose."""
+"""A grey that can be read on light and dark pages: the figures are transparent."""
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
 
 
@@ -43,9 +43,14 @@ def _curve(axis: Any, rows: pandas.DataFrame, x: str, label: str, style: str) ->
     axis.errorbar(places, means, yerr=halves, label=label, marker=".", capsize=2, linewidth=1, linestyle=style)
 
 
+def _dashes(number: int) -> str:
+    """Line style of an arm, by its number: matplotlib has ten colours."""
+    return "-" if number < 10 else "--"
+
+
 def _lines(axis: Any, table: pandas.DataFrame, x: str) -> None:
     for number, arm in enumerate(table.arm.drop_duplicates()):
-        _curve(axis, table[table.arm == arm], x, str(arm), "-" if number < 10 else "--")
+        _curve(axis, table[table.arm == arm], x, str(arm), _dashes(number))
     axis.set(xscale="log", ylabel="test accuracy, % (95% t interval)")
     axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -110,7 +115,7 @@ def plot_spectra(spectra: pandas.DataFrame, path: Path) -> Path:
     relative = spectra.assign(relative=spectra.value / largest)
     for number, arm in enumerate(spectra.arm.drop_duplicates()):
         line = relative[relative.arm == arm].groupby("index").relative.mean()
-        axis.plot(line.index + 1, line.to_numpy(), "-" if number < 10 else "--", marker=".", label=str(arm))
+        axis.plot(line.index + 1, line.to_numpy(), _dashes(number), marker=".", label=str(arm))
     axis.set(yscale="log", xlabel="singular value, from the largest", ylabel="over the largest", ylim=(1e-4, 1.5))
     axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)

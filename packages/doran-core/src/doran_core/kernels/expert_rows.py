@@ -17,7 +17,7 @@ __all__ = ["scale_expert_rows"]
 def scale_expert_rows(base_output: Tensor, delta: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
     """``y = c z + delta``, ``[T, d_out]`` in the dtype of z, with the c of each row's expert.
 
-    Keeps z and c for the backward pass, and no row of c for each row of z.
+    The backward pass needs z and c. No copy of c for each row of z is made or saved by the kernels.
 
     Args:
         base_output: z ``[T, d_out]``, the rows of each expert together.

@@ -146,7 +146,7 @@ class TorchPasses:
 
 
 def _experts_of_rows(rows: Tensor, ends: Tensor) -> Tensor:
-    """``[T]``."""
+    """The number of each row's expert, ``[T]``."""
     places = torch.arange(len(rows), device=ends.device)
     return torch.searchsorted(ends.to(places.dtype), places, right=True).clamp_max(len(ends) - 1)
 

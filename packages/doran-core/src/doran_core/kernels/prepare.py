@@ -116,9 +116,11 @@ class Runtime:
                 return None
             adapter.refresh(view)
             self.inputs = inputs = LayerInputs(adapter, view)
+            if not inputs.is_usable:
+                return None
             versions = inputs.versions()
         inputs.seen = versions
-        return None if not inputs.is_usable or inputs.is_random() else inputs
+        return None if inputs.is_random() else inputs
 
     def side(self, adapter: DoranAdapter, view: BaseView, x: Tensor) -> LayerSide | None:
         """The layer's weight side for one call; None if the call is the reference's.

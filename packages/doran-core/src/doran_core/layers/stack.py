@@ -264,7 +264,7 @@ class _FrozenStackProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, A: Tensor, experts: Tensor | None) -> Tensor:
-        return torch.cat([_wide_product(matrices, A[part].mT) for part, matrices in _pieces(weight, experts)])
+        return torch.cat([_batched_product(matrices, A[part].mT) for part, matrices in _pieces(weight, experts)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -276,10 +276,10 @@ class _FrozenStackProduct(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         (grad,) = grad_outputs
         pieces = _pieces(weight, ctx.experts)
-        return None, torch.cat([_wide_product(matrices.mT, grad[part]).mT for part, matrices in pieces]), None
+        return None, torch.cat([_batched_product(matrices.mT, grad[part]).mT for part, matrices in pieces]), None
 
 
-def _wide_product(matrices: Tensor, thin: Tensor) -> Tensor:
+def _batched_product(matrices: Tensor, thin: Tensor) -> Tensor:
     """``matrices @ thin`` in the dtype of `thin`. A GPU rounds `thin` to half precision, as the layer's branch does."""
     if narrow_on_cuda(matrices):
         return torch.bmm(matrices, thin.to(matrices.dtype), out_dtype=torch.float32)
@@ -287,11 +287,10 @@ def _wide_product(matrices: Tensor, thin: Tensor) -> Tensor:
 
 
 def _pieces(weight: Tensor, experts: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the chosen experts with their matrices, few enough for a copy in float32 where one is made."""
+    """Slices of the chosen experts with their matrices; few at a time where the product copies them."""
     count = len(weight) if experts is None else len(experts)
-    step = max(1, _UPCAST_BYTES // max(1, weight[0].numel() * 4))
-    if experts is None and narrow_on_cuda(weight):
-        step = count
+    copies = experts is not None or not narrow_on_cuda(weight)
+    step = max(1, _UPCAST_BYTES // max(1, weight[0].numel() * 4)) if copies else count
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         yield part, weight[part] if experts is None else weight[experts[part]]
