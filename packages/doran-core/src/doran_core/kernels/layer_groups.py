@@ -52,9 +52,13 @@ def _is_supported(adapter: DoranAdapter, view: BaseView, weight: Tensor | None) 
 
 def is_ordinary(tensor: Any) -> bool:
     """Whether a tensor lies in memory now and until the backward pass, and is no subclass with a meaning of its own."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0 and not is_sharded(tensor)
-    )
+    return type(tensor) in (Tensor, nn.Parameter) and _lies_in_memory(tensor)
+
+
+def _lies_in_memory(tensor: Tensor) -> bool:
+    """Whether writes to a tensor can be seen: also to a packed weight, such as bitsandbytes' Params4bit."""
+    has_own_operations = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return not (has_own_operations or tensor.is_meta or tensor.numel() == 0 or is_sharded(tensor))
 
 
 class LayerInputs:
@@ -140,7 +144,7 @@ class LayerInputs:
         norm = self.adapter.base_squared_norm
         if norm is None or norm.device != self.device or any(map(requires_grad, self._frozen)):
             return False
-        return all(is_ordinary(tensor) and not tensor.is_inference() for tensor in self._frozen)
+        return all(_lies_in_memory(tensor) and not tensor.is_inference() for tensor in self._frozen)
 
     def _key(self, weight: Tensor | None) -> tuple[Any, ...]:
         adapter, factors = self.adapter, self.adapter.factors
