@@ -100,23 +100,30 @@ def lose_memory(worker: Any) -> None:
             tensor.fill_(float("nan"))
 
 
-def answers_outlast(sleep: Callable[[], object], running: Any, base: Any, folder: Path, first: int) -> None:
-    """An engine's answers for adapters of three forms are the reference's, before and after it slept."""
+def answers_outlast(
+    sleep: Callable[[], object], running: Any, base: Any, folder: Path, first: int, *, is_exact: bool = True
+) -> None:
+    """An engine's answers for adapters of three forms are the same before and after it slept.
+
+    Before, they are the reference's if the engine computes in float32 as that does, and else not all the same.
+    """
     adapters = {
         form: make_adapter(form, base.weights, ALL, rank=4, seed=420 + index, size=0.5)
         for index, form in enumerate(("folded", "dora", "lora"))
     }
     lora = requests_for(adapters, folder, first=first)
     prompts = prompts_of([9], 512, seed=22)
-    expected = {name: base.answer(prompts, name and adapters[name], 6)[0] for name in (None, *adapters)}
+    names = [None, *adapters]
 
-    def check() -> None:
-        found = running.answer(prompts * 4, [name and lora[name] for name in expected], 6)
-        assert dict(zip(expected, found, strict=True)) == expected
+    def ask() -> list[list[int]]:
+        return running.answer(prompts * 4, [name and lora[name] for name in names], 6)  # type: ignore[no-any-return]
 
-    check()
+    found = ask()
+    if is_exact:
+        assert found == [base.answer(prompts, name and adapters[name], 6)[0] for name in names]
+    assert len(set(map(tuple, found))) > 1
     sleep()
-    check()
+    assert ask() == found
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -139,9 +146,13 @@ def test_scales_survive_sleep(
 def test_scales_survive_the_sleep_of_a_gpu(
     level: int, checkpoint: Callable[[str], Path], reference: Callable[[str], Any], engine: Any, tmp_path: Path
 ) -> None:
-    """Level 2 discards the weights, too: vLLM loads them again from the checkpoint."""
+    """Level 2 discards the weights, too: vLLM loads them again from the checkpoint.
+
+    In bfloat16: vLLM's LoRA kernels refuse float32 on a GPU. A process of its own: one can have one engine that sleeps.
+    """
     engine.close()  # two engines disturb each other
-    running = Engine("llama", checkpoint("llama"), enable_sleep_mode=True, gpu_memory_utilization=0.2)
+    options = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.2, "dtype": "bfloat16"}
+    running = Engine("llama", checkpoint("llama"), separate=True, **options)
 
     def sleep() -> None:
         free = torch.cuda.mem_get_info()[0]
@@ -152,6 +163,6 @@ def test_scales_survive_the_sleep_of_a_gpu(
             running.llm.collective_rpc("reload_weights")
 
     try:
-        answers_outlast(sleep, running, reference("llama"), tmp_path, 600 + 10 * level)
+        answers_outlast(sleep, running, reference("llama"), tmp_path, 600 + 10 * level, is_exact=False)
     finally:
         running.close()

@@ -26,7 +26,7 @@ def train(rank, store, queue):
             model.zero_grad()
             with use_backend("torch"):
                 parallel(make_x()[rank : rank + 1].requires_grad_()).square().sum().backward()
-        found[mode] = {name: parameter.grad.numpy() for name, parameter in trained(model).items()}
+        found[mode] = {name: parameter.grad.cpu().numpy() for name, parameter in trained(model).items()}
     if rank == 0:
         queue.put(found)
     distributed.barrier()
