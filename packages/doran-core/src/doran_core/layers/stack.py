@@ -23,13 +23,11 @@ from doran_core.layers.adapter import DoranAdapter
 from doran_core.layers.base import BaseView
 from doran_core.method.config import DoranConfig
 from doran_core.method.factors import LayerSpec
+from doran_core.support.accumulation import UPCAST_BYTES
 from doran_core.support.sharding import is_sharded, is_whole, read, whole_shape
 from doran_core.support.torch_internals import own_parameters, version
 
 __all__ = ["StackAdapter", "StackView"]
-
-_UPCAST_BYTES = 64 * 2**20
-"""Memory limit for the float32 copy of a half-precision stack, in bytes. At least one expert is copied at a time."""
 
 
 class StackView(BaseView):
@@ -287,10 +285,10 @@ def _batched_product(matrices: Tensor, thin: Tensor) -> Tensor:
 
 
 def _pieces(weight: Tensor, experts: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the chosen experts with their matrices; few at a time where the product copies them."""
+    """Slices of the chosen experts with their matrices; a few, at least one, where the product copies them."""
     count = len(weight) if experts is None else len(experts)
     copies = experts is not None or not narrow_on_cuda(weight)
-    step = max(1, _UPCAST_BYTES // max(1, weight[0].numel() * 4)) if copies else count
+    step = max(1, UPCAST_BYTES // max(1, weight[0].numel() * 4)) if copies else count
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         yield part, weight[part] if experts is None else weight[experts[part]]

@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "row_chunks", "squared_row_norms", "wide_product", "wide_transposed_product"]
+__all__ = [
+    "UPCAST_BYTES",
+    "accumulation_dtype",
+    "row_chunks",
+    "squared_row_norms",
+    "wide_product",
+    "wide_transposed_product",
+]
 
-_UPCAST_BYTES = 64 * 2**20
+UPCAST_BYTES = 64 * 2**20
 """Most memory that the wider copy of a half-precision weight takes at a time, in bytes."""
 
 _CACHED_BYTES = 2**18
@@ -25,7 +32,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 def row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
     """Slices of rows whose copy in ``dtype`` stays under the memory bound; one slice if no copy is needed."""
-    return [slice(0, weight.shape[0])] if weight.dtype == dtype else _chunks(weight, dtype, _UPCAST_BYTES)
+    return [slice(0, weight.shape[0])] if weight.dtype == dtype else _chunks(weight, dtype, UPCAST_BYTES)
 
 
 def _chunks(weight: Tensor, dtype: torch.dtype, most: int) -> list[slice]:
@@ -36,7 +43,7 @@ def _chunks(weight: Tensor, dtype: torch.dtype, most: int) -> list[slice]:
 def squared_row_norms(weight: Tensor) -> Tensor:
     """Sum of squares of each row of ``[m, k]``, ``[m]`` in :func:`accumulation_dtype`."""
     dtype = accumulation_dtype(weight)
-    chunks = _chunks(weight, dtype, _CACHED_BYTES if weight.device.type == "cpu" else _UPCAST_BYTES)
+    chunks = _chunks(weight, dtype, _CACHED_BYTES if weight.device.type == "cpu" else UPCAST_BYTES)
     return torch.cat([weight[rows].to(dtype).square().sum(1) for rows in chunks])
 
 
