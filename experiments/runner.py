@@ -189,3 +189,5 @@ def _work(
             reports.put(_Progress(stack, time.monotonic() - started))
         except Exception:
             reports.put(_Progress(stack, 0.0, f"{first}:\n{traceback.format_exc()}"))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the other workers' stacks need the memory

@@ -63,7 +63,7 @@ class _StackedLinear(nn.Module):
         scale, A, scaled_B = self.factors
         weight = base_view(self.base_layer).weight()
         assert weight is not None
-        of_weight = gradient.mT @ inputs
+        of_weight = gradient.float().mT @ inputs.float()
         direction = weight + (scaled_B / scale[..., None]) @ A
         norm = direction.norm(dim=-1)
         along = (of_weight * direction).sum(-1) / norm

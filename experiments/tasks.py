@@ -196,7 +196,7 @@ def _questions(find: Callable[[], Path], *, begins: bool = False) -> Callable[[P
             return rows.clone(), torch.zeros(len(rows))
 
         first = [tokenizer.bos_token_id] if begins else []
-        return Task(model.model, _last_token, head, questions.questions_split(folder, tokenizer, first))
+        return Task(model.model, _last_token_in_bfloat16, head, questions.questions_split(folder, tokenizer, first))
 
     return task
 
@@ -214,6 +214,12 @@ def _last_token(model: nn.Module, inputs: Tensor, lengths: Tensor | None) -> Ten
     assert lengths is not None
     hidden: Tensor = model(input_ids=inputs, use_cache=False).last_hidden_state
     return hidden[torch.arange(len(inputs), device=inputs.device), lengths - 1]
+
+
+def _last_token_in_bfloat16(model: nn.Module, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+    """The same with products in bfloat16 on a GPU, as this benchmark is usually trained; weights stay float32."""
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.is_cuda):
+        return _last_token(model, inputs, lengths)
 
 
 _SOURCES: dict[str, tuple[Callable[[], Path], ...]] = {
