@@ -50,7 +50,7 @@ def test_an_arm_may_have_a_model_of_its_own() -> None:
     study = named_study("flowers", short=False)
     models = {arm: runs[0].model for arm, runs in study.arms.items()}
     assert {arm for arm, model in models.items() if model == "random_vit/flowers5"} == {
-        "random_lora", "random_doran", "random_head", "random_full",
+        "random_lora", "random_doran", "random_head",
     }  # fmt: skip
     assert models["lora"] == models["full"] == "dinov2/flowers5"
 
