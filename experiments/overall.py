@@ -9,12 +9,16 @@ import pandas
 from experiments.statistics import mean_interval
 from experiments.tables import at_chosen_rates, markdown
 
-__all__ = ["FURTHER", "TASKS", "overall_page"]
+__all__ = ["GROUPS", "NEEDED", "overall_page"]
 
-TASKS = ("sample_efficiency", "smollm2", "digits")
-"""Studies that have the same methods and seeds; each counts once in the mean, whatever its number of shares."""
-FURTHER = ("flowers", "textures", "cifar", "commonsense_smollm2", "commonsense_gemma3")
-"""Studies on data of the user's, with the same methods; they count as soon as they have a table."""
+GROUPS = {
+    "texts and digits": ("sample_efficiency", "smollm2", "digits"),
+    "photos": ("flowers", "textures", "cifar"),
+    "commonsense questions": ("commonsense_smollm2", "commonsense_gemma3"),
+}
+"""Studies with the same methods, by what they are about. Each counts once in a mean, whatever its number of shares."""
+NEEDED = GROUPS["texts and digits"]
+"""The page needs these; the other studies, on data of the user's, count as soon as they have a table."""
 _REFERENCES = ("lora", "dora")
 _LEFT_OUT = ("head", "full")
 
@@ -23,15 +27,15 @@ def overall_page(tables: Mapping[str, pandas.DataFrame]) -> str:
     """Markdown of the page.
 
     Args:
-        tables: the tidy table of each of :data:`TASKS`, and of those of :data:`FURTHER` that have one.
+        tables: the tidy table of each of :data:`NEEDED`, and of the other studies of :data:`GROUPS` that have one.
     """
     accuracy = {name: _accuracy(table) for name, table in tables.items()}
-    arms = [arm for arm in tables[TASKS[0]].arm.drop_duplicates() if arm not in _LEFT_OUT]
+    arms = [arm for arm in tables[NEEDED[0]].arm.drop_duplicates() if arm not in _LEFT_OUT]
     tasks = ", ".join(f"[{name}]({name}.md)" for name in tables)
     note = (
         "Differences of test accuracy in points, each method at its rate by validation, paired by seed; ± is half a "
         "95% t interval over seeds, whose number is in brackets. "
-        f"The tasks are {tasks}; in the mean over tasks each counts once, and a seed counts that has all settings. "
+        f"The tasks are {tasks}; in a mean over tasks each counts once, and a seed counts that has all settings. "
         "Written with the tables of these studies:"
     )
     parts = [
@@ -43,12 +47,11 @@ def overall_page(tables: Mapping[str, pandas.DataFrame]) -> str:
         "",
         "    python -m experiments report --into docs/results/experiments",
         "",
-        "## Mean over tasks",
-        "",
-        _mean_over_tasks(accuracy, arms),
     ]
     for reference in _REFERENCES:
-        parts += [f"## Minus {reference}, by setting", "", _by_setting(accuracy, arms, reference)]
+        others = [arm for arm in arms if arm != reference]
+        parts += [f"## Minus {reference}, mean over tasks", "", _mean_over_tasks(accuracy, others, reference)]
+        parts += [f"## Minus {reference}, by setting", "", _by_setting(accuracy, others, reference)]
     return "\n".join(parts)
 
 
@@ -65,23 +68,23 @@ def _difference(accuracy: pandas.DataFrame, arm: str, reference: str) -> pandas.
     return (accuracy[arm] - accuracy[reference]).dropna(how="all")
 
 
-def _mean_over_tasks(accuracy: Mapping[str, pandas.DataFrame], arms: Sequence[str]) -> str:
+def _mean_over_tasks(accuracy: Mapping[str, pandas.DataFrame], arms: Sequence[str], reference: str) -> str:
+    """A row for each group that has a table, and one for all tasks."""
+    groups = {group: [name for name in names if name in accuracy] for group, names in GROUPS.items()}
     rows = []
-    for arm in arms:
+    for group, names in {**groups, "all": [*accuracy]}.items():
+        if not names:
+            continue
         cells = []
-        for reference in _REFERENCES:
-            if arm == reference:
-                cells.append("")
-                continue
-            by_task = [_difference(table, arm, reference).mean(axis=1, skipna=False) for table in accuracy.values()]
+        for arm in arms:
+            by_task = [_difference(accuracy[name], arm, reference).mean(axis=1, skipna=False) for name in names]
             by_seed = pandas.concat(by_task, axis=1).dropna().mean(axis=1)
             cells.append(f"{_shown(by_seed)} ({len(by_seed)})" if len(by_seed) else "")
-        rows.append([arm, *cells])
-    return markdown(["arm", *(f"minus {reference}" for reference in _REFERENCES)], rows)
+        rows.append([group, *cells])
+    return markdown(["tasks", *arms], rows)
 
 
 def _by_setting(accuracy: Mapping[str, pandas.DataFrame], arms: Sequence[str], reference: str) -> str:
-    arms = [arm for arm in arms if arm != reference]
     rows = []
     for name, table in accuracy.items():
         for share in sorted(table[reference].columns):

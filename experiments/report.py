@@ -13,7 +13,7 @@ import yaml
 
 from experiments import figures, tables
 from experiments.errors import ExperimentError
-from experiments.overall import FURTHER, TASKS, overall_page
+from experiments.overall import GROUPS, NEEDED, overall_page
 from experiments.statistics import Interval, mean_interval
 
 __all__ = ["shared_against_separate", "slopes", "write_report"]
@@ -23,7 +23,7 @@ THEORY = "theory"
 
 
 def write_report(names: Sequence[str], folder: Path, into: Path) -> list[Path]:
-    """Report studies from the tables in ``folder``; all that have one if no name is given. With all tasks, the overall.
+    """Report studies from the tables in ``folder``, all of them if none is named; with the needed ones, the overall.
 
     Returns:
         The Markdown files.
@@ -43,9 +43,9 @@ def write_report(names: Sequence[str], folder: Path, into: Path) -> list[Path]:
         path = into / f"{name}.md"
         path.write_text(text, encoding="utf-8")
         written.append(path)
-    if {*TASKS} <= {*names}:
+    if {*NEEDED} <= {*names}:
         path = into / "overall.md"
-        tasks = [name for name in (*TASKS, *FURTHER) if name in names]
+        tasks = [name for group in GROUPS.values() for name in group if name in names]
         found = {name: pandas.read_csv(folder / f"{name}.csv", keep_default_na=True) for name in tasks}
         path.write_text(overall_page(found), encoding="utf-8")
         written.append(path)

@@ -197,6 +197,12 @@ TASKS = {
     "commonsense_gemma3": "questions, Gemma 3",
 }
 """What the studies are called in the figure."""
+MEANS = {
+    "texts and digits": "mean, texts and digits",
+    "photos": "mean, photos",
+    "commonsense questions": "mean, questions",
+    "all": "mean, all tasks",
+}
 LABELS = {"lora": "LoRA", "dora": "DoRA"}
 COMPARED = {"doran": ("DoRAN", BLUE, "o"), "doran_old_start": ("DoRAN, old start", ORANGE, "s")}
 
@@ -205,8 +211,10 @@ def compared() -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
     """DoRAN's accuracy minus a reference's by reference, setting and arm: points, and half their interval."""
     panels: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for reference in ("lora", "dora"):
-        means = _table("experiments/overall.md", "## Mean over tasks")
-        rows = {"mean over tasks": {row["arm"]: row[f"minus {reference}"].partition(" (")[0] for row in means}}
+        rows = {
+            MEANS[row["tasks"]]: {arm: row[arm].partition(" (")[0] for arm in COMPARED}
+            for row in _table("experiments/overall.md", f"## Minus {reference}, mean over tasks")
+        }
         for row in _table("experiments/overall.md", f"## Minus {reference}, by setting"):
             study, _, share = row["setting"].partition(", ")
             rows[f"{TASKS[study]}, {share}"] = row
@@ -224,7 +232,8 @@ def _interval(cell: str) -> tuple[float, float]:
 def accuracy(panels: dict[str, dict[str, dict[str, tuple[float, float]]]], scheme: str) -> None:
     """Differences of accuracy with their intervals, one row per setting."""
     settings = list(next(iter(panels.values())))
-    figure, axes = pyplot.subplots(2, 1, figsize=(4.6, 0.66 * len(settings) + 1.6), sharex=True)
+    means = sum(setting in MEANS.values() for setting in settings)
+    figure, axes = pyplot.subplots(2, 1, figsize=(4.6, 0.54 * len(settings) + 1.6), sharex=True)
     for axis, (reference, rows) in zip(axes, panels.items(), strict=True):
         for shift, (arm, (label, colour, marker)) in zip((-0.15, 0.15), COMPARED.items(), strict=True):
             places = [place + shift for place, setting in enumerate(settings) if arm in rows[setting]]
@@ -235,16 +244,19 @@ def accuracy(panels: dict[str, dict[str, dict[str, tuple[float, float]]]], schem
                 xerr=halves,
                 fmt=marker,
                 color=colour,
-                markersize=4.5,
+                markersize=3.8,
                 capsize=2,
                 linewidth=1.2,
                 label=label,
             )
         axis.axvline(0, color=GREY, linewidth=0.8)
-        axis.axhline(0.5, color=GREY, linewidth=0.5, linestyle=":")
+        axis.axhline(means - 0.5, color=GREY, linewidth=0.5, linestyle=":")
         axis.set_yticks(range(len(settings)), settings, fontsize=9)
         axis.set_title(f"minus {LABELS[reference]}", loc="left", fontsize=11)
-        axis.invert_yaxis()
+        axis.set_ylim(len(settings) - 0.4, -0.6)
+        axis.xaxis.set_major_locator(pyplot.MultipleLocator(2))
+        axis.tick_params(labelbottom=True)
+        axis.grid(axis="x", color=GREY, linewidth=0.3)
     axes[1].set_xlabel("points of test accuracy, 95% interval")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=2, bbox_to_anchor=(0.4, 0.99))
     figure.tight_layout(rect=(0, 0, 1, 0.97))

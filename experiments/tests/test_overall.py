@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas
 
-from experiments.overall import FURTHER, TASKS, overall_page
+from experiments.overall import GROUPS, NEEDED, overall_page
 
 
 def task(own: float, *, further: bool = False) -> pandas.DataFrame:
@@ -20,12 +20,25 @@ def task(own: float, *, further: bool = False) -> pandas.DataFrame:
     ])  # fmt: skip
 
 
-def test_further_tasks_count_as_soon_as_they_have_a_table() -> None:
-    own = {name: task(0.25) for name in TASKS}
+def test_a_group_counts_as_soon_as_a_study_of_it_has_a_table() -> None:
+    own = {name: task(0.25) for name in NEEDED}
     page = overall_page(own)
-    assert "| doran | +0.25 ± 0.00 (3) | -0.75 ± 0.00 (3) |" in page
-    assert not any(name in page for name in FURTHER)
+    # Minus LoRA: DoRAN, DoRA, the shared trunk. Minus DoRA: LoRA, DoRAN, the shared trunk.
+    for group in ("texts and digits", "all"):
+        assert f"| {group} | +0.25 ± 0.00 (3) | +1.00 ± 0.00 (3) | +0.50 ± 0.00 (3) |" in page
+        assert f"| {group} | -1.00 ± 0.00 (3) | -0.75 ± 0.00 (3) | -0.50 ± 0.00 (3) |" in page
+    assert not any(name in page for group, names in GROUPS.items() for name in (group, *names) if names != NEEDED)
     page = overall_page({**own, "flowers": task(3.25, further=True)})
-    assert "| doran | +1.00 ± 0.00 (3) | " in page
+    assert "| texts and digits | +0.25 ± 0.00 (3) | " in page
+    assert "| photos | +3.25 ± 0.00 (3) | +1.00 ± 0.00 (3) |  |" in page  # flowers has no shared trunk
+    assert "| all | +1.00 ± 0.00 (3) | +1.00 ± 0.00 (3) |  |" in page
     assert "| flowers, 100% | +3.25 ± 0.00 | +1.00 ± 0.00 |  |" in page
-    assert "| doran_share_model |  |  |" in page  # flowers has no such arm
+    assert "commonsense" not in page
+
+
+def test_a_mean_counts_the_seeds_that_all_of_its_tasks_have() -> None:
+    photos = task(0.25, further=True)
+    page = overall_page({**{name: task(0.25) for name in NEEDED}, "flowers": photos[photos.seed < 2]})
+    assert "| texts and digits | +0.25 ± 0.00 (3) | " in page
+    assert "| photos | +0.25 ± 0.00 (2) | " in page
+    assert "| all | +0.25 ± 0.00 (2) | " in page
