@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "UPCAST_BYTES",
     "accumulation_dtype",
     "row_chunks",
     "squared_row_norms",
