@@ -4,10 +4,12 @@
     python benchmarks/train_step.py --out results --cpu --rounds 1     (a small model, to see that it runs)
 
 All methods of a setting live in one process on one set of base weights and take turns, since a machine's speed drifts.
-Milliseconds are medians and minima over all turns; ratios are to PEFT's LoRA with adapters in the base's precision, its
-fastest. Memory is the peak of a step, with all weights and the optimizer's state. On a GPU the time that the kernels
-take and their number are those of one more step under the profiler. Writes train_step.json and train_step.md after each
-setting; with ``--seconds`` no setting is begun after that time.
+Milliseconds are medians and minima over all turns, of steps that are waited for one by one; "in a row" is the mean of
+the steps of a turn without a wait between them, as a training loop runs them, and of these the median over the turns.
+Ratios are to PEFT's LoRA with adapters in the base's precision, its fastest. Memory is the peak of a step, with all
+weights and the optimizer's state. On a GPU the time that the kernels take and their number are those of one more step
+under the profiler. Writes train_step.json and train_step.md after each setting; with ``--seconds`` no setting is begun
+after that time.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class Result:
     method: str
     median_ms: float
     minimum_ms: float
+    row_ms: float
     peak_gib: float
     gpu_ms: float
     launches: int
@@ -86,7 +89,7 @@ class Method:
     """One method in one setting: the model, its optimizer and its step."""
 
     def __init__(self, base: nn.Module, name: str, setting: Setting, compiler: dict[str, str]) -> None:
-        self.name, self.setting, self.times = name, setting, list[float]()
+        self.name, self.setting, self.times, self.rows = name, setting, list[float](), list[float]()
         device = next(base.parameters()).device
         self.is_cuda = device.type == "cuda"
         before = self._allocated()
@@ -140,6 +143,11 @@ class Method:
             self.step()
             self.synchronize()
             self.times.append(1e3 * (time.perf_counter() - start))
+        start = time.perf_counter()
+        for _ in range(rounds):
+            self.step()
+        self.synchronize()
+        self.rows.append(1e3 * (time.perf_counter() - start) / rounds)
         if self.is_cuda:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - idle)
         self.optimizer.zero_grad()
@@ -172,14 +180,14 @@ def measure(
         gpu_ms, launches, kernels[method.name] = method.on_gpu()
         peak = (stored + method.own_bytes + method.peak_bytes) / 2**30
         times = method.times
-        took = statistics.median(times), min(times)
+        took = statistics.median(times), min(times), statistics.median(method.rows)
         results.append(Result(asdict(setting), method.name, *took, peak, gpu_ms, launches, method.first_s))
     return results, kernels
 
 
 HEADER = (
-    "targets", "r", "tokens", "compiled", "other", "method", "ms", "minimum", "x LoRA", "x of minima", "GiB", "x LoRA",
-    "GPU ms", "x LoRA", "kernels",
+    "targets", "r", "tokens", "compiled", "other", "method", "ms", "minimum", "x LoRA", "x of minima",
+    "in a row", "x LoRA", "GiB", "x LoRA", "GPU ms", "x LoRA", "kernels",
 )  # fmt: skip
 
 
@@ -195,7 +203,8 @@ def table(results: Sequence[Result]) -> str:
         cells = (
             facts["targets"], facts["rank"], facts["tokens"], "yes" if facts["compiled"] else "no", ", ".join(other),
             row.method, f"{row.median_ms:.1f}", f"{row.minimum_ms:.1f}", f"{row.median_ms / lora.median_ms:.3f}",
-            f"{row.minimum_ms / lora.minimum_ms:.3f}", *memory, *gpu, row.launches or "",
+            f"{row.minimum_ms / lora.minimum_ms:.3f}", f"{row.row_ms:.1f}", f"{row.row_ms / lora.row_ms:.3f}",
+            *memory, *gpu, row.launches or "",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
