@@ -1,5 +1,7 @@
 """Layers whose weight sides are computed together: against float64, whatever training does around them."""
 
+from types import SimpleNamespace
+
 import cases
 import models
 import pytest
@@ -116,7 +118,7 @@ def test_recomputed_outputs_have_the_same_gradients(monkeypatch):
 
 
 class Packed(nn.Parameter):
-    """A class of its own for a packed weight, such as bitsandbytes has."""
+    """A class of its own for a packed weight, such as bitsandbytes has, with what unpacks it beside it."""
 
 
 class HiddenLinear(nn.Module):
@@ -126,10 +128,11 @@ class HiddenLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = dense.in_features, dense.out_features
         self.packed = Packed(dense.weight.detach()[None].clone(), requires_grad=False)
+        self.packed.state = SimpleNamespace(scales={"rows": self.packed.new_ones(dense.out_features, 1)})
         self.bias = dense.bias
 
     def forward(self, x):
-        return nn.functional.linear(x, self.packed[0], self.bias)
+        return nn.functional.linear(x, self.packed[0] * self.packed.state.scales["rows"], self.bias)
 
 
 @pytest.mark.parametrize("norm_grad", ["full", "detached"])
@@ -158,3 +161,7 @@ def test_layers_that_hide_their_weight(kind, norm_grad, alone):
     for _ in range(2):
         assert_close({"y": outputs(hidden, x)}, {"y": right["y"]})
     assert len(alone) == 9, "and kept without gradients"
+    state = next(m for m in hidden.modules() if isinstance(m, HiddenLinear)).packed.state
+    for change in (lambda: state.scales["rows"].neg_(), lambda: state.scales.update(rows=-state.scales["rows"])):
+        change()  # the rows keep their norms
+        assert_close({"y": outputs(hidden, x)}, {"y": outputs(hidden, x, "reference")})

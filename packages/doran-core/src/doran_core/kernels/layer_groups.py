@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,9 +56,18 @@ def is_ordinary(tensor: Any) -> bool:
 
 
 def _lies_in_memory(tensor: Tensor) -> bool:
-    """Whether writes to a tensor can be seen: also to a packed weight, such as bitsandbytes' Params4bit."""
+    """Whether a tensor has an address and a counter of writes, as bitsandbytes' packed weights do."""
     has_own_operations = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return not (has_own_operations or tensor.is_meta or tensor.numel() == 0 or is_sharded(tensor))
+
+
+def _tensors_within(holder: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors in the attributes of a layer, of its tensors and of their states: the scales of a packed weight, say."""
+    for value in (holder if isinstance(holder, dict) else vars(holder)).values():
+        if isinstance(value, Tensor) and _lies_in_memory(value) and not value.is_inference():
+            yield value
+        if depth and (isinstance(value, dict) or hasattr(value, "__dict__")) and not callable(value):
+            yield from _tensors_within(value, depth - 1)
 
 
 class LayerInputs:
@@ -109,6 +118,8 @@ class LayerInputs:
         self._weight = base[0].get("weight") if self.is_usable else None
         self._weight_version = 0 if self._weight is None else internals.version(self._weight)
         weight, self.dtype = view.weight(), self.columns["magnitude"].dtype
+        self._packed = view.layer if weight is None else None
+        self._within: list[Tensor] = []
         if weight is not None and self.dtype.itemsize <= 4:
             self.dtype = weight.dtype
         self.key: tuple[Any, ...] = self._key(weight) if self.is_usable else ()
@@ -159,7 +170,7 @@ class LayerInputs:
         return self._weight is None or internals.version(self._weight) == self._weight_version
 
     def versions(self) -> list[int] | None:
-        """PyTorch's counters of writes to the tensors.
+        """PyTorch's counters of writes to the tensors; and what a packed weight consists of.
 
         None unless every tensor, module and option is the object that it was, where it was, no hook wants a call, and
         the base layer is frozen.
@@ -167,8 +178,13 @@ class LayerInputs:
         same = all(map(operator.is_, map(dict.get, self._places, self._names), self._values))
         if not same or any(self._hooks) or any(map(requires_grad, self._frozen)):
             return None
-        moved = list(map(Tensor.data_ptr, self._tensors)) != self._addresses
-        return None if moved else list(map(internals.version, self._tensors))
+        if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
+            return None
+        versions = list(map(internals.version, self._tensors))
+        if self._packed is not None:  # held until the next call, so that another tensor has another id
+            self._within = list(_tensors_within(self._packed))
+            versions += [number for t in self._within for number in (id(t), t.data_ptr(), internals.version(t))]
+        return versions
 
 
 def _network_columns(factors: GeneratedFactors) -> dict[str, _Slot]:
