@@ -103,3 +103,18 @@ def test_the_norm_of_a_quantized_layer_is_that_of_its_weight(saved_base: Path) -
             weight = base(torch.eye(base.in_features)).T - (0 if base.bias is None else base.bias[:, None])
             expected = (weight.double() + adapter.scaling * B.double() @ A.double()).norm(dim=1)
             torch.testing.assert_close(adapter.norm(layer.view, A, B).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_four_bits_packed_into_floating_numbers(storage: torch.dtype) -> None:
+    """As FSDP with QLoRA asks for: the packed weight is no matrix of the layer's shape."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    packed = bitsandbytes.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_storage=storage)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    packed.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_storage=storage)
+    model = nn.Sequential(packed.to("cpu"))
+    x = torch.randn(3, 64)
+    expected = model(x)
+    adapted = get_peft_model(model, DoranConfig(rank=4, target_modules=["0"]))
+    torch.testing.assert_close(adapted(x), expected)
+    assert {layer.view.kind for layer in doran_layers(adapted)} == {"opaque"}

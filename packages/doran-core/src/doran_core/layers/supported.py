@@ -27,7 +27,11 @@ def has_matrix(layer: nn.Module) -> bool:
     weight = held(layer, "weight")
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return False
-    return len(whole_shape(weight)) == 2 and weight.dtype.itemsize > 1
+    shape = whole_shape(weight)
+    declared = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
+    if type(weight) not in (Tensor, nn.Parameter) and None not in declared and shape != declared:
+        return False  # bitsandbytes packs 4 bits into floating numbers, too (quant_storage)
+    return len(shape) == 2 and weight.dtype.itemsize > 1
 
 
 def is_transposed(layer: nn.Module) -> bool:
