@@ -62,7 +62,7 @@ def _lies_in_memory(tensor: Tensor) -> bool:
 
 
 def _tensors_within(holder: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Tensors in the attributes of a layer, of its tensors and of their states: the scales of a packed weight, say."""
+    """All tensors that a layer holds, those in attributes of its tensors and states too: a packed weight's scales."""
     for value in (holder if isinstance(holder, dict) else vars(holder)).values():
         if isinstance(value, Tensor) and _lies_in_memory(value) and not value.is_inference():
             yield value
@@ -118,7 +118,7 @@ class LayerInputs:
         self._weight = base[0].get("weight") if self.is_usable else None
         self._weight_version = 0 if self._weight is None else internals.version(self._weight)
         weight, self.dtype = view.weight(), self.columns["magnitude"].dtype
-        self._packed = view.layer if weight is None else None
+        self._hiding_layer = view.layer if weight is None else None
         self._within: list[Tensor] = []
         if weight is not None and self.dtype.itemsize <= 4:
             self.dtype = weight.dtype
@@ -170,7 +170,7 @@ class LayerInputs:
         return self._weight is None or internals.version(self._weight) == self._weight_version
 
     def versions(self) -> list[int] | None:
-        """PyTorch's counters of writes to the tensors; and what a packed weight consists of.
+        """PyTorch's counters of writes to the tensors; of a layer that hides W0 also all tensors that it holds.
 
         None unless every tensor, module and option is the object that it was, where it was, no hook wants a call, and
         the base layer is frozen.
@@ -181,8 +181,8 @@ class LayerInputs:
         if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
             return None
         versions = list(map(internals.version, self._tensors))
-        if self._packed is not None:  # held until the next call, so that another tensor has another id
-            self._within = list(_tensors_within(self._packed))
+        if self._hiding_layer is not None:
+            self._within = list(_tensors_within(self._hiding_layer))  # kept, so that another tensor has another id
             versions += [number for t in self._within for number in (id(t), t.data_ptr(), internals.version(t))]
         return versions
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "accumulation_dtype",
-    "row_chunks",
-    "squared_row_norms",
-    "wide_product",
-    "wide_transposed_product",
-]
+__all__ = ["accumulation_dtype", "row_chunks", "squared_row_norms", "wide_product", "wide_transposed_product"]
 
 UPCAST_BYTES = 64 * 2**20
 """Most memory that the wider copy of a half-precision weight takes at a time, in bytes."""
