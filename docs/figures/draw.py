@@ -203,6 +203,7 @@ MEANS = {
     "commonsense questions": "mean, questions",
     "all": "mean, all tasks",
 }
+"""What the means over groups of tasks are called there."""
 LABELS = {"lora": "LoRA", "dora": "DoRA"}
 COMPARED = {"doran": ("DoRAN", BLUE, "o"), "doran_old_start": ("DoRAN, old start", ORANGE, "s")}
 
