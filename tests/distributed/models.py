@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from devices import here
 from strategies import Options, Spread, spread
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -57,7 +58,7 @@ class Model(nn.Module):
 
 def make_model(dtype: torch.dtype = torch.float32) -> Model:
     torch.manual_seed(0)
-    return Model().to(dtype)
+    return Model().to(here(), dtype)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def batches(steps: int, rank: int | None, accumulate: int = 1) -> list[list[Tens
     generator = torch.Generator().manual_seed(7)
     whole = [[torch.randint(50, (4, 6), generator=generator) for _ in range(accumulate)] for _ in range(min(steps, 3))]
     rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
-    return [[batch[rows] for batch in whole[step % len(whole)]] for step in range(steps)]
+    return [[batch[rows].to(here()) for batch in whole[step % len(whole)]] for step in range(steps)]
 
 
 def loss_of(model: Any, tokens: Tensor) -> Tensor:
@@ -169,9 +170,9 @@ def train(
 
 @torch.no_grad()
 def probe(spreading: Spread) -> Tensor:
-    """Logits of a fixed batch, in evaluation, float32."""
+    """Logits of a fixed batch, in evaluation, float32, on the CPU."""
     spreading.model.eval()
     tokens = batches(1, None)[0][0]
     cast = spreading.options.bf16 and spreading.options.strategy in ("single", "ddp")
-    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-        return spreading.model(tokens).float().clone()
+    with torch.autocast(here().type, torch.bfloat16, enabled=cast):
+        return spreading.model(tokens).float().cpu().clone()

@@ -1,4 +1,7 @@
-"""Two processes joined by gloo that run functions for the tests, and stay up between tests: imports take seconds."""
+"""Two processes that run functions for the tests, and stay up between tests: imports take seconds.
+
+Gloo joins them, on GPUs NCCL.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
-__all__ = ["Pair", "RemoteError", "skip_builds"]
+from devices import BACKENDS, ON_GPUS, here
+
+__all__ = ["WORLD", "Pair", "RemoteError", "skip_builds"]
 
 WORLD = 2
 _START = 600.0
@@ -132,21 +137,24 @@ def skip_builds() -> None:
 def _serve(rank: int, meeting: str, preload: Sequence[str], pipe: Connection) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+    if not ON_GPUS:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
     quiet = os.open(os.devnull, os.O_WRONLY)  # what the libraries say of every step; errors go through the pipe
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     import torch
 
     torch.set_num_threads(1)
+    if ON_GPUS:
+        torch.cuda.set_device(here())
     for name in preload:
         import_module(name)
     if "deepspeed" in preload:
         skip_builds()
     torch.distributed.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=_START)
+        BACKENDS, init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=_START)
     )
     pipe.send(("", None))
     while True:

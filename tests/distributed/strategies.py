@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from devices import here
 from torch import Tensor, nn
 
 __all__ = ["STRATEGIES", "Options", "Spread", "spread"]
@@ -85,7 +86,7 @@ class Spread:
             model.set_requires_gradient_sync(last)
         waiting = model.no_sync() if kind in ("ddp", "fsdp1") and not last else nullcontext()
         cast = self.options.bf16 and kind in ("single", "ddp")
-        with waiting, torch.autocast("cpu", torch.bfloat16) if cast else nullcontext():
+        with waiting, torch.autocast(here().type, torch.bfloat16) if cast else nullcontext():
             yield
 
     @contextmanager
@@ -168,7 +169,7 @@ def _fsdp1(model: nn.Module, options: Options, block: type[nn.Module]) -> Spread
         auto_wrap_policy=policies.get(options.units),
         mixed_precision=half,
         use_orig_params=True,
-        device_id=torch.device("cpu"),
+        device_id=here(),
     )
     return Spread(wrapped, model, options)
 
@@ -180,7 +181,7 @@ def _fsdp2(model: nn.Module, options: Options, block: type[nn.Module]) -> Spread
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if options.bf16 else None
     shard = functools.partial(
         fully_shard,
-        mesh=init_device_mesh("cpu", (2,)),
+        mesh=init_device_mesh(here().type, (2,)),
         reshard_after_forward=options.reshard,
         **({"mp_policy": half} if half else {}),
     )

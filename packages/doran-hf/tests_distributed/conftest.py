@@ -1,4 +1,7 @@
-"""Two processes over gloo for all tests of this folder. Without DeepSpeed its part is skipped, and says so."""
+"""Two processes over gloo for all tests of this folder. Without DeepSpeed its part is skipped, and says so.
+
+With DORAN_TEST_DEVICE=cuda the processes have a GPU each, and NCCL joins them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
-sys.path.append(str(Path(__file__).parents[3] / "tests" / "distributed"))  # processes.py, strategies.py, models.py
+sys.path.append(str(Path(__file__).parents[3] / "tests" / "distributed"))  # devices.py, processes.py, ...
 
-from processes import Pair
+from devices import ON_GPUS
+from processes import WORLD, Pair
+
+if ON_GPUS and torch.cuda.device_count() < WORLD:
+    raise pytest.UsageError(f"DORAN_TEST_DEVICE=cuda needs {WORLD} GPUs, found {torch.cuda.device_count()}")
 
 
 @pytest.fixture(scope="session")

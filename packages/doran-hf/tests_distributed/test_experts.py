@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import here
 from peft import get_peft_model
 from processes import Pair, RemoteError
 from strategies import Options, spread
@@ -29,7 +30,7 @@ def adapted(factors: str, targets: tuple[str, ...]) -> nn.Module:
             num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
         ),
         experts_implementation="eager",
-    )  # fmt: skip
+    ).to(here())  # fmt: skip
     for name, parameter in base.named_parameters():
         if "experts" in name or "gate" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -56,7 +57,7 @@ def train(
     targets: tuple[str, ...] = ("gate",),
 ) -> Any:
     """The losses of this process's rows, and the trained parameters."""
-    tokens = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(7))
+    tokens = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(7)).to(here())
     rank = torch.distributed.get_rank() if options.strategy != "single" else None
     rows = tokens if rank is None else tokens[2 * rank : 2 * rank + 2]
     spreading = spread(adapted(factors, targets), options, block)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import ON_GPUS
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -34,7 +35,7 @@ SPREAD = {
     "zero2": "spread by DEEPSPEED 2",
     "zero3": "spread by DEEPSPEED 3",
 }
-"""By configuration, what accelerate is to say of it."""
+"""By configuration, what accelerate is to say of it (on_cpu.py says it)."""
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +54,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(f"t{3 + (7 * row + 5 * place) % 61}" for place in range(8)) for row in range(STEPS * BATCH)]
     (made / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     script = str(EXAMPLES / "train.py")
-    run(made, "one", [sys.executable, script], BATCH)
-    run(made, "lora-one", [sys.executable, script], BATCH, "--lora")
+    run(made, "one", [sys.executable, script], BATCH, gpus="0")
+    run(made, "lora-one", [sys.executable, script], BATCH, "--lora", gpus="0")
     return made
 
 
-def run(folder: Path, name: str, command: list[str], batch: int, *options: str) -> str:
+def run(folder: Path, name: str, command: list[str], batch: int, *options: str, gpus: str = "0,1") -> str:
     """Train to `folder/name`; what was printed."""
     arguments = [folder / "base", folder / "texts.jsonl", folder / name, "--steps", STEPS, "--batch", batch, *options]
-    variables = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "HF_DATASETS_CACHE": str(folder / "cache")}
+    on_cpu = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    variables = {"CUDA_VISIBLE_DEVICES": gpus} if ON_GPUS else on_cpu
+    variables |= {"HF_DATASETS_CACHE": str(folder / "cache")}
     done = subprocess.run(
         [*command, *map(str, arguments)],
         env=os.environ | variables,
@@ -78,8 +81,9 @@ def launched(folder: Path, name: str, out: str, *options: str, precision: str | 
     """Train under a configuration, or another precision than it has, with two processes, to `folder/out`."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / f"{name}.yaml")]
     launch += ["--main_process_port", "0", *(["--mixed_precision", precision] if precision else [])]
-    script = [str(ON_CPU), *(["--ddp"] if name == "ddp" else []), str(EXAMPLES / "train.py")]
-    assert f"{SPREAD[name]} over 2" in run(folder, out, launch + script, BATCH // 2, *options)
+    on_cpu = [] if ON_GPUS else [str(ON_CPU), *(["--ddp"] if name == "ddp" else [])]
+    said = run(folder, out, [*launch, *on_cpu, str(EXAMPLES / "train.py")], BATCH // 2, *options)
+    assert ON_GPUS or f"{SPREAD[name]} over 2" in said
 
 
 @pytest.mark.parametrize("name", SPREAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import here
 from models import Adaptation, adapted, probe, train
 from processes import Pair, RemoteError
 from strategies import Options, Spread
@@ -72,7 +73,7 @@ def test_it_is_one_process(pair: Pair, setting: str, method: str) -> None:
 def networks_first(how: Adaptation, options: Options) -> nn.Module:
     """The shared networks are units of their own, as docs/howto/scaling.md has it."""
     model = adapted(how)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(here().type, (2,))
     for network in shared_networks(model):
         fully_shard(network, mesh=mesh, reshard_after_forward=False)
     return model
@@ -88,7 +89,7 @@ def test_fsdp2_with_networks_as_units_of_their_own(pair: Pair, method: str) -> N
 def adapters_in_float32(how: Adaptation, options: Options) -> nn.Module:
     """The adapters are units of their own without a policy, as docs/howto/scaling.md has it."""
     model = adapted(how)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(here().type, (2,))
     for module in model.modules():
         if isinstance(module, DoranAdapter):
             fully_shard(module, mesh=mesh)

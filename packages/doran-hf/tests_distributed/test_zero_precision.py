@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from devices import here
 from models import Adaptation, Outcome, adapted, loss_of, probe, train
 from processes import Pair
 from strategies import Options, Spread
@@ -35,12 +36,12 @@ def optimizer_start(how: Adaptation, bf16: bool, stage: str) -> tuple[dict[str, 
 
     def make(how: Adaptation, options: Options) -> torch.nn.Module:
         model = adapted(how) if bf16 else bfloat16_base(how, options)
-        made.update({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        made.update({name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad})
         return model
 
     def read(spreading: Spread) -> dict[str, torch.Tensor]:
         model = spreading.inner
-        return {n: safe_get_full_fp32_param(p).clone() for n, p in model.named_parameters() if p.requires_grad}
+        return {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
     return train(how, Options(stage, bf16=bf16, steps=0), read, make), made
 
@@ -90,7 +91,7 @@ def warned(how: Adaptation, bf16: bool, stage: str) -> tuple[list[str], set[torc
                 module.register_forward_pre_hook(lambda adapter, args: seen.add(adapter.magnitude.dtype))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
-            loss_of(spreading.model, torch.arange(12).view(2, 6))
+            loss_of(spreading.model, torch.arange(12, device=here()).view(2, 6))
             probe(spreading)
         return [str(warning.message) for warning in caught if "DeepSpeed" in str(warning.message)]
 
