@@ -62,6 +62,8 @@ class Pair:
             RemoteError: one of them raised. The other may wait for it in a collective: unless it raises likewise soon,
                 both are started anew.
         """
+        if not all(process.is_alive() for process in self._processes):
+            self.stop()  # one ended after its answer, as NCCL's watchdog may have it
         if not self._processes:
             self._start()
         for pipe in self._pipes:
