@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from devices import ON_GPUS
 from models import Adaptation, Outcome, batches, train
 from processes import Pair
 from strategies import STRATEGIES, Options
@@ -44,7 +45,8 @@ def test_float32_is_one_process(pair: Pair, strategy: str, method: str, factors:
     outcomes = pair.run(train, Adaptation(method, {"factors": factors}), Options(strategy))
     losses, tensors, logits = distances(outcomes, one)
     assert (losses < EXACT, tensors < EXACT, logits < EXACT) == (True, True, True), (losses, tensors, logits)
-    assert torch.equal(outcomes[0].start, one.start)  # an adapter that was just made is the base model
+    # An adapter that was just made is the base model. A GPU's products differ with where ZeRO-3's weights lie.
+    torch.testing.assert_close(outcomes[0].start, one.start, atol=1e-6 if ON_GPUS else 0.0, rtol=0.0)
     assert max(abs(a - b) for a, b in zip(one.losses, one.losses[1:], strict=False)) > 1e-2  # it does train
 
 

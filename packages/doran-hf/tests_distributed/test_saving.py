@@ -15,6 +15,7 @@ from processes import Pair, RemoteError
 from strategies import Options, Spread, spread
 
 from doran_core.adapter import read_folded
+from doran_core.layers import DoranAdapter
 from doran_hf import save_folded
 
 
@@ -136,3 +137,38 @@ def test_fsdp2_resumes_from_torchs_checkpoint(pair: Pair, method: str, sharing: 
     for at_once, resumed in pair.run(resume, Adaptation(method, {"sharing": sharing}), Options("fsdp2")):
         assert at_once.keys() == resumed.keys()
         assert all(torch.equal(at_once[name], resumed[name]) for name in at_once)
+
+
+def load_another_base(how: Adaptation, options: Options) -> Any:
+    """Logits before and after loading a base of 1.3 times the weights, and how many norms each of the passes took."""
+
+    def run(spreading: Spread) -> tuple[list[torch.Tensor], list[int]]:
+        taken, reset_base = [], DoranAdapter.reset_base
+
+        def counted(adapter: DoranAdapter, view: Any) -> None:
+            taken.append(adapter)
+            reset_base(adapter, view)
+
+        logits, counts = [], []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DoranAdapter, "reset_base", counted)
+            for is_loaded in (False, True, False):
+                if is_loaded:
+                    state = spreading.model.state_dict().items()
+                    other = {name: t * 1.3 if name.endswith("base_layer.weight") else t for name, t in state}
+                    spreading.model.load_state_dict(other)
+                logits.append(probe(spreading))
+                counts.append(len(taken))
+        return logits, counts
+
+    return train(how, options, run)
+
+
+@pytest.mark.parametrize("method", ["core", "hf"])
+def test_fsdp2_takes_the_norms_of_a_loaded_base_once(pair: Pair, method: str) -> None:
+    """Its parameters count no writes, and lie elsewhere in each pass."""
+    logits, _ = load_another_base(Adaptation(method), Options(steps=3))
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+    for found, counts in pair.run(load_another_base, Adaptation(method), Options("fsdp2", steps=3)):
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
+        assert counts == [0, 8, 8]

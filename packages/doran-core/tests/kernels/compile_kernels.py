@@ -51,8 +51,8 @@ def launch_layer(passes, dtype, rank, d_out, has_bias):
 def launch_weight_side(passes, dtype, rank, d_out, d_in, tau_per_row, transposed):
     weight = torch.empty(d_in, d_out, dtype=dtype).T if transposed else torch.empty(d_out, d_in, dtype=dtype)
     A, B, rows = torch.empty(1, rank, d_in, dtype=dtype), torch.empty(1, d_out, rank), torch.empty(1, d_out)
-    tau, table = (rows if tau_per_row else torch.empty(1, 1)), torch.zeros(1, dtype=torch.int64)
-    shape = Shape([weight], rows, [0.0], dtype, 1.5, False, tau_per_row, passes, table)
+    tau = rows if tau_per_row else torch.empty(1, 1)
+    shape = Shape([weight], rows, [0.0], dtype, 1.5, False, tau_per_row, passes)
     passes.row_scales(shape, None, A, B, rows, tau)
     passes.add_weight_products(shape, torch.empty(1, rank, d_in), B.to(dtype))
 

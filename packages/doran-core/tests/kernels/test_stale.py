@@ -276,6 +276,29 @@ def test_a_base_weight_changed_between_forward_and_backward_is_an_error():
             loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_base_weight_that_lies_elsewhere_in_the_backward_pass(dtype):
+    """fully_shard frees it after the forward pass, and gathers it anew: the same tensor, uncounted, other memory."""
+    model, x = make(dtype), make_x(dtype)
+    right = gradients(model, x)
+    in_its_place = []
+
+    def moved(y):
+        for weight in (p for p in model.parameters() if not p.requires_grad):
+            storage, values = weight.untyped_storage(), weight.detach().clone()
+            size, before = storage.size(), weight.data_ptr()
+            storage.resize_(0)
+            in_its_place.append(torch.full((size,), 255, dtype=torch.uint8, device=weight.device))
+            storage.resize_(size)
+            weight.data.copy_(values)
+            in_its_place.append(weight.data_ptr() != before)
+        return y.square().sum()
+
+    found = gradients(model, x, run=moved)
+    assert any(each is True for each in in_its_place), "some weight did move"
+    assert_close(found, right, 0.0)
+
+
 def test_another_backend_between_passes():
     model, x = make(), make_x()
     right = exact(model, x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.errors import TargetError
+from doran_core.layers.adapter import forget_loaded_base
 from doran_core.layers.stack import StackAdapter, StackView
 from doran_core.support.torch_internals import own_modules
 from doran_hf.adapted_weight import AdaptedWeight, call_with, refuse_replaced_forward, summed
@@ -121,6 +122,7 @@ class DoranExperts(nn.Module):
         self.name = name
         self.base_layer = base_layer
         self._refuse_bypass()
+        self.register_load_state_dict_pre_hook(forget_loaded_base)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from doran_core.checkpoint.fingerprint import exact_digest
 from doran_core.errors import ConfigError, TargetError
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
+from doran_core.layers.adapter import forget_loaded_base
 from doran_core.layers.modules import layer_spec
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
@@ -59,6 +60,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self._prepare(base_view(base_layer, name), name)
+        self.register_load_state_dict_pre_hook(forget_loaded_base)  # type: ignore[no-untyped-call]
 
     def _prepare(self, view: BaseView, name: str) -> None:
         self.in_features, self.out_features = view.d_in, view.d_out

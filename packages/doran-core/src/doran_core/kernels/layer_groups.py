@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -294,14 +293,11 @@ def _products_of_calls(shape: Shape, views: Sequence[BaseView], A: Tensor) -> Te
 
 
 def _shape_of(layers: Sequence[tuple[DoranAdapter, BaseView]], implementation: Implementation) -> Shape:
-    adapter, view = layers[0]
+    adapter = layers[0][0]
     weights = [view.weight() for _, view in layers]
     norms = torch.stack([adapter.squared_norm_of_base(view) for adapter, view in layers])
     hidden = weights[0] is None
     dtype = norms.dtype if hidden else weights[0].dtype  # type: ignore[union-attr]
-    table = None
-    if implementation == "triton" and not hidden:
-        table = _address_table(view.device, tuple(weight.data_ptr() for weight in weights))  # type: ignore[union-attr]
     return Shape(
         weights=[] if hidden else [weight.detach() for weight in weights],  # type: ignore[union-attr]
         squared_norm=norms,
@@ -311,17 +307,7 @@ def _shape_of(layers: Sequence[tuple[DoranAdapter, BaseView]], implementation: I
         detach_norm=adapter.config.norm_grad == "detached",
         repair=adapter.config.norm_method == "auto" and not hidden,
         passes=passes_of(implementation),
-        table=table,
     )
-
-
-@functools.lru_cache(maxsize=4096)
-def _address_table(device: torch.device, addresses: tuple[int, ...]) -> Tensor | None:
-    """Addresses as a tensor on the device, without waiting for it; None if kernels could not load from one aligned."""
-    if any(address % 16 for address in addresses):
-        return None
-    table = torch.tensor(addresses, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def group_layers(inputs: Sequence[tuple[LayerInputs, Implementation]]) -> list[LayerGroup]:

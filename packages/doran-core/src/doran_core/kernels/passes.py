@@ -44,7 +44,6 @@ class Shape:
         detach_norm: no gradient through the norm.
         repair: take the norm directly for rows in which V nearly cancels.
         passes: the implementation.
-        table: the addresses of the W0, for kernels; None without kernels.
     """
 
     weights: Sequence[Tensor]
@@ -55,7 +54,6 @@ class Shape:
     detach_norm: bool
     repair: bool
     passes: TorchPasses
-    table: Tensor | None = None
 
 
 class TorchPasses:

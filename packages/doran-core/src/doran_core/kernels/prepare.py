@@ -154,7 +154,9 @@ class Runtime:
         with torch.inference_mode(False), torch.no_grad():
             inputs = self.current_inputs(adapter, view)
             side = compute_alone(adapter, view, implementation)
-            if inputs is not None and not (view.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            capturing = view.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            # FSDP2 writes to parameters uncounted: each pass gathers them into the same tensors.
+            if inputs is not None and not capturing and not internals.uses_fully_shard():
                 side.checked, self.kept = _Checked(inputs, implementation), side
         return side
 

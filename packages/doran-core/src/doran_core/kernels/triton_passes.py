@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,13 +82,14 @@ class TritonPasses(TorchPasses):
         self, shape: Shape, U: Tensor | None, A: Tensor, B: Tensor, magnitude: Tensor, tau: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         layers, d_out, rank = B.shape
-        if shape.table is None or A.dtype not in _HALF or rank > _ONE_BLOCK:
+        table = _addresses(shape.weights) if A.dtype in _HALF and rank <= _ONE_BLOCK else None
+        if table is None:
             return super().row_scales(shape, U, A, B, magnitude, tau)
         K, norm, scale = torch.empty_like(B), torch.empty_like(magnitude), torch.empty_like(magnitude)
         block_d, block_r = 64, _padded(rank)
         launch(
             kernels.row_scales_kernel, (_cdiv(d_out, block_d), layers),
-            (shape.table, A, B, shape.squared_norm, magnitude, tau, K, norm, scale),
+            (table, A, B, shape.squared_norm, magnitude, tau, K, norm, scale),
             (d_out, rank, A.shape[2], *shape.weights[0].stride(), shape.scaling, functional.CANCELLATION_THRESHOLD),
             TAU_PER_ROW=tau.shape[1] > 1, REPAIR=shape.repair, WIDEN=_INTERPRETING,
             BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_K=128,
@@ -96,13 +99,14 @@ class TritonPasses(TorchPasses):
 
     def add_weight_products(self, shape: Shape, total: Tensor, left: Tensor) -> None:
         layers, d_out, rank = left.shape
-        if shape.table is None or left.dtype not in _HALF or rank > _ONE_BLOCK:
+        table = _addresses(shape.weights) if left.dtype in _HALF and rank <= _ONE_BLOCK else None
+        if table is None:
             super().add_weight_products(shape, total, left)
             return
         d_in, parts, block_k = total.shape[2], _cdiv(d_out, _ROWS_PER_PART), 128
         products = total.new_empty(layers, parts, rank, d_in)
         launch(
-            kernels.weight_product_kernel, (_cdiv(d_in, block_k), parts, layers), (shape.table, left, products),
+            kernels.weight_product_kernel, (_cdiv(d_in, block_k), parts, layers), (table, left, products),
             (d_out, d_in, rank, _cdiv(d_out, parts), *shape.weights[0].stride()),
             WIDEN=_INTERPRETING, BLOCK_T=64, BLOCK_R=_padded(rank), BLOCK_K=block_k, num_stages=4,
         )  # fmt: skip
@@ -128,6 +132,23 @@ class TritonPasses(TorchPasses):
         block = 64
         grid = _cdiv(d_out, block), experts, _parts(scale)
         launch(kernel, grid, tensors, (len(tensors[0]), d_out), BLOCK_T=block, BLOCK_D=block)
+
+
+def _addresses(weights: Sequence[Tensor]) -> Tensor | None:
+    """Where the W0 lie now, as a tensor; None if kernels cannot load them, or there are none.
+
+    FSDP2 frees a weight after the forward pass, and gathers it for the backward pass somewhere else.
+    """
+    return _table(weights[0].device, tuple(map(Tensor.data_ptr, weights))) if weights else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _table(device: torch.device, addresses: tuple[int, ...]) -> Tensor | None:
+    """Addresses as a tensor on the device, without waiting for it; None if one is not aligned."""
+    if any(address % 16 for address in addresses) or not all(addresses):
+        return None
+    table = torch.tensor(addresses, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def _parts(scale: Tensor) -> int:

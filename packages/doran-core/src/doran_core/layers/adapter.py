@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from doran_core.method.tau import Tau
 from doran_core.support.sharding import is_dtensor, read, refuse_zero_init
 from doran_core.support.torch_internals import backward_pass, distributed_data_parallel, has_saved_tensor_hooks
 
-__all__ = ["DoranAdapter"]
+__all__ = ["DoranAdapter", "forget_loaded_base"]
 
 
 class DoranAdapter(nn.Module):
@@ -255,6 +255,17 @@ class DoranAdapter(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"d_in={spec.d_in}, d_out={spec.d_out}, rank={spec.rank}, scaling={spec.scaling:g}"
+
+
+def forget_loaded_base(layer: nn.Module, state: Mapping[str, object], prefix: str, *_: object) -> None:
+    """Hook of an adapted layer before it loads a state: if that has base weights, their norms are taken anew.
+
+    FSDP2 does not count what is loaded into its parameters.
+    """
+    if any(name.startswith(f"{prefix}base_layer.") for name in state):
+        for module in layer.modules():
+            if isinstance(module, DoranAdapter):
+                module._base_version = None
 
 
 def _no_operation(module: nn.Module, args: object) -> None:

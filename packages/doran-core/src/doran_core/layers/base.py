@@ -18,7 +18,7 @@ from doran_core import functional
 from doran_core.errors import TargetError
 from doran_core.layers.supported import Convolution, check_supported, has_matrix, is_transposed
 from doran_core.support.sharding import gathered, held, is_flattened, is_whole, offload_hook, whole, whole_shape
-from doran_core.support.torch_internals import convolve, is_observed, own_parameters, version
+from doran_core.support.torch_internals import convolve, is_observed, own_parameters, uses_fully_shard, version
 
 __all__ = ["BaseView", "ModuleKind", "base_view"]
 
@@ -125,15 +125,17 @@ class BaseView(ABC):
         return matrix
 
     def weight_version(self) -> tuple[int, int, torch.dtype] | None:
-        """A value that changes when W0 is replaced, moved, cast or written to; None if W0 is hidden, or FSDP replaces
+        """A value that changes when W0 is replaced, moved, cast or written to; None if W0 is hidden, or FSDP1 replaces
         it in each pass.
 
-        PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one.
+        PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one. FSDP2 moves
+        W0's memory in each pass, so with FSDP2 the place is the tensor.
         """
         if self.weight() is None or self.parameter in vars(self.layer):
             return None
         weight = cast(Tensor, getattr(self.layer, self.parameter))
-        return weight.data_ptr(), 0 if weight.is_inference() else version(weight), weight.dtype
+        place = id(weight) if uses_fully_shard() else weight.data_ptr()
+        return place, 0 if weight.is_inference() else version(weight), weight.dtype
 
     def product(self, A: Tensor) -> Tensor:
         """``U = W0 @ A.T``, ``[d_out, r]``, differentiable in A ``[r, d_in]``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.checkpoint.fingerprint import exact_digest
-from doran_core.layers.adapter import DoranAdapter
+from doran_core.layers.adapter import DoranAdapter, forget_loaded_base
 from doran_core.layers.base import BaseView, base_view
 from doran_core.layers.swap import WeightSwap
 from doran_core.method.config import DoranConfig
@@ -85,6 +85,7 @@ class AdaptedLayer(nn.Module):
             parameter.requires_grad_(False)
         self.enabled = True
         self._swap = WeightSwap()
+        self.register_load_state_dict_pre_hook(forget_loaded_base)  # type: ignore[no-untyped-call]
 
     @property
     def view(self) -> BaseView:

@@ -25,7 +25,7 @@ from doran_core.method.config import DoranConfig
 from doran_core.method.factors import LayerSpec
 from doran_core.support.accumulation import UPCAST_BYTES
 from doran_core.support.sharding import is_sharded, is_whole, read, whole_shape
-from doran_core.support.torch_internals import own_parameters, version
+from doran_core.support.torch_internals import own_parameters, uses_fully_shard, version
 
 __all__ = ["StackAdapter", "StackView"]
 
@@ -198,7 +198,7 @@ class StackAdapter(DoranAdapter):
         plain = (Tensor, nn.Parameter)
         ordinary = all(type(t) in plain and not t.is_inference() and not is_sharded(t) for t in tensors)
         random = self.training and self.config.tau_kind == "gaussian"
-        if weight is None or weight.is_inference() or not ordinary or random:
+        if weight is None or weight.is_inference() or not ordinary or random or uses_fully_shard():
             return None
         return now(), weight.data_ptr(), version(weight), *((t.data_ptr(), version(t), t.dtype) for t in tensors)
 
