@@ -189,7 +189,10 @@ def _questions(find: Callable[[], Path], *, begins: bool = False) -> Callable[[P
         model, tokenizer = _gguf(find())
         pieces = [tokenizer(text, add_special_tokens=False).input_ids for text in questions.PIECES]
         if any(len(ids) != 1 for ids in pieces):
-            raise ExperimentError(f"{find()}: its tokenizer has no single token for each of {questions.PIECES}")
+            raise ExperimentError(
+                f"{find()}: expected a tokenizer with one token for each of {questions.PIECES}, got {pieces} "
+                "(transformers 5.17 reads the tokenizer in Gemma's file wrongly; 5.19 reads it rightly)"
+            )
         rows = model.get_output_embeddings().weight[[ids[0] for ids in pieces]].detach().clone()
 
         def head(seed: int) -> tuple[Tensor, Tensor]:

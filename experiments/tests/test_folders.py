@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,15 @@ def test_questions_of_another_form_are_refused(folder: Path, tokenizer: Any) -> 
     file.write_text(json.dumps([question(0, 2, 3, "Solution")]))
     with pytest.raises(ExperimentError, match=r"piqa/test.json: expected an answer that names one of its choices"):
         questions.questions_split(folder / "asked", tokenizer)
+
+
+def test_a_tokenizer_that_splits_an_answer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokenizer(text: str, *, add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[0] * len(text.split(" ")))
+
+    monkeypatch.setattr("experiments.tasks._gguf", lambda file: (None, tokenizer))
+    with pytest.raises(ExperimentError, match=r"one token for each of .*, got .*\[0, 0\]\] \(transformers 5\.17"):
+        load_task("smollm2/asked", folder / "cache", folder)
 
 
 def test_what_is_missing_is_said(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
