@@ -75,7 +75,8 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     arms = table.arm.drop_duplicates().tolist()
     reference = next((arm for arm in arms if arm.startswith("lora")), arms[0])
     own = next((arm for arm in arms if arm.startswith("doran")), arms[0])
-    references = list(dict.fromkeys([reference, own]))
+    compares_models = table.method.nunique() == 1 and table.model.nunique() > 1
+    references = [] if compares_models else list(dict.fromkeys([reference, own]))
     model, steps, batch = ", ".join(table.model.unique()), table.steps.iloc[0], table.batch.iloc[0]
     devices = ", ".join(sorted(table.device.unique()))
     note = (
@@ -84,8 +85,8 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
         "differences are paired by seed. The spread does not include that of the choice of test examples. A star marks "
         "a rate at the end of its grid."
     )
-    if _searched(table):
-        note += " Some of the seeds tried every rate; the others ran at the rate that these chose."
+    if searched := _searched(table):
+        note += f" Of {', '.join(searched)}, some seeds tried every rate; the others ran at the rate that these chose."
     if _all_old(table):
         note += ' **Old start**: all generators start from N(0, 1) (`generator_init="normal"`), with embeddings of 64.'
     parts = [*_head(name, note), "## At the chosen rate", "", tables.summary(table, references)]
@@ -117,10 +118,13 @@ def _study(name: str, table: pandas.DataFrame, folder: Path, into: Path) -> str:
     return "\n".join(parts)
 
 
-def _searched(table: pandas.DataFrame) -> bool:
-    """Whether an arm has more seeds at one rate than at another."""
-    seeds = table.groupby(["arm", "fraction", "rate"]).seed.nunique().groupby(["arm", "fraction"])
-    return bool((seeds.max() > seeds.min()).any())
+def _searched(table: pandas.DataFrame) -> list[str]:
+    """The arms that have more seeds at one rate than at another."""
+    seeds = (
+        table.groupby(["arm", "fraction", "rate"], sort=False).seed.nunique().groupby(["arm", "fraction"], sort=False)
+    )
+    more = seeds.max() > seeds.min()
+    return [str(arm) for arm in more[more].index.get_level_values("arm").drop_duplicates()]
 
 
 def _all_old(table: pandas.DataFrame) -> bool:

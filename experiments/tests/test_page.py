@@ -10,6 +10,8 @@ import pytest
 
 from experiments.__main__ import RESULTS, STUDIES, main
 from experiments.collect import known_runs, searched
+from experiments.overall import GROUPS
+from experiments.statistics import mean_interval
 from experiments.study import load_study
 from experiments.tests.conftest import needs_a_folder
 
@@ -62,6 +64,32 @@ def test_every_run_of_every_study_is_stored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("study", [*NAMES, "overall"])
 def test_the_tables_are_those_of_the_stored_runs(reports: dict[str, str], study: str) -> None:
     assert (DOCS / "experiments" / f"{study}.md").read_text(encoding="utf-8") == reports[study]
+
+
+def test_the_page_compares_photos_at_one_rate_for_both() -> None:
+    (told,) = re.findall(r"minus DoRA is (\S+) points \(1e-3\) and (\S+) \(3e-3\), minus LoRA (\S+) and (\S+),", PAGE)
+    tables = [pandas.read_csv(RESULTS / f"{name}.csv") for name in GROUPS["photos"]]
+    differences = []
+    for reference in ("dora", "lora"):
+        for rate in (1e-3, 3e-3):
+            by_task = []
+            for table in tables:
+                own = table[table.rate == rate].pivot_table("test_accuracy", "seed", ["arm", "fraction"])
+                by_task.append((own["doran"] - own[reference]).mean(axis=1))
+            differences.append(mean_interval(100 * sum(by_task) / len(by_task)))
+    assert [f"{difference.value:+.2f}" for difference in differences] == list(told)
+    assert not any(difference.excludes_zero for difference in differences)
+
+
+def test_models_are_not_compared_as_methods_are(reports: dict[str, str]) -> None:
+    assert "| minus lora, points |" in reports["commonsense_gemma3"]
+    assert ", points |" not in reports["commonsense_full"]
+
+
+def test_a_study_names_the_arms_whose_seeds_did_not_all_try_every_rate(reports: dict[str, str]) -> None:
+    assert " Of full, some seeds tried every rate" in reports["flowers"]
+    assert " Of lora, doran, dora, " in reports["commonsense_smollm2"]
+    assert "some seeds tried every rate" not in reports["digits"]
 
 
 def test_studies_of_the_old_start_alone_say_so(reports: dict[str, str]) -> None:

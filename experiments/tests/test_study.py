@@ -21,10 +21,11 @@ TRAINED = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.stem != "t
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_study_has_five_seeds_and_a_rate_sweep(name: str) -> None:
+def test_every_study_has_enough_seeds_and_a_rate_sweep(name: str) -> None:
     study = named_study(name, short=False)
     for arm, runs in study.arms.items():
-        assert len({run.seed for run in runs}) >= 5, arm
+        # On all linear layers two seeds looked whether the questions are learned at all.
+        assert len({run.seed for run in runs}) >= (2 if name.endswith("_all_linear") else 5), arm
         assert len({run.rate for run in runs}) >= 2, arm
     assert len({run.id for _, run in study.runs()}) == sum(1 for _ in study.runs())
     assert len(list(named_study(name, short=True).runs())) <= 8
