@@ -106,9 +106,9 @@ def generation_class(way: str) -> Any:
     from doran_hf import save_folded
     from doran_serve import with_adapter_sync
 
-    engine: dict[str, Any] = {"skip_tokenizer_init": True, "enforce_eager": not torch.cuda.is_available()}
+    engine: dict[str, Any] = {"skip_tokenizer_init": True, "enforce_eager": True}  # nothing is generated
     if torch.cuda.is_available():
-        engine["kv_cache_memory_bytes"] = 2**31  # nothing is generated; and vLLM need not find out what is free
+        engine["kv_cache_memory_bytes"] = 2**31  # so that vLLM need not find out what is free
     if way == "adapter":
         return with_adapter_sync(GRPOTrainer, save_folded, engine_options=engine).doran_generation  # type: ignore[attr-defined]
     if not torch.cuda.is_available():  # on a CPU vLLM packs its weights and drops them, so that none can be loaded
