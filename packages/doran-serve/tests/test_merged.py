@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 
 import torch
 from adapter_specs import make_adapter
+from safetensors.torch import load_file
 from test_mixed import ALL, check_mixed, five_adapters, prompts_of, requests_for
 
 from doran_core.errors import DoranError
@@ -118,3 +119,55 @@ def test_a_bad_adapter_is_refused_and_one_that_fails_late_harms_nobody(
         base.answer(prompts[:1], spec, 4)[0],
         base.answer(prompts[1:], None, 4)[0],
     ]
+
+
+def test_reloading_the_base_leaves_no_adapter_in_it(
+    engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """vLLM's reload_weights, as after sleep level 2: the weights are plain then, whatever was merged before."""
+    base, running = reference("llama"), engine("llama", merged=True)
+    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=37, size=0.5)
+    request = requests_for({"a": spec}, tmp_path)["a"]
+    prompts = prompts_of([100], 512, seed=6)  # longer than a cache block
+    for adapter in (request, None, request):
+        running.answer(prompts, [request], 6)
+        running.llm.collective_rpc("reload_weights")
+        assert running.answer(prompts, [adapter], 6) == base.answer(prompts, spec if adapter else None, 6)
+
+
+def test_a_swap_goes_back_to_reloaded_weights(
+    engine: Callable[..., Any], checkpoint: Callable[[str], Path], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    running = engine("llama", merged=True)
+    spec = make_adapter("folded", reference("llama").weights, ALL, rank=4, seed=38, size=0.5)
+    request = requests_for({"a": spec}, tmp_path)["a"]
+    running.answer([[5, 6, 7]], [request], 2)
+    other = [(name, 2 * tensor) for name, tensor in load_file(checkpoint("llama") / "model.safetensors").items()]
+    try:
+        running.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other)})
+        before = running.llm.collective_rpc(weights_of)[0]
+        for adapter in (request, None):
+            running.answer([[5, 6, 7]], [adapter], 2)
+        after = running.llm.collective_rpc(weights_of)[0]
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    finally:
+        running.llm.collective_rpc("reload_weights")
+
+
+def test_the_base_is_not_reloaded_under_requests_for_an_adapter(
+    engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+
+    base, running = reference("llama"), engine("llama", merged=True)
+    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=39, size=0.5)
+    request = requests_for({"a": spec}, tmp_path)["a"]
+    prompts, llm = prompts_of([9], 512, seed=7), running.llm.llm_engine
+    settings = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+    llm.add_request("0", {"prompt_token_ids": prompts[0]}, settings, lora_request=request)
+    outputs = llm.step()
+    with pytest.raises(DoranError, match=r"reload_weights: 1 request\(s\) for .*unfinished"):
+        running.llm.collective_rpc("reload_weights")
+    while llm.has_unfinished_requests():
+        outputs = llm.step()
+    assert [list(outputs[0].outputs[0].token_ids)] == base.answer(prompts, spec, 6)

@@ -96,15 +96,23 @@ def _with_executor(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def _reloading(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Around the calls that change the workers' adapters between two steps."""
+    """Around the calls that change the workers' adapters, or the base's weights, between two steps."""
 
     @functools.wraps(stock)
     def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        called = args[0] if args else kwargs.get("method")
         if isinstance(self.scheduler, GuardedScheduler):
             self.scheduler.forget_loaded()
+        elif isinstance(self.scheduler, SwitchingScheduler) and called in _NEW_WEIGHTS:
+            self.scheduler.executor = self.model_executor
+            self.scheduler.release_base(called)
         return stock(self, *args, **kwargs)
 
     return change
+
+
+_NEW_WEIGHTS = ("reload_weights", "start_weight_update", "update_weights")
+"""The workers' methods that replace the base's weights, by the names with which `collective_rpc` calls them."""
 
 
 def _forgetting(stock: Callable[..., bool]) -> Callable[..., bool]:
@@ -202,7 +210,7 @@ PATCHES = (
         Patch(
             f"vllm.v1.engine.core:EngineCore.{name}",
             _reloading,
-            "the call changes the workers' adapters, and the scheduler remembers which adapters they have",
+            "the call changes the workers' adapters or weights, and the scheduler remembers which they have",
             _BOTH,
             _FRONT_GOES,
         )

@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from doran_core.errors import DoranError
 from doran_serve.guard import report_failures
-from doran_serve.merged.weights import swap_weights
+from doran_serve.merged.weights import forget_weights, swap_weights
 from doran_serve.vllm_symbols import lookup
 
 if TYPE_CHECKING:
@@ -105,6 +106,21 @@ class SwitchingScheduler(StockScheduler):
         report_failures(outputs, self._failed)
         self._failed = []
         return outputs
+
+    def release_base(self, call: str) -> None:
+        """Put the base in place and forget its weights, because `call` is about to replace them.
+
+        Raises:
+            DoranError: requests for an adapter are unfinished.
+        """
+        if self._active is not None:
+            if self.requests:
+                raise DoranError(
+                    f"{call}: {len(self.requests)} request(s) for {self._active} are unfinished, and merged mode has "
+                    "this adapter in the weights that the call replaces; wait for them or abort them first"
+                )
+            self._put_in_place(None)
+        self.executor.collective_rpc(forget_weights)
 
     def _switch(self) -> None:
         """Swap in the oldest waiting request's adapter, and release all requests for it."""

@@ -23,7 +23,7 @@ from doran_serve.records import ServedAdapter, ServedModule
 from doran_serve.store import AdapterStore
 from doran_serve.vllm_symbols import lookup
 
-__all__ = ["MergedWeights", "swap_weights"]
+__all__ = ["MergedWeights", "forget_weights", "swap_weights"]
 
 _READY = 4
 """Adapters kept in host memory, so that switching between a few reads no files."""
@@ -177,3 +177,8 @@ def swap_weights(worker: Any, path: str | None) -> float:
         partial = config.parallel_config.pipeline_parallel_size > 1
         _of_model[model] = MergedWeights(model, AdapterStore.for_engine(config), partial=partial)
     return _of_model[model].swap(path)
+
+
+def forget_weights(worker: Any) -> None:
+    """Forget what is kept of a vLLM worker's base, which is in place; run by `collective_rpc`."""
+    _of_model.pop(worker.get_model(), None)
