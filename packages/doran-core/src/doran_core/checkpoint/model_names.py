@@ -47,8 +47,9 @@ class ModelNames:
         stored_names: Mapping[str, str] | None = None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._config = checkpoint.config()  # read once, not for each name
         self._stored = stored_names or {}
-        self.ties = known_ties(checkpoint.config()) if ties is None else ties
+        self.ties = known_ties(self._config) if ties is None else ties
         self.groups = [group for members in _members(self.ties or {}) if (group := self._group(members)) is not None]
         self._by_parameter = {name: group for group in self.groups for name in group.keys}
 
@@ -125,7 +126,7 @@ class ModelNames:
 
     def _candidates(self, parameter: str) -> Iterable[str]:
         recorded = [self._stored[parameter]] if parameter in self._stored else []
-        return dict.fromkeys([*recorded, *stored_candidates(self._checkpoint.config(), parameter), parameter])
+        return dict.fromkeys([*recorded, *stored_candidates(self._config, parameter), parameter])
 
     def _group(self, members: list[str]) -> TiedGroup | None:
         """The group of these parameters, the source first; None if the checkpoint has none of them."""
