@@ -2,10 +2,12 @@
 
     python benchmarks/policy_sync.py --shape 7b          # a GPU with 80 GB or more, and 15 GB of disk
     python benchmarks/policy_sync.py --shape tiny        # some CPU cores: shows that it runs, and nothing more
+    python benchmarks/policy_sync.py --files             # a CPU: adapter sync's files alone, without an engine
 
 Both ways are TRL's colocated `VLLMGeneration.sync_weights`, its own and doran_serve's, for a base with random weights.
 Each way runs in a process of its own. Prints one line of JSON each: seconds of every sync after the first, the first
-apart, and the GPU memory that a sync takes for a while.
+apart, and the GPU memory that a sync takes for a while. With `--files`, a line for each sync: seconds to write the
+adapter, to check and copy it, and to check and read the copy for the engine.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--syncs", type=int, default=6)
+    parser.add_argument("--files", action="store_true")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -41,6 +44,9 @@ def main() -> None:
         print(json.dumps(measure(options)), flush=True)
         return
     with tempfile.TemporaryDirectory(prefix="doran-policy-sync-") as folder:
+        if options.files:
+            time_files(SHAPES[options.shape], options, Path(folder))
+            return
         make_base(SHAPES[options.shape], Path(folder))
         for way in WAYS:
             command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--base", folder]
@@ -55,6 +61,37 @@ def make_base(shape: dict[str, int], folder: Path) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False, **shape)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def time_files(shape: dict[str, int], options: argparse.Namespace, folder: Path) -> None:
+    """Write, admit and load adapters with random values for all linear layers of this shape."""
+    import torch
+
+    from doran_core.adapter import FoldedAdapter, FoldedModule, write_folded
+    from doran_serve.admission import marked
+    from doran_serve.store import AdapterStore
+
+    hidden, inner, rank = shape["hidden_size"], shape["intermediate_size"], options.rank
+    sizes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    sizes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    store, adapter = AdapterStore(None, cache_directory=folder / "cache"), folder / "policy"
+    for _ in range(options.syncs):
+        modules = {}
+        for layer in range(shape["num_hidden_layers"]):
+            for kind, (rows, columns) in sizes.items():
+                name, scale = f"model.layers.{layer}.{kind}", torch.rand(rows) + 0.5
+                A, B = torch.randn(rank, columns), torch.randn(rows, rank)
+                modules[name] = FoldedModule(name, A, B, scale, scale)
+        record = FoldedAdapter(modules, base_fingerprint=None, base_model="base", task_type=None)
+        times = [time.perf_counter()]
+        write_folded(record, adapter, overwrite=True)
+        times.append(time.perf_counter())
+        version = store.admit(adapter).version
+        times.append(time.perf_counter())
+        store.load_admitted(marked(adapter, version))
+        times.append(time.perf_counter())
+        stages = zip(("write", "admit", "load"), times, times[1:], strict=False)
+        print(json.dumps({stage: round(end - start, 2) for stage, start, end in stages}), flush=True)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
