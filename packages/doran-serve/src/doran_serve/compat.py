@@ -220,7 +220,7 @@ PATCHES = (
         "vllm.v1.engine.core:EngineCore.wake_up",
         _forgetting,
         "sleep level 2 discards the slots' factors, and vLLM still takes the adapters for loaded",
-        ("0.32.0",),
+        _BOTH,
         "vLLM empties its slots at level 2",
     ),
     *(
