@@ -95,7 +95,10 @@ async def reload_while_requests_run(
 
 
 def lose_memory(worker: Any) -> None:
-    """What sleep level 2 does on a GPU: all that is no buffer is lost. The CPU's worker does not sleep."""
+    """What sleep level 2 does on a GPU: all that is no buffer is lost. The CPU's worker does not sleep.
+
+    Linear weights are left: the CPU's worker has packed them where no parameter shows them.
+    """
     for parameter in worker.get_model().parameters():
         parameter.data.fill_(float("nan"))
     for module in worker.get_model().modules():
