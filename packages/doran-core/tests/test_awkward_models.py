@@ -77,7 +77,7 @@ def test_channels_last_convolution_merges():
     assert_merges(shaken(model, ["0"]), torch.randn(2, 3, 7, 7).to(memory_format=torch.channels_last))
 
 
-@pytest.mark.parametrize("change", ["load", "in place", "cast"])
+@pytest.mark.parametrize("change", ["load", "in place", "other memory", "fused optimizer", "cast"])
 def test_a_changed_base_weight_is_noticed(change):
     model = nn.Sequential(nn.Linear(8, 6))
     handle = shaken(model, ["0"])
@@ -88,6 +88,14 @@ def test_a_changed_base_weight_is_noticed(change):
     elif change == "in place":
         with torch.no_grad():
             layer.base_layer.weight.mul_(3)
+    elif change == "other memory":
+        layer.base_layer.weight.data = torch.randn(6, 8)
+    elif change == "fused optimizer":  # which bumps no write counter
+        weight = layer.base_layer.weight.requires_grad_(True)
+        optimizer = torch.optim.AdamW([weight], lr=0.5, fused=True)
+        for _ in range(2):
+            model(torch.randn(2, 8)).square().sum().backward()
+            optimizer.step()
     else:
         model.double()
     assert_merges(handle, torch.randn(2, 8, dtype=layer.base_layer.weight.dtype))

@@ -73,23 +73,50 @@ def test_every_process_folds_the_policy_of_one_process(pair: Pair, tmp_path: Pat
         torch.testing.assert_close(found, one, atol=1e-5, rtol=0)
 
 
-def merge(options: Options) -> Any:
-    def run(spreading: Spread) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        handle, before = handle_of(spreading.inner), probe(spreading)
-        handle.merge()
-        merged = probe(spreading)
-        handle.unmerge()
-        return before, merged, probe(spreading)
+def merge(options: Options, method: str = "core") -> Any:
+    """Logits before, while merged, and after; and whether the sharded weights were others while merged, and after."""
 
-    return train(Adaptation(), options, run)
+    def run(spreading: Spread) -> tuple[list[torch.Tensor], list[bool]]:
+        model = spreading.inner if method == "hf" else handle_of(spreading.inner)
+        steps = [model.merge_adapter, model.unmerge_adapter] if method == "hf" else [model.merge, model.unmerge]
+        logits, base = [probe(spreading)], base_weights(spreading)
+        changed = []
+        for step in steps:
+            probe(spreading)  # leaves weights gathered where FSDP2 does not shard them again
+            step()
+            logits.append(probe(spreading))
+            changed.append(any(not torch.equal(w, base[name]) for name, w in base_weights(spreading).items()))
+        return logits, changed
+
+    return train(Adaptation(method), options, run)
 
 
-@pytest.mark.parametrize("units", ["block", "linear"])
-def test_fsdp2_merges_in_place_and_back_to_the_bit(pair: Pair, units: str) -> None:
-    for before, merged, after in pair.run(merge, Options("fsdp2", units=units)):
+def only_merge(options: Options) -> Any:
+    return train(Adaptation(), options, lambda spreading: handle_of(spreading.inner).merge())
+
+
+def base_weights(spreading: Spread) -> dict[str, torch.Tensor]:
+    state = spreading.model.state_dict().items()
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for n, t in state if "base_layer" in n}
+
+
+@pytest.mark.parametrize("method", ["core", "hf"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options("fsdp2"),
+        Options("fsdp2", units="linear"),
+        Options("fsdp2", units="root"),
+        Options("fsdp2", reshard=False),
+    ],
+    ids=["block", "linear", "root", "not resharded"],
+)
+def test_fsdp2_merges_in_place_and_back_to_the_bit(pair: Pair, options: Options, method: str) -> None:
+    for (before, merged, after), changed in pair.run(merge, options, method):
         torch.testing.assert_close(merged, before, atol=1e-5, rtol=1e-5)
         assert not torch.equal(merged, before)  # another order of sums: W' was in use
         assert torch.equal(after, before)
+        assert changed == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +125,7 @@ def test_fsdp2_merges_in_place_and_back_to_the_bit(pair: Pair, units: str) -> No
 )  # fmt: skip
 def test_elsewhere_the_remedy_is_named(pair: Pair, options: Options, remedy: str) -> None:
     with pytest.raises(RemoteError, match=remedy) as caught:
-        pair.run(merge, options)
+        pair.run(only_merge, options)
     assert caught.value.kind == "TargetError"
 
 
@@ -140,16 +167,18 @@ def test_fsdp2_resumes_from_torchs_checkpoint(pair: Pair, method: str, sharing: 
 
 
 def load_another_base(how: Adaptation, options: Options) -> Any:
-    """Logits before and after loading a base of 1.3 times the weights, and how many norms each of the passes took."""
+    """Logits before and after loading a base of 1.3 times the weights; norms taken by each pass; digests before it."""
 
-    def run(spreading: Spread) -> tuple[list[torch.Tensor], list[int]]:
+    def run(spreading: Spread) -> tuple[list[torch.Tensor], list[int], list[list[bytes | None]]]:
         taken, reset_base = [], DoranAdapter.reset_base
 
         def counted(adapter: DoranAdapter, view: Any) -> None:
             taken.append(adapter)
             reset_base(adapter, view)
 
-        logits, counts = [], []
+        logits, counts, digests = [], [], []
+        layers = [layer for layer in spreading.inner.modules() if hasattr(layer, "whole_weight")]
+        name = ["default"] if how.method == "hf" else []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(DoranAdapter, "reset_base", counted)
             for is_loaded in (False, True, False):
@@ -157,18 +186,39 @@ def load_another_base(how: Adaptation, options: Options) -> Any:
                     state = spreading.model.state_dict().items()
                     other = {name: t * 1.3 if name.endswith("base_layer.weight") else t for name, t in state}
                     spreading.model.load_state_dict(other)
+                digests.append([layer.base_digest(*name) for layer in layers])
                 logits.append(probe(spreading))
                 counts.append(len(taken))
-        return logits, counts
+        return logits, counts, digests
 
     return train(how, options, run)
 
 
+@pytest.mark.parametrize("units", ["block", "linear"])
 @pytest.mark.parametrize("method", ["core", "hf"])
-def test_fsdp2_takes_the_norms_of_a_loaded_base_once(pair: Pair, method: str) -> None:
+def test_fsdp2_takes_the_norms_of_a_loaded_base_once(pair: Pair, method: str, units: str) -> None:
     """Its parameters count no writes, and lie elsewhere in each pass."""
-    logits, _ = load_another_base(Adaptation(method), Options(steps=3))
+    logits, _, digests = load_another_base(Adaptation(method), Options(steps=3))
     assert (logits[0] - logits[1]).abs().max() > 1e-2
-    for found, counts in pair.run(load_another_base, Adaptation(method), Options("fsdp2", steps=3)):
-        torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
-        assert counts == [0, 8, 8]
+    assert digests[0] != digests[1]
+    for found in pair.run(load_another_base, Adaptation(method), Options("fsdp2", steps=3, units=units)):
+        torch.testing.assert_close(found[0], logits, atol=1e-5, rtol=0)
+        assert found[1] == [0, 8, 8]
+        assert found[2] == digests
+
+
+def train_a_base_weight(options: Options) -> Any:
+    """The trained parameters and the logits after five steps in which a base weight trains, too."""
+
+    def make(how: Adaptation, options: Options) -> Any:
+        model: Any = adapted(how)
+        model.blocks[0].up.base_layer.weight.requires_grad_(True)
+        return model
+
+    return train(Adaptation(), options, None, make)
+
+
+def test_fsdp2_sees_what_the_optimizer_writes_to_a_base_weight(pair: Pair) -> None:
+    one = train_a_base_weight(Options(steps=5))
+    for found in pair.run(train_a_base_weight, Options("fsdp2", steps=5)):
+        torch.testing.assert_close(found.logits, one.logits, atol=1e-5, rtol=0)

@@ -33,7 +33,7 @@ from doran_core.layers.uncalled import unpad_encoders, warn_uncalled
 from doran_core.method.config import DoranConfig
 from doran_core.method.optimizer_groups import parameter_groups
 from doran_core.support.names import plain_modules, plain_name
-from doran_core.support.sharding import first_process, gathered, whole
+from doran_core.support.sharding import first_process, gathered, reshard, whole
 
 __all__ = ["DoranHandle", "read_trainable", "set_trained"]
 
@@ -120,12 +120,14 @@ class DoranHandle:
         """A context in which the model is the base model, merged or not."""
         self._refuse_removed()
         before = [(layer, layer.enabled, layer.merged) for layer in self.layers.values()]
+        reshard(self.model)
         try:
             for layer in self.layers.values():
                 layer.unmerge()
                 layer.enabled = False
             yield
         finally:
+            reshard(self.model)
             for layer, enabled, merged in before:
                 layer.enabled = enabled
                 if merged:
@@ -141,6 +143,7 @@ class DoranHandle:
         """
         self._refuse_removed()
         self._warn_uncalled("merging still changes their weights")
+        reshard(self.model)
         try:
             for layer in self.layers.values():
                 layer.merge(check_finite=check_finite)
@@ -151,6 +154,7 @@ class DoranHandle:
     def unmerge(self) -> None:
         """Put every W0 back, bit for bit."""
         self._refuse_removed()
+        reshard(self.model)
         for layer in self.layers.values():
             layer.unmerge()
 

@@ -6,13 +6,14 @@ The module stays unchanged, and the implementation from transformers' registry c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from doran_core.errors import TargetError
-from doran_core.layers.adapter import forget_loaded_base
+from doran_core.layers.adapter import note_loading
 from doran_core.layers.stack import StackAdapter, StackView
 from doran_core.support.torch_internals import own_modules
 from doran_hf.adapted_weight import AdaptedWeight, call_with, refuse_replaced_forward, summed
@@ -122,13 +123,16 @@ class DoranExperts(nn.Module):
         self.name = name
         self.base_layer = base_layer
         self._refuse_bypass()
-        self.register_load_state_dict_pre_hook(forget_loaded_base)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        note_loading(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def stack(self, parameter: str) -> DoranStack:
         """The DoranStack of one parameter, made if there is none."""

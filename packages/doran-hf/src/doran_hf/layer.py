@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from doran_core.checkpoint.fingerprint import exact_digest
 from doran_core.errors import ConfigError, TargetError
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
-from doran_core.layers.adapter import forget_loaded_base
+from doran_core.layers.adapter import note_loading
 from doran_core.layers.modules import layer_spec
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
@@ -60,7 +60,6 @@ class DoranLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self._prepare(base_view(base_layer, name), name)
-        self.register_load_state_dict_pre_hook(forget_loaded_base)  # type: ignore[no-untyped-call]
 
     def _prepare(self, view: BaseView, name: str) -> None:
         self.in_features, self.out_features = view.d_in, view.d_out
@@ -98,8 +97,11 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     def base_digest(self, adapter_name: str) -> bytes | None:
         """Digest of W0; of a sharded W0, the digest taken with its norm. None if W0 is quantized or float16."""
-        weight = self.original_weight()
-        return self.adapter(adapter_name).base_digest if weight is None else exact_digest(self.name, weight)
+        adapter, weight = self.adapter(adapter_name), self.original_weight()
+        if weight is not None or not adapter.base_was_loaded:
+            return adapter.base_digest if weight is None else exact_digest(self.name, weight)
+        with self.whole_weight() as whole:
+            return None if whole is None else exact_digest(self.name, whole)
 
     def add(self, adapter_name: str, config: CoreConfig, builder: FactorBuilder, *, inference_mode: bool) -> None:
         """Make a new adapter that leaves the output as it is.
@@ -240,6 +242,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         self._swap.refuse_loading(self.name, state_dict, prefix)
+        note_loading(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:

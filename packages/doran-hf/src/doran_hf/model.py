@@ -24,6 +24,7 @@ from doran_core.layers.uncalled import pad_encoders, read_not_called, unpad_enco
 from doran_core.method.config import DoranConfig as CoreConfig
 from doran_core.method.factors import FactorBuilder
 from doran_core.support.names import plain_name
+from doran_core.support.sharding import reshard
 from doran_core.targets import matches, refuse_read, warn_unused_patterns
 from doran_hf.base_check import base_fingerprint, base_ties, check_base, module_kinds, stored_experts, stored_names
 from doran_hf.combine import add_weighted_adapter
@@ -239,7 +240,13 @@ class DoranModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the model in place; see the base class for the arguments."""
         before_merging(self.model, adapter_names or self.active_adapters)
+        reshard(self.model)
         super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put every W0 back, bit for bit."""
+        reshard(self.model)
+        super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
         self,

@@ -152,11 +152,10 @@ class Runtime:
     def _computed_and_kept(self, adapter: DoranAdapter, view: BaseView, implementation: Implementation) -> LayerSide:
         self.kept = None  # free the old one before the new one is made
         with torch.inference_mode(False), torch.no_grad():
-            inputs = self.current_inputs(adapter, view)
+            # FSDP2 gathers new values into the same tensors uncounted.
+            inputs = None if internals.uses_fully_shard() else self.current_inputs(adapter, view)
             side = compute_alone(adapter, view, implementation)
-            capturing = view.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            # FSDP2 writes to parameters uncounted: each pass gathers them into the same tensors.
-            if inputs is not None and not capturing and not internals.uses_fully_shard():
+            if inputs is not None and not (view.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 side.checked, self.kept = _Checked(inputs, implementation), side
         return side
 

@@ -21,9 +21,14 @@ from doran_core.method.experts import RankOneExperts
 from doran_core.method.factors import LayerSpec, factor_penalty
 from doran_core.method.tau import Tau
 from doran_core.support.sharding import is_dtensor, read, refuse_zero_init
-from doran_core.support.torch_internals import backward_pass, distributed_data_parallel, has_saved_tensor_hooks
+from doran_core.support.torch_internals import (
+    backward_pass,
+    distributed_data_parallel,
+    has_saved_tensor_hooks,
+    uses_fully_shard,
+)
 
-__all__ = ["DoranAdapter", "forget_loaded_base"]
+__all__ = ["DoranAdapter", "note_loading"]
 
 
 class DoranAdapter(nn.Module):
@@ -40,6 +45,7 @@ class DoranAdapter(nn.Module):
 
     Attributes:
         called: whether a forward pass has used this adapter.
+        base_was_loaded: whether FSDP2 has loaded base weights since their norms and digest were taken.
     """
 
     base_squared_norm: Tensor | None
@@ -54,7 +60,8 @@ class DoranAdapter(nn.Module):
         self.tau = Tau(config, spec.d_out, spec.name, experts=spec.experts)
         self.magnitude = nn.Parameter(torch.ones(*spec.stacked, spec.d_out, dtype=torch.float32))
         self.register_buffer("base_squared_norm", None, persistent=False)
-        self._base_version: tuple[int, int, torch.dtype] | None = None
+        self._base_version: tuple[object, ...] | None = None
+        self.base_was_loaded = False
         self.base_digest: bytes | None = None
         self.called = False
         self._is_reused = config.factor_penalty > 0.0 or (config.sharing == "model" and config.factors == "generated")
@@ -108,6 +115,7 @@ class DoranAdapter(nn.Module):
             self.base_squared_norm = squared_norm.to(self.magnitude.device)
             self.base_digest = None if weight is None else exact_digest(self.spec.name, weight)
         self._base_version = view.weight_version()
+        self.base_was_loaded = False
 
     def _squared_norm(self, weight: Tensor) -> Tensor:
         return functional.base_squared_norm(weight)
@@ -160,9 +168,10 @@ class DoranAdapter(nn.Module):
     def refresh(self, view: BaseView) -> None:
         """Recompute ``||W0||^2`` if it is missing or belongs to another weight. A compiled graph uses the cached
         value."""
-        missing = self.base_squared_norm is None or self.base_squared_norm.is_meta
-        version = None if torch.compiler.is_compiling() else view.weight_version()
-        if missing or version not in (None, self._base_version):
+        is_old = self.base_squared_norm is None or self.base_squared_norm.is_meta
+        if not is_old and not torch.compiler.is_compiling():
+            is_old = self.base_was_loaded or view.weight_version() not in (None, self._base_version)
+        if is_old:
             self.reset_base(view)
 
     def _repair_cancelled(self, norm: Tensor, squared_norm: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -257,15 +266,15 @@ class DoranAdapter(nn.Module):
         return f"d_in={spec.d_in}, d_out={spec.d_out}, rank={spec.rank}, scaling={spec.scaling:g}"
 
 
-def forget_loaded_base(layer: nn.Module, state: Mapping[str, object], prefix: str, *_: object) -> None:
-    """Hook of an adapted layer before it loads a state: if that has base weights, their norms are taken anew.
+def note_loading(layer: nn.Module, state: Mapping[str, object], prefix: str) -> None:
+    """Let the adapters of a layer take the norms of its base anew if the state that is loaded has base weights.
 
-    FSDP2 does not count what is loaded into its parameters.
+    PyTorch counts what is loaded; FSDP2 does not.
     """
-    if any(name.startswith(f"{prefix}base_layer.") for name in state):
+    if uses_fully_shard() and any(name.startswith(f"{prefix}base_layer.") for name in state):
         for module in layer.modules():
             if isinstance(module, DoranAdapter):
-                module._base_version = None
+                module.base_was_loaded = True
 
 
 def _no_operation(module: nn.Module, args: object) -> None:

@@ -18,7 +18,7 @@ from doran_core import functional
 from doran_core.errors import TargetError
 from doran_core.layers.supported import Convolution, check_supported, has_matrix, is_transposed
 from doran_core.support.sharding import gathered, held, is_flattened, is_whole, offload_hook, whole, whole_shape
-from doran_core.support.torch_internals import convolve, is_observed, own_parameters, uses_fully_shard, version
+from doran_core.support.torch_internals import convolve, is_observed, own_parameters, storage_of, version
 
 __all__ = ["BaseView", "ModuleKind", "base_view"]
 
@@ -124,18 +124,20 @@ class BaseView(ABC):
         """A matrix ``[d_out, d_in]`` in the layer's stored shape."""
         return matrix
 
-    def weight_version(self) -> tuple[int, int, torch.dtype] | None:
+    def weight_version(self) -> tuple[object, ...] | None:
         """A value that changes when W0 is replaced, moved, cast or written to; None if W0 is hidden, or FSDP1 replaces
         it in each pass.
 
-        PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one. FSDP2 moves
-        W0's memory in each pass, so with FSDP2 the place is the tensor.
+        PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one. Nor does it
+        count those of fused optimizers and FSDP2, so that of a W0 that trains each value is another.
         """
         if self.weight() is None or self.parameter in vars(self.layer):
             return None
         weight = cast(Tensor, getattr(self.layer, self.parameter))
-        place = id(weight) if uses_fully_shard() else weight.data_ptr()
-        return place, 0 if weight.is_inference() else version(weight), weight.dtype
+        if weight.requires_grad:
+            return (object(),)
+        written = 0 if weight.is_inference() else version(weight)
+        return storage_of(weight), weight.storage_offset(), written, weight.dtype
 
     def product(self, A: Tensor) -> Tensor:
         """``U = W0 @ A.T``, ``[d_out, r]``, differentiable in A ``[r, d_in]``."""

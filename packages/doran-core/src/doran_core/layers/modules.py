@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from doran_core.checkpoint.fingerprint import exact_digest
-from doran_core.layers.adapter import DoranAdapter, forget_loaded_base
+from doran_core.layers.adapter import DoranAdapter, note_loading
 from doran_core.layers.base import BaseView, base_view
 from doran_core.layers.swap import WeightSwap
 from doran_core.method.config import DoranConfig
@@ -85,7 +85,6 @@ class AdaptedLayer(nn.Module):
             parameter.requires_grad_(False)
         self.enabled = True
         self._swap = WeightSwap()
-        self.register_load_state_dict_pre_hook(forget_loaded_base)  # type: ignore[no-untyped-call]
 
     @property
     def view(self) -> BaseView:
@@ -138,7 +137,10 @@ class AdaptedLayer(nn.Module):
     def base_digest(self) -> bytes | None:
         """Digest of W0; of a sharded W0, the digest taken with its norm. None if W0 is quantized or float16."""
         adapter, weight = self.doran_adapter, self.original_weight()
-        return adapter.base_digest if weight is None else exact_digest(adapter.spec.name, weight)
+        if weight is not None or not adapter.base_was_loaded:
+            return adapter.base_digest if weight is None else exact_digest(adapter.spec.name, weight)
+        with self.whole_weight() as whole:
+            return None if whole is None else exact_digest(adapter.spec.name, whole)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output; shapes as in the base layer."""
@@ -179,6 +181,7 @@ class AdaptedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         self._swap.refuse_loading(self.doran_adapter.spec.name, state_dict, prefix)
+        note_loading(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -108,6 +108,11 @@ class WeightSwap:
         if self._original is None:
             return
         current = cast(Tensor, getattr(view.layer, view.parameter))
+        if is_dtensor(current) != is_dtensor(self._original):
+            raise TargetError(
+                f"{type(view.layer).__name__}: FSDP2 has gathered its weight since it was merged, or shards it since; "
+                "call reshard() of the FSDP2 modules before unmerging"
+            )
         if is_dtensor(current):
             with torch.no_grad():
                 current.copy_(self._original)

@@ -6,6 +6,7 @@ No import of those libraries: a sharded or offloaded tensor shows by its type or
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
     "offload_hook",
     "read",
     "refuse_zero_init",
+    "reshard",
     "shard_like",
     "whole",
     "whole_shape",
@@ -174,6 +176,14 @@ def whole(tensor: Tensor, where: str) -> Tensor:
     if hasattr(tensor, _ZERO) and tensor.shape != whole_shape(tensor):
         raise TargetError(f"{where}: ZeRO-3 holds a part of its weight; gather it (deepspeed.zero.GatheredParameters)")
     return tensor.detach()
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 still has gathered after a pass, such as a root's weights: a write to that would be lost."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

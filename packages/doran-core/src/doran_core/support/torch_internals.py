@@ -36,6 +36,7 @@ __all__ = [
     "own_modules",
     "own_parameters",
     "remove_hooks",
+    "storage_of",
     "uncompiled",
     "uses_fully_shard",
     "version",
@@ -83,6 +84,7 @@ ATTRIBUTES: tuple[tuple[type, str, str, str], ...] = (
     (nn.Module, "_backward_pre_hooks", *_HOOKS),
     (nn.Module, "_backward_hooks", *_HOOKS),
     (Tensor, "_version", "writes to a parameter", "Tensor has a public counter"),
+    (torch.UntypedStorage, "_cdata", "which memory a tensor has, wherever FSDP2 moves it", "storages have a public id"),
 )
 """Attributes of objects: ``(class, name, why, removed when)``."""
 
@@ -96,6 +98,13 @@ FSDP1_MARK = "_fsdp_flattened"
 
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
 """PyTorch's counter of writes to a tensor; inference tensors have none."""
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Tells the tensor's memory from other memory. FSDP2 frees it and gathers it elsewhere, under the same number."""
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
 
 _KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS: list[Mapping[Any, Any]] = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in _KINDS]
