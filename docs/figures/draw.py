@@ -201,6 +201,7 @@ MEANS = {
     "texts and digits": "mean, texts and digits",
     "photos": "mean, photos",
     "commonsense questions": "mean, questions",
+    "all but questions": "mean, all but questions",
     "all": "mean, all tasks",
 }
 """What the means over groups of tasks are called there."""
