@@ -53,6 +53,10 @@ REQUIRED: dict[str, list[str]] = {
     "vllm.v1.engine.core:EngineCore": [
         *("get_scheduler_cls()", "vllm_config=vllm_config,", "self.model_executor", "self.scheduler.add_request("),
     ],
+    "vllm.v1.worker.gpu_worker:Worker": [
+        *("def reload_weights(", "def start_weight_update(", "def update_weights(", "def finish_weight_update("),
+        *("def save_sharded_state(", "def save_tensorized_model(", "def get_model("),
+    ],
     "vllm.v1.core.sched.scheduler:Scheduler": [
         *("self.requests", "def add_request(self, request", "def finish_requests(", "def get_num_unfinished_requests("),
         *("self.kv_cache_manager", "num_scheduled_tokens", "if request is None or request.is_finished():"),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 pytest.importorskip("vllm")
 
 import torch
-from adapter_specs import make_adapter
-from safetensors.torch import load_file
+from adapter_specs import AdapterSpec, LayerSpec, make_adapter
+from models import Reference
+from safetensors.torch import load_file, save_file
 from test_mixed import ALL, check_mixed, five_adapters, prompts_of, requests_for
+from vllm import SamplingParams
+from vllm.v1.worker.gpu_worker import Worker
 
 from doran_core.errors import DoranError
 
@@ -135,30 +140,172 @@ def test_reloading_the_base_leaves_no_adapter_in_it(
         assert running.answer(prompts, [adapter], 6) == base.answer(prompts, spec if adapter else None, 6)
 
 
-def test_a_swap_goes_back_to_reloaded_weights(
+def test_adapters_are_swapped_into_reloaded_weights(
     engine: Callable[..., Any], checkpoint: Callable[[str], Path], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    running = engine("llama", merged=True)
-    spec = make_adapter("folded", reference("llama").weights, ALL, rank=4, seed=38, size=0.5)
+    old, running = reference("llama"), engine("llama", merged=True)
+    spec = make_adapter("folded", old.weights, ALL, rank=4, seed=38, size=0.5)
     request = requests_for({"a": spec}, tmp_path)["a"]
-    running.answer([[5, 6, 7]], [request], 2)
-    other = [(name, 2 * tensor) for name, tensor in load_file(checkpoint("llama") / "model.safetensors").items()]
+    other = {name: tensor.flip(0) for name, tensor in load_file(checkpoint("llama") / "model.safetensors").items()}
+    shutil.copytree(checkpoint("llama"), tmp_path / "other")
+    save_file(other, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    new = Reference(tmp_path / "other")
+    prompts = prompts_of([9], 512, seed=6)
+    assert running.answer(prompts, [request], 6) == old.answer(prompts, spec, 6)
     try:
-        running.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other)})
+        running.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other.items())})
         before = running.llm.collective_rpc(weights_of)[0]
+        moved = cast(AdapterSpec, MovedAdapter(spec, new.weights))
         for adapter in (request, None):
-            running.answer([[5, 6, 7]], [adapter], 2)
+            expected = new.answer(prompts, moved if adapter else None, 6)
+            assert running.answer(prompts, [adapter], 6) == expected
         after = running.llm.collective_rpc(weights_of)[0]
         assert all(torch.equal(before[name], after[name]) for name in before)
     finally:
         running.llm.collective_rpc("reload_weights")
 
 
+@dataclass
+class MovedAdapter:
+    """A folded adapter on another base than it was folded for: its scale c stays, `c (W + B A)`."""
+
+    spec: AdapterSpec
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def layers(self) -> dict[str, LayerSpec]:
+        return self.spec.layers
+
+    def merged(self, name: str) -> torch.Tensor:
+        change = self.weights[name].double() - self.spec.base[name].double()
+        return self.spec.merged(name) + self.spec.scale(name)[:, None] * change
+
+
+class Replacing:
+    """Methods that other packages add to vLLM's worker; here each reverses the rows of every weight."""
+
+    def _replace(self) -> None:
+        for parameter in cast(Any, self).get_model().parameters():
+            parameter.data.copy_(parameter.data.flip(0))
+
+    update_weights_from_ipc = update_weights_from_ipc_handles = update_weights_from_collective = _replace  # verl, NeMo
+    update_weight = update_weight_cuda_ipc = _replace  # OpenRLHF
+    update_named_param = load_weights = _replace  # TRL, SkyRL
+    start_weight_update = update_weights = finish_weight_update = reset_weights = _replace  # vLLM
+
+
+@pytest.mark.parametrize("method", [name for name in vars(Replacing) if not name.startswith("_")])
+def test_every_named_call_that_replaces_weights_finds_and_leaves_the_base(
+    method: str,
+    engine: Callable[..., Any],
+    reference: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running = engine("llama", merged=True)
+    spec = make_adapter("folded", reference("llama").weights, ("o_proj",), rank=4, seed=40, size=0.5)
+    request = requests_for({"a": spec}, tmp_path)["a"]
+    running.answer([[5, 6, 7]], [None], 2)
+    base = running.llm.collective_rpc(weights_of)[0]
+    running.answer([[5, 6, 7]], [request], 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, method, getattr(Replacing, method), raising=False)
+        running.llm.collective_rpc(method)
+    try:
+        for adapter in (request, None):
+            running.answer([[5, 6, 7]], [adapter], 2)
+        found = running.llm.collective_rpc(weights_of)[0]
+        assert all(torch.equal(found[name], base[name].flip(0)) for name in base)
+    finally:
+        running.llm.collective_rpc("reload_weights")
+
+
+@pytest.mark.parametrize("called", ["LLMEngine", "collective_rpc"])
+def test_the_base_is_saved_while_an_adapter_is_merged(
+    called: str, engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    running = engine("llama", merged=True)
+    spec = make_adapter("folded", reference("llama").weights, ALL, rank=4, seed=41, size=0.5)
+    request = requests_for({"a": spec}, tmp_path)["a"]
+    running.answer([[5, 6, 7]], [None], 2)
+    base = running.llm.collective_rpc(weights_of)[0]
+    answer = running.answer([[5, 6, 7]], [request], 6)
+    (tmp_path / "saved").mkdir()
+    if called == "LLMEngine":
+        running.llm.llm_engine.engine_core.save_sharded_state(str(tmp_path / "saved"))
+    else:
+        running.llm.collective_rpc("save_sharded_state", args=(str(tmp_path / "saved"),))
+    saved = load_file(next((tmp_path / "saved").glob("*.safetensors")))
+    assert all(torch.equal(saved[name], base[name]) for name in base)
+    assert running.answer([[5, 6, 7]], [request], 6) == answer
+
+
+def test_checksums_are_those_of_the_base(
+    engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    if not hasattr(Worker, "compute_weight_checksums"):
+        pytest.skip("this vLLM has no checksums")
+    running = engine("llama", merged=True)
+    spec = make_adapter("folded", reference("llama").weights, ALL, rank=4, seed=42, size=0.5)
+    running.answer([[5, 6, 7]], [None], 2)
+    before = running.llm.collective_rpc("compute_weight_checksums")
+    running.answer([[5, 6, 7]], [requests_for({"a": spec}, tmp_path)["a"]], 2)
+    assert running.llm.collective_rpc("compute_weight_checksums") == before
+
+
+def test_a_paused_engine_can_replace_its_weights_and_answers_after_it_resumes(
+    engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    base, running = reference("llama"), engine("llama", merged=True)
+    adapters = {
+        name: make_adapter("folded", base.weights, ALL, rank=4, seed=seed, size=0.5)
+        for name, seed in (("a", 43), ("b", 44))
+    }
+    lora = requests_for(adapters, tmp_path)
+    prompts, llm = prompts_of([9], 512, seed=8), running.llm.llm_engine
+    settings = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+    running.answer(prompts, [lora["a"]], 2)
+    running.llm.sleep(level=0)  # pauses only
+    try:
+        asked: dict[str, str | None] = {"0": "a", "1": None, "2": "b", "3": "a"}
+        for number, name in asked.items():
+            llm.add_request(number, {"prompt_token_ids": prompts[0]}, settings, lora_request=name and lora[name])
+        running.llm.collective_rpc("reload_weights")
+    finally:
+        running.llm.wake_up(tags=["scheduling"])
+    found = {}
+    while llm.has_unfinished_requests():
+        found |= {output.request_id: list(output.outputs[0].token_ids) for output in llm.step()}
+    assert found == {
+        number: base.answer(prompts, adapters[name] if name else None, 6)[0] for number, name in asked.items()
+    }
+
+
+def test_a_request_sent_during_a_pause_joins_the_kept_ones_for_its_adapter(
+    engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
+) -> None:
+    base, running = reference("llama"), engine("llama", merged=True)
+    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=45, size=0.5)
+    request = requests_for({"a": spec}, tmp_path)["a"]
+    prompts, llm = prompts_of([9, 9], 512, seed=9), running.llm.llm_engine
+    settings = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+    llm.add_request("0", {"prompt_token_ids": prompts[0]}, settings, lora_request=request)
+    llm.step()
+    running.llm.sleep(level=0, mode="keep")
+    llm.add_request("1", {"prompt_token_ids": prompts[1]}, settings, lora_request=request)
+    running.llm.wake_up(tags=["scheduling"])
+    together, found = 0, {}
+    while llm.has_unfinished_requests():
+        outputs = llm.step()
+        together += len(outputs) == 2
+        found |= {output.request_id: list(output.outputs[0].token_ids) for output in outputs}
+    assert [found["0"], found["1"]] == base.answer(prompts, spec, 6)
+    assert together > 1
+
+
 def test_the_base_is_not_reloaded_under_requests_for_an_adapter(
     engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    from vllm import SamplingParams
-
     base, running = reference("llama"), engine("llama", merged=True)
     spec = make_adapter("folded", base.weights, ALL, rank=4, seed=39, size=0.5)
     request = requests_for({"a": spec}, tmp_path)["a"]
@@ -166,7 +313,7 @@ def test_the_base_is_not_reloaded_under_requests_for_an_adapter(
     settings = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
     llm.add_request("0", {"prompt_token_ids": prompts[0]}, settings, lora_request=request)
     outputs = llm.step()
-    with pytest.raises(DoranError, match=r"reload_weights: 1 request\(s\) for .*unfinished"):
+    with pytest.raises(DoranError, match=rf"reload_weights: 1 request\(s\) for {tmp_path / 'a'} are unfinished"):
         running.llm.collective_rpc("reload_weights")
     while llm.has_unfinished_requests():
         outputs = llm.step()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,36 +84,72 @@ def _scheduling(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return get_scheduler_cls
 
 
+def _scheduler_of(core: Any) -> Any:
+    """The scheduler of an `EngineCore`. This package's schedulers reach the workers from now on."""
+    if isinstance(core.scheduler, SwitchingScheduler | GuardedScheduler):
+        core.scheduler.executor = core.model_executor
+    return core.scheduler
+
+
 def _with_executor(stock: Callable[..., None]) -> Callable[..., None]:
-    """Around `EngineCore.add_request`: this package's schedulers reach the workers."""
+    """Around `EngineCore.add_request`: the scheduler reaches the workers."""
 
     @functools.wraps(stock)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.scheduler, SwitchingScheduler | GuardedScheduler):
-            self.scheduler.executor = self.model_executor
+        _scheduler_of(self)
         stock(self, *args, **kwargs)
 
     return add_request
 
 
-def _reloading(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Around the calls that change the workers' adapters, or the base's weights, between two steps."""
+def _changing_adapters(stock: Callable[..., bool]) -> Callable[..., bool]:
+    """Around `EngineCore.add_lora` and `remove_lora`: the scheduler asks again which adapters the workers have."""
 
     @functools.wraps(stock)
-    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
-        called = args[0] if args else kwargs.get("method")
+    def change(self: Any, *args: Any, **kwargs: Any) -> bool:
         if isinstance(self.scheduler, GuardedScheduler):
             self.scheduler.forget_loaded()
-        elif isinstance(self.scheduler, SwitchingScheduler) and called in _NEW_WEIGHTS:
-            self.scheduler.executor = self.model_executor
-            self.scheduler.release_base(called)
         return stock(self, *args, **kwargs)
 
     return change
 
 
-_NEW_WEIGHTS = ("reload_weights", "start_weight_update", "update_weights")
-"""The workers' methods that replace the base's weights, by the names with which `collective_rpc` calls them."""
+_REPLACES_WEIGHTS = re.compile(r"(load|reset|update)\w*_(weight|param)|weight_update")
+"""Found in the names of workers' methods that replace the base's weights, also of other packages' worker extensions:
+vLLM's `reload_weights`, `reset_weights`, `start_weight_update`; `update_weights_from_ipc`, `update_named_param`."""
+_READS_WEIGHTS = re.compile(r"save_(sharded_state|tensorized_model)|checksum")
+"""Found in the names of workers' methods that save or compare the base's weights."""
+
+
+def _calling_workers(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `EngineCore.collective_rpc`, which may change adapters, and replace or read the base's weights."""
+
+    @functools.wraps(stock)
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        scheduler = _scheduler_of(self)
+        if isinstance(scheduler, GuardedScheduler):
+            scheduler.forget_loaded()
+        elif isinstance(scheduler, SwitchingScheduler) and isinstance(method, str):
+            if _REPLACES_WEIGHTS.search(method):
+                scheduler.release_base(method)
+            elif _READS_WEIGHTS.search(method):
+                scheduler.restore_base(method)
+        return stock(self, method, *args, **kwargs)
+
+    return collective_rpc
+
+
+def _saving_base(stock: Callable[..., None]) -> Callable[..., None]:
+    """Around `EngineCore.save_sharded_state`: merged mode saves the base, not the weights of an adapter."""
+
+    @functools.wraps(stock)
+    def save_sharded_state(self: Any, *args: Any, **kwargs: Any) -> None:
+        scheduler = _scheduler_of(self)
+        if isinstance(scheduler, SwitchingScheduler):
+            scheduler.restore_base("save_sharded_state")
+        stock(self, *args, **kwargs)
+
+    return save_sharded_state
 
 
 def _forgetting(stock: Callable[..., bool]) -> Callable[..., bool]:
@@ -209,12 +246,27 @@ PATCHES = (
     *(
         Patch(
             f"vllm.v1.engine.core:EngineCore.{name}",
-            _reloading,
-            "the call changes the workers' adapters or weights, and the scheduler remembers which they have",
+            _changing_adapters,
+            "the call changes the workers' adapters, and the scheduler remembers which they have",
             _BOTH,
             _FRONT_GOES,
         )
-        for name in ("add_lora", "remove_lora", "collective_rpc")
+        for name in ("add_lora", "remove_lora")
+    ),
+    Patch(
+        "vllm.v1.engine.core:EngineCore.collective_rpc",
+        _calling_workers,
+        "the call may change the workers' adapters, which the scheduler remembers; and in merged mode it may replace "
+        "or read the base's weights while an adapter is in them",
+        _BOTH,
+        f"{_FRONT_GOES}, and {_MERGED_GOES}",
+    ),
+    Patch(
+        "vllm.v1.engine.core:EngineCore.save_sharded_state",
+        _saving_base,
+        "merged mode would save an adapter's weights as the base's",
+        _BOTH,
+        _MERGED_GOES,
     ),
     Patch(
         "vllm.v1.engine.core:EngineCore.wake_up",

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from doran_core.errors import DoranError
+from doran_serve.admission import unmarked
 from doran_serve.guard import report_failures
 from doran_serve.merged.weights import forget_weights, swap_weights
 from doran_serve.vllm_symbols import lookup
@@ -46,7 +47,7 @@ _Version = str | None
 
 
 class SwitchingScheduler(StockScheduler):
-    """Mixin over vLLM's scheduler. `executor` is set before the first request, see `compat`."""
+    """Mixin over vLLM's scheduler. `executor` is set before the first use, see `compat`."""
 
     executor: Any
 
@@ -57,27 +58,31 @@ class SwitchingScheduler(StockScheduler):
         self._failed: list[Any] = []
 
     def add_request(self, request: Any) -> None:
-        """Schedule the request if its adapter is in place and no other request waits; else let it wait."""
+        """Schedule the request if its adapter is in place and no other request waits; else let it wait.
+
+        In a paused engine every new request waits: a call may take its adapter out of the weights before the engine
+        resumes.
+        """
         if request.request_id in self.requests:  # the next piece of a streamed input
             super().add_request(request)
             return
         wanted = _wanted(request.lora_request)
-        if wanted == self._active and not self._held:
+        if wanted == self._active and not self._held and not self._paused():
             self._release(request)
         else:
             self._held.append((wanted, request))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Swap first, if the engine has drained and requests wait."""
-        if self._held and self.pause_state == type(self.pause_state).UNPAUSED:
-            while self._held and not self.requests:
+        """Release waiting requests first, those for another adapter only if the engine has drained."""
+        if not self._paused():
+            while self._held and (not self.requests or self._held[0][0] == self._active):
                 self._switch()
         return super().schedule(*args, **kwargs)
 
     def get_num_unfinished_requests(self) -> int:
         """vLLM's count, plus the requests that wait for a swap, unless the engine is paused."""
         count = super().get_num_unfinished_requests()
-        if self.pause_state != type(self.pause_state).UNPAUSED:
+        if self._paused():
             return count
         return count + len(self._held) + len(self._failed)
 
@@ -107,20 +112,33 @@ class SwitchingScheduler(StockScheduler):
         self._failed = []
         return outputs
 
+    def restore_base(self, call: str) -> None:
+        """Put the base in place, because `call` is about to read or replace its weights.
+
+        Raises:
+            DoranError: requests for an adapter are unfinished.
+        """
+        if self._active is None:
+            return
+        if self.requests:
+            raise DoranError(
+                f"{call}: {len(self.requests)} request(s) for {unmarked(self._active)[0]} are unfinished, and merged "
+                "mode has this adapter in the weights that the call reads or replaces; let them finish or abort them "
+                "first"
+            )
+        self._put_in_place(None)
+
     def release_base(self, call: str) -> None:
         """Put the base in place and forget its weights, because `call` is about to replace them.
 
         Raises:
             DoranError: requests for an adapter are unfinished.
         """
-        if self._active is not None:
-            if self.requests:
-                raise DoranError(
-                    f"{call}: {len(self.requests)} request(s) for {self._active} are unfinished, and merged mode has "
-                    "this adapter in the weights that the call replaces; wait for them or abort them first"
-                )
-            self._put_in_place(None)
+        self.restore_base(call)
         self.executor.collective_rpc(forget_weights)
+
+    def _paused(self) -> bool:
+        return bool(self.pause_state != type(self.pause_state).UNPAUSED)
 
     def _switch(self) -> None:
         """Swap in the oldest waiting request's adapter, and release all requests for it."""
