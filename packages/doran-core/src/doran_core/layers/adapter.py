@@ -25,6 +25,7 @@ from doran_core.support.torch_internals import (
     backward_pass,
     distributed_data_parallel,
     has_saved_tensor_hooks,
+    needs_single_operations,
     uses_fully_shard,
 )
 
@@ -170,7 +171,9 @@ class DoranAdapter(nn.Module):
         value."""
         is_old = self.base_squared_norm is None or self.base_squared_norm.is_meta
         if not is_old and not torch.compiler.is_compiling():
-            is_old = self.base_was_loaded or view.weight_version() not in (None, self._base_version)
+            version = view.weight_version()
+            is_trained = version is not None and view.weight_trains and not needs_single_operations()
+            is_old = self.base_was_loaded or is_trained or version not in (None, self._base_version)
         if is_old:
             self.reset_base(view)
 

@@ -128,16 +128,19 @@ class BaseView(ABC):
         """A value that changes when W0 is replaced, moved, cast or written to; None if W0 is hidden, or FSDP1 replaces
         it in each pass.
 
-        PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one. Nor does it
-        count those of fused optimizers and FSDP2, so that of a W0 that trains each value is another.
+        PyTorch does not count writes through ``weight.data``: call ``DoranAdapter.reset_base`` after one.
         """
         if self.weight() is None or self.parameter in vars(self.layer):
             return None
         weight = cast(Tensor, getattr(self.layer, self.parameter))
-        if weight.requires_grad:
-            return (object(),)
         written = 0 if weight.is_inference() else version(weight)
         return storage_of(weight), weight.storage_offset(), written, weight.dtype
+
+    @property
+    def weight_trains(self) -> bool:
+        """Whether W0 is a parameter that trains. PyTorch does not count what fused optimizers and FSDP2 write to it."""
+        weight = own_parameters(self.layer).get(self.parameter)
+        return weight is not None and weight.requires_grad
 
     def product(self, A: Tensor) -> Tensor:
         """``U = W0 @ A.T``, ``[d_out, r]``, differentiable in A ``[r, d_in]``."""
