@@ -120,14 +120,17 @@ class DoranHandle:
         """A context in which the model is the base model, merged or not."""
         self._refuse_removed()
         before = [(layer, layer.enabled, layer.merged) for layer in self.layers.values()]
-        reshard(self.model)
+        is_merged = any(layer.merged for layer in self.layers.values())
+        if is_merged:
+            reshard(self.model)
         try:
             for layer in self.layers.values():
                 layer.unmerge()
                 layer.enabled = False
             yield
         finally:
-            reshard(self.model)
+            if is_merged:
+                reshard(self.model)
             for layer, enabled, merged in before:
                 layer.enabled = enabled
                 if merged:

@@ -11,7 +11,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from doran_core.checkpoint.fingerprint import exact_digest
 from doran_core.errors import ConfigError, TargetError
 from doran_core.layers import BaseView, DoranAdapter, WeightSwap, base_view
 from doran_core.layers.adapter import note_loading
@@ -97,11 +96,7 @@ class DoranLayer(nn.Module, BaseTunerLayer):
 
     def base_digest(self, adapter_name: str) -> bytes | None:
         """Digest of W0; of a sharded W0, the digest taken with its norm. None if W0 is quantized or float16."""
-        adapter, weight = self.adapter(adapter_name), self.original_weight()
-        if weight is not None or not adapter.base_was_loaded:
-            return adapter.base_digest if weight is None else exact_digest(self.name, weight)
-        with self.whole_weight() as whole:
-            return None if whole is None else exact_digest(self.name, whole)
+        return self.adapter(adapter_name).digest_of_base(self._swap, self.view)
 
     def add(self, adapter_name: str, config: CoreConfig, builder: FactorBuilder, *, inference_mode: bool) -> None:
         """Make a new adapter that leaves the output as it is.

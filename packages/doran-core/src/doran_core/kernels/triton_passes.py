@@ -82,7 +82,7 @@ class TritonPasses(TorchPasses):
         self, shape: Shape, U: Tensor | None, A: Tensor, B: Tensor, magnitude: Tensor, tau: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         layers, d_out, rank = B.shape
-        table = _addresses(shape.weights) if A.dtype in _HALF and rank <= _ONE_BLOCK else None
+        table = _addresses(shape.weights, rank)
         if table is None:
             return super().row_scales(shape, U, A, B, magnitude, tau)
         K, norm, scale = torch.empty_like(B), torch.empty_like(magnitude), torch.empty_like(magnitude)
@@ -99,7 +99,7 @@ class TritonPasses(TorchPasses):
 
     def add_weight_products(self, shape: Shape, total: Tensor, left: Tensor) -> None:
         layers, d_out, rank = left.shape
-        table = _addresses(shape.weights) if left.dtype in _HALF and rank <= _ONE_BLOCK else None
+        table = _addresses(shape.weights, rank)
         if table is None:
             super().add_weight_products(shape, total, left)
             return
@@ -134,12 +134,14 @@ class TritonPasses(TorchPasses):
         launch(kernel, grid, tensors, (len(tensors[0]), d_out), BLOCK_T=block, BLOCK_D=block)
 
 
-def _addresses(weights: Sequence[Tensor]) -> Tensor | None:
-    """Where the W0 lie now, as a tensor; None if kernels cannot load them, or there are none.
+def _addresses(weights: Sequence[Tensor], rank: int) -> Tensor | None:
+    """Where the W0 lie now, as a tensor; None if there are none, or the kernels of weight sides do not take them.
 
     FSDP2 frees a weight after the forward pass, and gathers it for the backward pass somewhere else.
     """
-    return _table(weights[0].device, tuple(map(Tensor.data_ptr, weights))) if weights else None
+    if not weights or weights[0].dtype not in _HALF or rank > _ONE_BLOCK:
+        return None
+    return _table(weights[0].device, tuple(map(Tensor.data_ptr, weights)))
 
 
 @functools.lru_cache(maxsize=4096)

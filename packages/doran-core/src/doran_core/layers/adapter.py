@@ -16,6 +16,7 @@ from doran_core.kernels.adapted_linear import without_autocast
 from doran_core.kernels.prepare import Runtime
 from doran_core.layers import traced
 from doran_core.layers.base import BaseView
+from doran_core.layers.swap import WeightSwap
 from doran_core.method.config import DoranConfig
 from doran_core.method.experts import RankOneExperts
 from doran_core.method.factors import LayerSpec, factor_penalty
@@ -176,6 +177,17 @@ class DoranAdapter(nn.Module):
             is_old = self.base_was_loaded or is_trained or version not in (None, self._base_version)
         if is_old:
             self.reset_base(view)
+
+    def digest_of_base(self, swap: WeightSwap, view: BaseView) -> bytes | None:
+        """Digest of W0, also while W' is in. None if W0 is quantized or float16.
+
+        The digest of a sharded W0 was taken with its norm. If base weights were loaded since, W0 is gathered here, and
+        all processes must call this.
+        """
+        if swap.original(view) is None and not self.base_was_loaded:
+            return self.base_digest
+        with swap.whole_original(view) as weight:
+            return None if weight is None else exact_digest(self.spec.name, weight)
 
     def _repair_cancelled(self, norm: Tensor, squared_norm: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The direct norm for the rows in which the update nearly cancels W0."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doran_core.checkpoint.fingerprint import exact_digest
 from doran_core.layers.adapter import DoranAdapter, note_loading
 from doran_core.layers.base import BaseView, base_view
 from doran_core.layers.swap import WeightSwap
@@ -136,11 +135,7 @@ class AdaptedLayer(nn.Module):
 
     def base_digest(self) -> bytes | None:
         """Digest of W0; of a sharded W0, the digest taken with its norm. None if W0 is quantized or float16."""
-        adapter, weight = self.doran_adapter, self.original_weight()
-        if weight is not None or not adapter.base_was_loaded:
-            return adapter.base_digest if weight is None else exact_digest(adapter.spec.name, weight)
-        with self.whole_weight() as whole:
-            return None if whole is None else exact_digest(adapter.spec.name, whole)
+        return self.doran_adapter.digest_of_base(self._swap, self.view)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output; shapes as in the base layer."""
