@@ -22,6 +22,14 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from doran_core.errors import DoranError
 
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+
+
+def one_adapter(base: Any, folder: Path, seed: int, layers: tuple[str, ...] = ALL) -> tuple[AdapterSpec, Any]:
+    """A folded adapter, and the request for its directory `folder/a`."""
+    spec = make_adapter("folded", base.weights, layers, rank=4, seed=seed, size=0.5)
+    return spec, requests_for({"a": spec}, folder)["a"]
+
 
 def weights_of(worker: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in worker.get_model().named_parameters()}
@@ -46,8 +54,7 @@ def test_the_base_comes_back_to_the_bit(
     prompt = [[5, 6, 7, 8]]
     running.answer(prompt, [None], 2)
     before = running.llm.collective_rpc(weights_of)[0]
-    spec = make_adapter("folded", reference("llama").weights, ALL, rank=4, seed=31, size=0.5)
-    request = requests_for({"a": spec}, tmp_path)["a"]
+    _, request = one_adapter(reference("llama"), tmp_path, 31)
     running.answer(prompt, [request], 2)
     adapted = running.llm.collective_rpc(weights_of)[0]
     changed = {name for name in before if not torch.equal(before[name], adapted[name])}
@@ -61,8 +68,8 @@ def test_weights_are_those_of_the_merged_checkpoint(
     engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
     running = engine("llama", merged=True)
-    spec = make_adapter("folded", reference("llama").weights, ("v_proj", "down_proj"), rank=4, seed=32, size=0.5)
-    running.answer([[5, 6, 7]], [requests_for({"a": spec}, tmp_path)["a"]], 2)
+    spec, request = one_adapter(reference("llama"), tmp_path, 32, ("v_proj", "down_proj"))
+    running.answer([[5, 6, 7]], [request], 2)
     found = running.llm.collective_rpc(weights_of)[0]
     for name in spec.layers:
         expected = spec.merged(name).float()
@@ -77,8 +84,7 @@ def test_cached_prefixes_of_other_weights_are_not_used(
     engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
     base, running = reference("llama"), engine("llama", merged=True)
-    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=33, size=0.5)
-    request = requests_for({"a": spec}, tmp_path)["a"]
+    spec, request = one_adapter(base, tmp_path, 33)
     prompts = prompts_of([100], 512, seed=3)  # longer than a cache block
     for adapter in (None, request, None, request):
         expected = base.answer(prompts, spec if adapter else None, 6)
@@ -92,8 +98,7 @@ def test_a_replaced_adapter_takes_effect(
     base, running = reference("llama"), engine("llama", merged=True)
     prompts = prompts_of([7], 512, seed=4)
     for seed in (34, 35):
-        spec = make_adapter("folded", base.weights, ALL, rank=4, seed=seed, size=0.5)
-        request = requests_for({"a": spec}, tmp_path)["a"]
+        spec, request = one_adapter(base, tmp_path, seed)
         assert running.answer(prompts, [request], 6) == base.answer(prompts, spec, 6)
 
 
@@ -102,8 +107,7 @@ def test_a_bad_adapter_is_refused_and_one_that_fails_late_harms_nobody(
 ) -> None:
     base, running = reference("llama"), engine("llama", merged=True)
     prompts = prompts_of([7, 7], 512, seed=5)
-    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=36, size=0.5)
-    request = requests_for({"a": spec}, tmp_path)["a"]
+    spec, request = one_adapter(base, tmp_path, 36)
     (tmp_path / "a" / "doran_scale.safetensors").unlink()
     spec.write_scales(tmp_path / "a", format_version="9")
     with pytest.raises(DoranError, match="format_version 9 is newer"):
@@ -131,8 +135,7 @@ def test_reloading_the_base_leaves_no_adapter_in_it(
 ) -> None:
     """vLLM's reload_weights, as after sleep level 2: the weights are plain then, whatever was merged before."""
     base, running = reference("llama"), engine("llama", merged=True)
-    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=37, size=0.5)
-    request = requests_for({"a": spec}, tmp_path)["a"]
+    spec, request = one_adapter(base, tmp_path, 37)
     prompts = prompts_of([100], 512, seed=6)  # longer than a cache block
     for adapter in (request, None, request):
         running.answer(prompts, [request], 6)
@@ -144,8 +147,7 @@ def test_adapters_are_swapped_into_reloaded_weights(
     engine: Callable[..., Any], checkpoint: Callable[[str], Path], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
     old, running = reference("llama"), engine("llama", merged=True)
-    spec = make_adapter("folded", old.weights, ALL, rank=4, seed=38, size=0.5)
-    request = requests_for({"a": spec}, tmp_path)["a"]
+    spec, request = one_adapter(old, tmp_path, 38)
     other = {name: tensor.flip(0) for name, tensor in load_file(checkpoint("llama") / "model.safetensors").items()}
     shutil.copytree(checkpoint("llama"), tmp_path / "other")
     save_file(other, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
@@ -203,8 +205,7 @@ def test_every_named_call_that_replaces_weights_finds_and_leaves_the_base(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     running = engine("llama", merged=True)
-    spec = make_adapter("folded", reference("llama").weights, ("o_proj",), rank=4, seed=40, size=0.5)
-    request = requests_for({"a": spec}, tmp_path)["a"]
+    _, request = one_adapter(reference("llama"), tmp_path, 40, ("o_proj",))
     running.answer([[5, 6, 7]], [None], 2)
     base = running.llm.collective_rpc(weights_of)[0]
     running.answer([[5, 6, 7]], [request], 2)
@@ -225,8 +226,7 @@ def test_the_base_is_saved_while_an_adapter_is_merged(
     called: str, engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
     running = engine("llama", merged=True)
-    spec = make_adapter("folded", reference("llama").weights, ALL, rank=4, seed=41, size=0.5)
-    request = requests_for({"a": spec}, tmp_path)["a"]
+    _, request = one_adapter(reference("llama"), tmp_path, 41)
     running.answer([[5, 6, 7]], [None], 2)
     base = running.llm.collective_rpc(weights_of)[0]
     answer = running.answer([[5, 6, 7]], [request], 6)
@@ -246,10 +246,10 @@ def test_checksums_are_those_of_the_base(
     if not hasattr(Worker, "compute_weight_checksums"):
         pytest.skip("this vLLM has no checksums")
     running = engine("llama", merged=True)
-    spec = make_adapter("folded", reference("llama").weights, ALL, rank=4, seed=42, size=0.5)
+    _, request = one_adapter(reference("llama"), tmp_path, 42)
     running.answer([[5, 6, 7]], [None], 2)
     before = running.llm.collective_rpc("compute_weight_checksums")
-    running.answer([[5, 6, 7]], [requests_for({"a": spec}, tmp_path)["a"]], 2)
+    running.answer([[5, 6, 7]], [request], 2)
     assert running.llm.collective_rpc("compute_weight_checksums") == before
 
 
@@ -263,13 +263,12 @@ def test_a_paused_engine_can_replace_its_weights_and_answers_after_it_resumes(
     }
     lora = requests_for(adapters, tmp_path)
     prompts, llm = prompts_of([9], 512, seed=8), running.llm.llm_engine
-    settings = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
     running.answer(prompts, [lora["a"]], 2)
     running.llm.sleep(level=0)  # pauses only
     try:
         asked: dict[str, str | None] = {"0": "a", "1": None, "2": "b", "3": "a"}
         for number, name in asked.items():
-            llm.add_request(number, {"prompt_token_ids": prompts[0]}, settings, lora_request=name and lora[name])
+            llm.add_request(number, {"prompt_token_ids": prompts[0]}, GREEDY, lora_request=name and lora[name])
         running.llm.collective_rpc("reload_weights")
     finally:
         running.llm.wake_up(tags=["scheduling"])
@@ -285,14 +284,12 @@ def test_a_request_sent_during_a_pause_joins_the_kept_ones_for_its_adapter(
     engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
     base, running = reference("llama"), engine("llama", merged=True)
-    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=45, size=0.5)
-    request = requests_for({"a": spec}, tmp_path)["a"]
+    spec, request = one_adapter(base, tmp_path, 45)
     prompts, llm = prompts_of([9, 9], 512, seed=9), running.llm.llm_engine
-    settings = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
-    llm.add_request("0", {"prompt_token_ids": prompts[0]}, settings, lora_request=request)
+    llm.add_request("0", {"prompt_token_ids": prompts[0]}, GREEDY, lora_request=request)
     llm.step()
     running.llm.sleep(level=0, mode="keep")
-    llm.add_request("1", {"prompt_token_ids": prompts[1]}, settings, lora_request=request)
+    llm.add_request("1", {"prompt_token_ids": prompts[1]}, GREEDY, lora_request=request)
     running.llm.wake_up(tags=["scheduling"])
     together, found = 0, {}
     while llm.has_unfinished_requests():
@@ -307,11 +304,9 @@ def test_the_base_is_not_reloaded_under_requests_for_an_adapter(
     engine: Callable[..., Any], reference: Callable[[str], Any], tmp_path: Path
 ) -> None:
     base, running = reference("llama"), engine("llama", merged=True)
-    spec = make_adapter("folded", base.weights, ALL, rank=4, seed=39, size=0.5)
-    request = requests_for({"a": spec}, tmp_path)["a"]
+    spec, request = one_adapter(base, tmp_path, 39)
     prompts, llm = prompts_of([9], 512, seed=7), running.llm.llm_engine
-    settings = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
-    llm.add_request("0", {"prompt_token_ids": prompts[0]}, settings, lora_request=request)
+    llm.add_request("0", {"prompt_token_ids": prompts[0]}, GREEDY, lora_request=request)
     outputs = llm.step()
     with pytest.raises(DoranError, match=rf"reload_weights: 1 request\(s\) for {tmp_path / 'a'} are unfinished"):
         running.llm.collective_rpc("reload_weights")

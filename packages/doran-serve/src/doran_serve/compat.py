@@ -84,8 +84,8 @@ def _scheduling(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return get_scheduler_cls
 
 
-def _scheduler_of(core: Any) -> Any:
-    """The scheduler of an `EngineCore`. This package's schedulers reach the workers from now on."""
+def _connected_scheduler(core: Any) -> Any:
+    """The scheduler of an `EngineCore`, after one of this package was given the executor, by which it calls workers."""
     if isinstance(core.scheduler, SwitchingScheduler | GuardedScheduler):
         core.scheduler.executor = core.model_executor
     return core.scheduler
@@ -96,7 +96,7 @@ def _with_executor(stock: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(stock)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
-        _scheduler_of(self)
+        _connected_scheduler(self)
         stock(self, *args, **kwargs)
 
     return add_request
@@ -126,7 +126,7 @@ def _calling_workers(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        scheduler = _scheduler_of(self)
+        scheduler = _connected_scheduler(self)
         if isinstance(scheduler, GuardedScheduler):
             scheduler.forget_loaded()
         elif isinstance(scheduler, SwitchingScheduler) and isinstance(method, str):
@@ -144,7 +144,7 @@ def _saving_base(stock: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(stock)
     def save_sharded_state(self: Any, *args: Any, **kwargs: Any) -> None:
-        scheduler = _scheduler_of(self)
+        scheduler = _connected_scheduler(self)
         if isinstance(scheduler, SwitchingScheduler):
             scheduler.restore_base("save_sharded_state")
         stock(self, *args, **kwargs)
